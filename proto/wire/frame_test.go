@@ -1,0 +1,90 @@
+package wire
+
+import (
+	"reflect"
+	"testing"
+
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+func sampleRequest() *Request {
+	return &Request{Kind: Write, ID: 7, Store: ids.NewStoreID(), Volume: 1, Chunk: 2, Layer: 3, Epoch: 4, Block: 5,
+		Count: 2, Version: ids.MakeVersion(4, 9), Floor: ids.MakeVersion(4, 1), Limit: 8,
+		Sums: []uint32{1, 2}, Entries: []Entry{{Chunk: 1, Version: 2, Layer: 3, Block: 4, Sum: 5, Kind: EntryZero}},
+		Data: make([]byte, 2*ids.BlockSize)}
+}
+
+func TestFramesSurviveTheWire(t *testing.T) {
+	q := sampleRequest()
+	b := AppendRequest(nil, q)
+	h, err := ParseHeader(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := DecodeRequest(h, b[HeaderBytes:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Data = q.Data
+	if !reflect.DeepEqual(got, q) {
+		t.Fatalf("got %+v\nwant %+v", got, q)
+	}
+	r := &Reply{Kind: Read, Flags: FlagReply | FlagMore, Status: status.Corrupt, ID: 9, Epoch: 1, Block: 2, Count64: 3, Version: 4,
+		Floor: 5, Incarnation: 6, Digests: []uint64{1, 2, 3}, Entries: q.Entries, Detail: "bad block"}
+	b = AppendReply(nil, r)
+	if h, err = ParseHeader(b); err != nil {
+		t.Fatal(err)
+	}
+	back, err := DecodeReply(h, b[HeaderBytes:])
+	if err != nil || !reflect.DeepEqual(back, r) {
+		t.Fatalf("got %+v, %v\nwant %+v", back, err, r)
+	}
+}
+
+// Every single flipped bit of a frame's header and body must be noticed.
+func TestEveryFlippedBitIsNoticed(t *testing.T) {
+	frame := AppendRequest(nil, sampleRequest())
+	for bit := range len(frame) * 8 {
+		b := append([]byte(nil), frame...)
+		b[bit/8] ^= 1 << (bit % 8)
+		h, err := ParseHeader(b)
+		if err != nil {
+			continue
+		}
+		if _, err := DecodeRequest(h, b[HeaderBytes:]); err == nil {
+			t.Fatalf("bit %d flipped unnoticed", bit)
+		}
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add(AppendRequest(nil, sampleRequest()))
+	f.Add(AppendReply(nil, &Reply{Kind: Read, Detail: "x", Digests: []uint64{1}}))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		h, err := ParseHeader(b)
+		if err != nil {
+			return
+		}
+		body := b[HeaderBytes:]
+		if len(body) > h.BodyLen {
+			body = body[:h.BodyLen]
+		}
+		if q, err := DecodeRequest(h, body); err == nil && len(q.Sums) > MaxBody/4 {
+			t.Fatal("limit passed")
+		}
+		_, _ = DecodeReply(h, body)
+	})
+}
+
+func TestBlockSumCoversIdentity(t *testing.T) {
+	data := make([]byte, ids.BlockSize)
+	seen := map[uint32]int{}
+	for i, s := range []uint32{BlockSum(1, 1, 1, 1, 1, data), BlockSum(2, 1, 1, 1, 1, data), BlockSum(1, 2, 1, 1, 1, data),
+		BlockSum(1, 1, 2, 1, 1, data), BlockSum(1, 1, 1, 2, 1, data), BlockSum(1, 1, 1, 1, 2, data)} {
+		if j, ok := seen[s]; ok {
+			t.Fatalf("identities %d and %d have the same sum", i, j)
+		}
+		seen[s] = i
+	}
+}
