@@ -1,0 +1,274 @@
+package volume
+
+import (
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// opQueue is a first-in first-out queue through Op.next; bounded by the
+// operations a client may have in flight.
+type opQueue struct{ head, tail *Op }
+
+func (q *opQueue) push(op *Op) {
+	if q.tail == nil {
+		q.head = op
+	} else {
+		q.tail.next = op
+	}
+	q.tail = op
+}
+
+func (q *opQueue) takeAll() *Op {
+	op := q.head
+	q.head, q.tail = nil, nil
+	return op
+}
+
+// admitAll admits a list taken from a queue.
+func (e *Engine) admitAll(op *Op) {
+	for op != nil {
+		next := op.next
+		op.next = nil
+		e.submit(op)
+		op = next
+	}
+}
+
+// admit takes an operation in, cuts it into pieces and starts each. The door
+// (nbd) has checked its bounds; they are checked again because the size may
+// differ between the two.
+func (e *Engine) admit(op *Op) {
+	if op.Kind == OpFlush {
+		e.stats.Flushes++
+		e.flush.next = append(e.flush.next, op)
+		return
+	}
+	if op.Off > e.size || op.Len > e.size-op.Off {
+		e.done(op, status.Invalid)
+		return
+	}
+	if op.Kind == OpWrite && e.fullAt != 0 {
+		e.done(op, status.NoSpace)
+		return
+	}
+	if op.Kind == OpRead {
+		e.stats.Reads++
+	} else {
+		e.stats.Writes++
+	}
+	if op.Kind == OpTrim { // whole blocks only
+		end := (op.Off + op.Len) / ids.BlockSize * ids.BlockSize
+		op.Off = (op.Off + ids.BlockSize - 1) / ids.BlockSize * ids.BlockSize
+		op.Len = 0
+		if end > op.Off {
+			op.Len = end - op.Off
+		}
+	}
+	op.parts, op.failed = 1, status.OK // one for the cutting itself
+	for p, ok := e.firstPiece(op); ok; p, ok = e.nextPiece(p) {
+		op.parts++
+		e.start(p)
+	}
+	e.partDone(op, status.OK)
+}
+
+// piece is the part of an operation inside one request: [off, off+n) bytes of
+// the volume, in one chunk.
+type piece struct {
+	op  *Op
+	off uint64
+	n   uint64
+}
+
+func (e *Engine) firstPiece(op *Op) (piece, bool) {
+	return e.nextPiece(piece{op: op, off: op.Off, n: 0})
+}
+
+// nextPiece cuts at chunk ends, data also at maxPieceBlock, and so that the
+// unaligned edges of a zeroing are pieces of their own.
+func (e *Engine) nextPiece(p piece) (piece, bool) {
+	off, end := p.off+p.n, p.op.Off+p.op.Len
+	if off >= end {
+		return p, false
+	}
+	chunkBytes := uint64(e.perChunk) * ids.BlockSize
+	stop := min(end, off-off%chunkBytes+chunkBytes)
+	if p.op.Kind == OpRead || p.op.Kind == OpWrite {
+		stop = min(stop, off-off%ids.BlockSize+maxPieceBlock*ids.BlockSize)
+	} else if off%ids.BlockSize != 0 {
+		stop = min(stop, off-off%ids.BlockSize+ids.BlockSize)
+	} else if whole := stop - stop%ids.BlockSize; whole > off {
+		stop = whole
+	}
+	return piece{p.op, off, stop - off}, true
+}
+
+// blocks returns the piece's first block in its chunk and how many it touches.
+func (e *Engine) blocks(p piece) (first ids.Block, count uint32) {
+	chunkBytes := uint64(e.perChunk) * ids.BlockSize
+	in := p.off % chunkBytes
+	last := (in + p.n - 1) / ids.BlockSize
+	return ids.Block(in / ids.BlockSize), uint32(last-in/ids.BlockSize) + 1
+}
+
+func (p piece) aligned() bool { return (p.off|p.n)%ids.BlockSize == 0 }
+
+// data returns the piece's bytes of its operation's buffer.
+func (p piece) data() []byte {
+	at := p.off - p.op.Off
+	return p.op.Data[at : at+p.n]
+}
+
+// start begins a piece, or lets it wait: for its chunk, or for an overlapping
+// write. A read waits for every write in flight on its blocks (it may not
+// return what could still be lost); a write only for one that is merging; a
+// merge, which reads before it writes, for all.
+func (e *Engine) start(p piece) {
+	c := e.chunks[ids.ChunkIndex(p.off/(uint64(e.perChunk)*ids.BlockSize))]
+	if c == nil || c.id == 0 {
+		e.startUnallocated(c, p)
+		return
+	}
+	first, count := e.blocks(p)
+	for _, j := range c.jobs {
+		if j.overlaps(first, count) && (p.op.Kind == OpRead || j.merging || !p.aligned()) {
+			j.waiters = append(j.waiters, waiter{op: p.op, piece: p})
+			return
+		}
+	}
+	switch {
+	case p.op.Kind == OpRead:
+		e.startRead(c, p, first, count)
+	case p.aligned():
+		e.issue(e.newJob(c, p, first, count))
+	default:
+		e.merge(e.newJob(c, p, first, count))
+	}
+}
+
+// startUnallocated reads zeros, trims nothing, and lets a write wait for its
+// chunk.
+func (e *Engine) startUnallocated(c *chunk, p piece) {
+	if p.op.Kind != OpWrite {
+		if p.op.Kind == OpRead {
+			clear(p.data())
+		}
+		e.partDone(p.op, status.OK)
+		return
+	}
+	index := ids.ChunkIndex(p.off / (uint64(e.perChunk) * ids.BlockSize))
+	if c == nil {
+		c = &chunk{index: index}
+		e.chunks[index] = c
+		e.alloc.wanted = append(e.alloc.wanted, index)
+	}
+	e.alloc.pieces[index] = append(e.alloc.pieces[index], p)
+}
+
+// partDone finishes one piece; the last one finishes the operation.
+func (e *Engine) partDone(op *Op, k status.Kind) {
+	if k != status.OK && op.failed == status.OK {
+		op.failed = k
+	}
+	if op.parts--; op.parts > 0 {
+		return
+	}
+	switch {
+	case op.Kind == OpRead && op.failed == status.OK && e.now >= e.leaseTill:
+		e.leaseHeld = append(e.leaseHeld, op)
+	case op.Kind != OpRead && op.FUA && op.failed == status.OK:
+		e.flush.next = append(e.flush.next, op)
+	default:
+		e.done(op, op.failed)
+	}
+}
+
+// allocState is the allocation of chunks: one command at a time, which takes
+// all the indices that have gathered. Bounded by the operations in flight.
+type allocState struct {
+	wanted []ids.ChunkIndex
+	pieces map[ids.ChunkIndex][]piece // what waits for each
+	call   *MetaCall
+}
+
+func (e *Engine) startAllocate() {
+	if len(e.alloc.wanted) == 0 || e.alloc.call != nil || e.member.call != nil || e.state == Attaching {
+		return
+	}
+	a := &pb.Allocate{VolumeId: uint64(e.volume), Epoch: uint32(e.epoch), Revision: e.revision, PreferHost: e.cfg.Host}
+	for _, i := range e.alloc.wanted {
+		a.Indices = append(a.Indices, uint32(i))
+	}
+	e.alloc.wanted = nil
+	e.alloc.call = &MetaCall{Allocate: a}
+	e.out.Meta = append(e.out.Meta, e.alloc.call)
+}
+
+// allocated takes the answer of an allocation.
+func (e *Engine) allocated(ev *MetaDone) {
+	a := ev.Call.Allocate
+	e.alloc.call = nil
+	k := status.Of(ev.Err)
+	switch k {
+	case status.OK:
+	case status.Unavailable, status.Unknown, status.Timeout, status.Shutdown, status.Conflict:
+		// Nothing was sent to any replica yet: ask again, with the revision of now.
+		for _, i := range a.Indices {
+			e.alloc.wanted = append(e.alloc.wanted, ids.ChunkIndex(i))
+		}
+		return
+	default:
+		for _, i := range a.Indices {
+			e.unwant(ids.ChunkIndex(i), k)
+		}
+		return
+	}
+	if v := ev.Result.Volume; v != nil && v.Revision > e.revision {
+		e.adoptMembers(v)
+	}
+	for _, c := range ev.Result.Chunks {
+		if err := e.addChunk(c); err != nil {
+			e.unwant(ids.ChunkIndex(c.Index), status.Of(err))
+			continue
+		}
+		waiting := e.alloc.pieces[ids.ChunkIndex(c.Index)]
+		delete(e.alloc.pieces, ids.ChunkIndex(c.Index))
+		for _, p := range waiting {
+			e.start(p)
+		}
+	}
+}
+
+// unwant fails everything that waited for a chunk that cannot be had.
+func (e *Engine) unwant(i ids.ChunkIndex, k status.Kind) {
+	delete(e.chunks, i)
+	waiting := e.alloc.pieces[i]
+	delete(e.alloc.pieces, i)
+	for _, p := range waiting {
+		e.partDone(p.op, k)
+	}
+}
+
+// addChunk enters an allocated chunk into the map.
+func (e *Engine) addChunk(c *pb.Chunk) error {
+	ck := e.chunks[ids.ChunkIndex(c.Index)]
+	if ck == nil {
+		ck = &chunk{index: ids.ChunkIndex(c.Index)}
+	}
+	var reps []*replica
+	for _, b := range c.Stores {
+		id, err := ids.StoreIDFromBytes(b)
+		if err != nil {
+			return status.Errorf(status.Internal, "chunk %d: %w", c.Id, err)
+		}
+		r := e.byStore[id]
+		if r == nil {
+			return status.Errorf(status.Internal, "chunk %d names store %s, which is no member of the volume", c.Id, id.Short())
+		}
+		reps = append(reps, r)
+	}
+	ck.id, ck.replicas = ids.ChunkID(c.Id), reps
+	e.chunks[ck.index] = ck
+	return nil
+}

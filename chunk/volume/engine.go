@@ -1,0 +1,562 @@
+// Package volume is the volume engine: the replication protocol of one
+// attached volume as a pure step function.
+//
+// Duty: everything the single fenced writer decides — admission, versions,
+// which replicas must have accepted before a write is acknowledged, flush and
+// floor, exclusion, attach, join. Floor: F2. It opens no sockets, reads no
+// clock, starts no goroutine and takes no lock: chunk/gateway drives it, and a
+// simulator can.
+//
+// # Stages of the data path (the functions stand in this order, over the files)
+//
+//  1. Step          an event comes in, with the time
+//  2. admit         an operation is cut into pieces, one per chunk   (admit.go)
+//  3. issue         a piece gets its version and goes to every replica (write.go)
+//  4. accepted      a replica has answered                            (write.go)
+//  5. complete      all required replicas have: the client may be told
+//  6. read, flush   the other two ways through                (read.go, flush.go)
+//  7. replicas      links up and down, seals, resends           (replica.go)
+//  8. membership    exclusion before acknowledgement            (member.go)
+//  9. attach        seal, reconcile, settle, serve              (attach.go)
+//  10. join         a member that was out catches up            (join.go)
+package volume
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+	"github.com/cairnstore/cairn/proto/wire"
+)
+
+// Config says what an engine is to attach and how patient it is.
+type Config struct {
+	Host     string        // this gateway's host: its stores are read first
+	Volume   *pb.Volume    // as the attach commit answered it: size, epoch, revision, members
+	Chunks   []*pb.Chunk   // its whole map
+	Stall    time.Duration // an in-sync replica that makes no progress for so long is excluded (default 1 s)
+	SealWait time.Duration // attach waits so long for members beyond a sufficient set (default 1.5 s)
+	Flush    time.Duration // the engine flushes by itself so often when dirty (default 1 s)
+}
+
+const (
+	flushBytes    = 64 << 20 // the engine flushes by itself after so many unflushed bytes
+	maxPieceBlock = 256      // blocks of one data request: 1 MiB
+	spaceRetry    = 200 * time.Millisecond
+)
+
+// State is what an engine is doing.
+type State uint8
+
+// The states, in the order they are passed.
+const (
+	Attaching State = iota // sealing and reconciling; operations wait
+	Serving
+	Draining // detaching: no new operations
+	Ended    // fenced or detached; every operation is refused
+)
+
+// String returns the state's name.
+func (s State) String() string {
+	return [...]string{"attaching", "serving", "draining", "ended"}[s]
+}
+
+// OpKind is what a client wants.
+type OpKind uint8
+
+// The operations.
+const (
+	OpRead OpKind = iota
+	OpWrite
+	OpZero // read as zeros from now on, to the byte
+	OpTrim // whole blocks inside the range may read as zeros
+	OpFlush
+)
+
+// Op is one client operation. The engine owns it, and Data, until it is in
+// Out.Done.
+type Op struct {
+	Kind OpKind
+	FUA  bool   // durable before it is done
+	Off  uint64 // bytes
+	Len  uint64 // bytes
+	Data []byte // Write: payload. Read: Len bytes to fill
+	User any    // the shell's
+
+	parts  int         // pieces not finished; > 0 while admitting
+	failed status.Kind // first failure
+	next   *Op         // wait queue
+}
+
+// Done is a finished operation.
+type Done struct {
+	Op     *Op
+	Status status.Kind
+}
+
+// Send is one request for one replica.
+type Send struct {
+	Replica int
+	Req     *wire.Request
+}
+
+// LinkAction tells the shell to keep a connection to a replica, or not to.
+type LinkAction struct {
+	Replica int
+	Open    bool
+}
+
+// MetaCall is a mutation for the metadata service. The shell answers it with
+// exactly one MetaDone, which may take as long as it likes.
+type MetaCall struct {
+	Allocate *pb.Allocate
+	Change   *pb.ChangeMembers
+	Detach   *pb.Detach
+}
+
+// Out gathers the actions of steps. The shell carries them out after it has
+// released its lock, in any order: sends are independent of each other.
+type Out struct {
+	Sends []Send
+	Done  []Done
+	Meta  []*MetaCall
+	Links []LinkAction
+}
+
+// Reset empties o, keeping its memory.
+func (o *Out) Reset() {
+	clear(o.Sends)
+	clear(o.Done)
+	o.Sends, o.Done, o.Meta, o.Links = o.Sends[:0], o.Done[:0], o.Meta[:0], o.Links[:0]
+}
+
+// Event is what can happen to an engine.
+type Event interface{ event() }
+
+// The events.
+type (
+	// Submit brings client operations.
+	Submit struct{ Ops []*Op }
+	// Up says that a connection to a replica is ready; Gen tells it from
+	// earlier ones and is above them.
+	Up struct {
+		Replica int
+		Gen     uint64
+	}
+	// Down says that the connection Gen is gone, with all its answers.
+	Down struct {
+		Replica int
+		Gen     uint64
+		Why     string
+	}
+	// Lost says that a replica could not be reached again over any path.
+	Lost struct {
+		Replica int
+		Why     string
+	}
+	// Replies brings answers over connection Gen.
+	Replies struct {
+		Replica int
+		Gen     uint64
+		Replies []*wire.Reply
+	}
+	// MetaDone answers a MetaCall.
+	MetaDone struct {
+		Call   *MetaCall
+		Result *pb.Result
+		Err    error // status kinds; Unavailable and Unknown are asked again
+	}
+	// Lease extends the right to serve reads until a moment of the engine's clock.
+	Lease struct{ Until time.Duration }
+	// Refresh brings the volume as metadata knows it: size, members.
+	Refresh struct{ Volume *pb.Volume }
+	// Tick lets time pass; at least every 100 ms.
+	Tick struct{}
+	// Detach asks to drain, flush and let go.
+	Detach struct{}
+	// Fence says that the epoch is over.
+	Fence struct{ Why string }
+)
+
+func (*Submit) event()   {}
+func (*Up) event()       {}
+func (*Down) event()     {}
+func (*Lost) event()     {}
+func (*Replies) event()  {}
+func (*MetaDone) event() {}
+func (*Lease) event()    {}
+func (*Refresh) event()  {}
+func (*Tick) event()     {}
+func (*Detach) event()   {}
+func (*Fence) event()    {}
+
+// Engine is one attached volume. It is not safe for concurrent use.
+type Engine struct {
+	cfg      Config
+	volume   ids.VolumeID
+	epoch    ids.Epoch
+	revision uint64
+	size     uint64 // bytes
+	perChunk uint32 // blocks
+	replicas []*replica
+	byStore  map[ids.StoreID]*replica
+	chunks   map[ids.ChunkIndex]*chunk
+
+	state State
+	why   string // of Ended, or what an attach waits for
+	now   time.Duration
+	out   *Out
+
+	counter  uint64      // last version counter given: all versions ≤ (epoch, counter)
+	floor    ids.Version // all in-sync replicas are durable up to here: floor ≤ lowest in flight - 1
+	inFlight jobList     // issued writes in version order: head is the lowest
+	freeJobs []*job
+
+	waiting   opQueue // operations that came while attaching
+	leaseTill time.Duration
+	leaseHeld []*Op   // reads whose data is there but whose lease is not
+	stuck     []*read // reads no replica can serve now
+
+	flush   flushState
+	member  memberState
+	alloc   allocState
+	attach  *attach
+	fullAt  time.Duration // a replica said NoSpace then; 0: no
+	fullFor []*job        // writes to send again when space may have come back
+
+	stats Stats
+}
+
+// Stats counts what an engine has done since it was made.
+type Stats struct {
+	Reads, Writes, Flushes uint64
+	MaxWriteStall          time.Duration
+	Excluded, Joined       uint64
+	Repaired               uint64 // blocks rewritten from a good copy
+}
+
+// chunk is one allocated, or just being allocated, chunk.
+type chunk struct {
+	index    ids.ChunkIndex
+	id       ids.ChunkID // 0 while being allocated
+	replicas []*replica  // position = bit in job.need and job.have
+	jobs     []*job      // in flight or merging; bounded by the operations in flight
+	waiters  opQueue     // operations that wait for the allocation
+}
+
+// New returns an engine that has begun to attach: its links are to be opened.
+func New(now time.Duration, cfg Config, out *Out) (*Engine, error) {
+	if cfg.Stall == 0 {
+		cfg.Stall = time.Second
+	}
+	if cfg.SealWait == 0 {
+		cfg.SealWait = 1500 * time.Millisecond
+	}
+	if cfg.Flush == 0 {
+		cfg.Flush = time.Second
+	}
+	v := cfg.Volume
+	if v.ChunkBytes == 0 || v.ChunkBytes%ids.BlockSize != 0 || v.SizeBytes%ids.BlockSize != 0 {
+		return nil, status.Errorf(status.Invalid, "volume %q has a size of %d and chunks of %d bytes: both must be whole blocks", v.Name, v.SizeBytes, v.ChunkBytes)
+	}
+	e := &Engine{cfg: cfg, volume: ids.VolumeID(v.Id), epoch: ids.Epoch(v.Epoch), revision: v.Revision,
+		size: v.SizeBytes, perChunk: uint32(v.ChunkBytes / ids.BlockSize),
+		byStore: map[ids.StoreID]*replica{}, chunks: map[ids.ChunkIndex]*chunk{}, now: now, out: out}
+	e.cfg.Volume, e.cfg.Chunks = nil, nil
+	e.inFlight.init()
+	e.addMembers(v.Members)
+	for _, c := range cfg.Chunks {
+		if err := e.addChunk(c); err != nil {
+			return nil, err
+		}
+	}
+	e.beginAttach()
+	e.settle()
+	return e, nil
+}
+
+// Step lets ev happen at now (a monotonic clock that also counts suspension)
+// and appends the actions it causes to out.
+func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
+	e.now, e.out = now, out
+	switch ev := ev.(type) {
+	case *Submit:
+		for _, op := range ev.Ops {
+			e.submit(op)
+		}
+	case *Replies:
+		e.replies(ev)
+	case *Up:
+		e.linkUp(ev)
+	case *Down:
+		e.linkDown(ev)
+	case *Lost:
+		e.lost(ev)
+	case *MetaDone:
+		e.metaDone(ev)
+	case *Lease:
+		e.leased(ev.Until)
+	case *Refresh:
+		e.refresh(ev.Volume)
+	case *Tick:
+		e.tick()
+	case *Detach:
+		e.detach()
+	case *Fence:
+		e.end(ev.Why)
+	}
+	e.settle()
+}
+
+// settle is the upkeep after each event: whatever has become possible is done.
+func (e *Engine) settle() {
+	if e.state == Ended {
+		return
+	}
+	e.stepAttach()
+	e.startAllocate()
+	e.startFlush()
+	e.stepJoins()
+	e.startChange()
+	e.stepDetach()
+}
+
+func (e *Engine) tick() {
+	if e.state == Ended {
+		return
+	}
+	e.watchStalls()
+	e.retryFull()
+	e.retryStuck()
+	e.autoFlush()
+}
+
+// submit admits one operation, or keeps it until the volume serves.
+func (e *Engine) submit(op *Op) {
+	switch e.state {
+	case Attaching:
+		e.waiting.push(op)
+	case Serving:
+		e.admit(op)
+	default:
+		e.done(op, status.Shutdown)
+	}
+}
+
+// done tells the client.
+func (e *Engine) done(op *Op, k status.Kind) {
+	e.out.Done = append(e.out.Done, Done{op, k})
+}
+
+// end refuses everything from now on. Nothing in flight is answered OK.
+func (e *Engine) end(why string) {
+	if e.state == Ended {
+		return
+	}
+	e.state, e.why = Ended, why
+	for _, op := range e.unfinished() {
+		e.done(op, status.Shutdown)
+	}
+	for _, r := range e.replicas {
+		e.out.Links = append(e.out.Links, LinkAction{r.index, false})
+	}
+}
+
+// unfinished lists every operation the engine owns, once each.
+func (e *Engine) unfinished() []*Op {
+	var ops []*Op
+	seen := map[*Op]bool{}
+	add := func(op *Op) {
+		if op != nil && !seen[op] {
+			seen[op] = true
+			ops = append(ops, op)
+		}
+	}
+	addAll := func(q *opQueue) {
+		for op := q.takeAll(); op != nil; {
+			next := op.next
+			op.next = nil
+			add(op)
+			op = next
+		}
+	}
+	addAll(&e.waiting)
+	for _, c := range e.chunks {
+		addAll(&c.waiters)
+		for _, j := range c.jobs {
+			add(j.op)
+			for _, w := range j.waiters {
+				add(w.op)
+			}
+		}
+	}
+	for _, op := range e.leaseHeld {
+		add(op)
+	}
+	for _, rd := range e.stuck {
+		add(rd.op)
+	}
+	for _, r := range e.replicas {
+		for i := range r.slots {
+			if rd := r.slots[i].read; rd != nil {
+				add(rd.op)
+			}
+		}
+	}
+	for _, op := range e.flush.next {
+		add(op)
+	}
+	for _, op := range e.flush.now {
+		add(op)
+	}
+	return ops
+}
+
+// detach starts to let go: operations in flight finish first.
+func (e *Engine) detach() {
+	switch e.state {
+	case Attaching:
+		e.end("detached before it served")
+		e.out.Meta = append(e.out.Meta, e.detachCall())
+	case Serving:
+		e.state, e.why = Draining, "detaching"
+		e.flush.wanted = true
+	}
+}
+
+func (e *Engine) detachCall() *MetaCall {
+	return &MetaCall{Detach: &pb.Detach{VolumeId: uint64(e.volume), Epoch: uint32(e.epoch)}}
+}
+
+// stepDetach lets go once nothing is in flight and all is durable.
+func (e *Engine) stepDetach() {
+	if e.state != Draining || e.busy() || e.flush.running || e.flush.wanted || e.dirty() || e.member.call != nil || e.alloc.call != nil {
+		return
+	}
+	e.out.Meta = append(e.out.Meta, e.detachCall())
+	e.end("detached")
+}
+
+// busy reports whether any operation is unfinished.
+func (e *Engine) busy() bool {
+	return len(e.unfinishedPeek()) > 0
+}
+
+func (e *Engine) unfinishedPeek() []*Op {
+	if !e.inFlight.empty() || len(e.flush.next)+len(e.flush.now)+len(e.leaseHeld)+len(e.stuck) > 0 {
+		return []*Op{nil}
+	}
+	for _, c := range e.chunks {
+		if len(c.jobs) > 0 || c.waiters.head != nil {
+			return []*Op{nil}
+		}
+	}
+	for _, r := range e.replicas {
+		for i := range r.slots {
+			if r.slots[i].read != nil {
+				return []*Op{nil}
+			}
+		}
+	}
+	return nil
+}
+
+// leased extends the read lease and lets waiting reads go.
+func (e *Engine) leased(until time.Duration) {
+	e.leaseTill = max(e.leaseTill, until)
+	if e.now >= e.leaseTill || e.state == Ended {
+		return
+	}
+	held := e.leaseHeld
+	e.leaseHeld = nil
+	for _, op := range held {
+		e.done(op, op.failed)
+	}
+}
+
+// refresh takes the volume as metadata knows it. Older news is ignored.
+func (e *Engine) refresh(v *pb.Volume) {
+	if e.state == Ended || v == nil {
+		return
+	}
+	if ids.Epoch(v.Epoch) > e.epoch {
+		e.end(fmt.Sprintf("epoch %d was given to %s", v.Epoch, v.HolderHost))
+		return
+	}
+	if ids.Epoch(v.Epoch) < e.epoch {
+		return
+	}
+	e.size = max(e.size, v.SizeBytes)
+	if v.Revision > e.revision && e.member.call == nil && e.alloc.call == nil {
+		e.adoptMembers(v)
+	}
+}
+
+// Info is what people want to know about an engine.
+type Info struct {
+	State    State
+	Why      string
+	Epoch    ids.Epoch
+	Revision uint64
+	Size     uint64
+	Floor    ids.Version
+	InFlight int
+	Stats    Stats
+	Replicas []ReplicaInfo
+}
+
+// ReplicaInfo is the state of one member.
+type ReplicaInfo struct {
+	Index       int
+	Store       ids.StoreID
+	Host, Addr  string
+	State       string // in-sync, lost, joining, out
+	JoinedBytes uint64 // data sent by the running or last join
+}
+
+// Info returns a picture of the engine.
+func (e *Engine) Info() Info {
+	in := Info{State: e.state, Why: e.why, Epoch: e.epoch, Revision: e.revision, Size: e.size, Floor: e.floor,
+		InFlight: e.inFlight.len, Stats: e.stats}
+	for _, r := range e.replicas {
+		in.Replicas = append(in.Replicas, ReplicaInfo{Index: r.index, Store: r.store, Host: r.host, Addr: r.addr,
+			State: r.stateName(), JoinedBytes: r.joinedBytes})
+	}
+	return in
+}
+
+// Size returns the volume's size in bytes.
+func (e *Engine) Size() uint64 { return e.size }
+
+// Replica returns the store, host and address of member i, for the shell that
+// connects to it.
+func (e *Engine) Replica(i int) ReplicaInfo {
+	r := e.replicas[i]
+	return ReplicaInfo{Index: i, Store: r.store, Host: r.host, Addr: r.addr, State: r.stateName()}
+}
+
+// Extent is a run of bytes that are all allocated or all not.
+type Extent struct {
+	Len  uint64
+	Hole bool
+}
+
+// Extents describes [off, off+n) by the thin map: a hole is what no chunk was
+// ever allocated for. It never claims "hole" for what a write may have filled.
+func (e *Engine) Extents(off, n uint64) []Extent {
+	var out []Extent
+	chunkBytes := uint64(e.perChunk) * ids.BlockSize
+	for n > 0 {
+		step := min(n, chunkBytes-off%chunkBytes)
+		_, ok := e.chunks[ids.ChunkIndex(off/chunkBytes)]
+		if k := len(out); k > 0 && out[k-1].Hole == !ok {
+			out[k-1].Len += step
+		} else {
+			out = append(out, Extent{step, !ok})
+		}
+		off, n = off+step, n-step
+	}
+	return out
+}

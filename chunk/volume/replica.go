@@ -1,0 +1,281 @@
+package volume
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+	"github.com/cairnstore/cairn/proto/wire"
+)
+
+// replica is one member store of the volume.
+//
+//	readable ⇔ inSync ∧ up ∧ sealed;  required ⇔ inSync ∨ join.required
+type replica struct {
+	index       int
+	store       ids.StoreID
+	host, addr  string
+	incarnation ids.Incarnation
+	local       bool // on this gateway's host
+
+	inSync      bool // as committed at e.revision
+	up          bool // connection gen is ready
+	sealed      bool // and the store has answered our epoch's seal over it
+	lost        bool // the shell could not reach it
+	intact      bool // from the seal
+	floor       ids.Version
+	gen         uint64
+	excluding   bool // to be excluded as soon as the rules and metadata allow
+	why         string
+	join        *join
+	joinAfter   time.Duration // not before: backs off
+	joinedBytes uint64
+
+	slots     []slot
+	free      []uint32
+	busy      int // requests outstanding
+	lastReply time.Duration
+}
+
+// slot is one outstanding request. Exactly one of job, read and on is set.
+type slot struct {
+	job  *job
+	read *read
+	on   func(*wire.Reply)
+	pos  int
+	at   time.Duration
+	tag  uint32 // tells this use of the slot from earlier ones
+	used bool
+}
+
+func (r *replica) required() bool { return r.inSync || (r.join != nil && r.join.required) }
+
+// writable reports whether writes are to be sent to it now.
+func (r *replica) writable() bool {
+	return r.up && r.sealed && !r.excluding && (r.inSync || r.join != nil)
+}
+
+func (r *replica) stateName() string {
+	switch {
+	case r.inSync && r.up && r.sealed && !r.excluding:
+		return "in-sync"
+	case r.inSync:
+		return "lost"
+	case r.join != nil:
+		return "joining"
+	}
+	return "out"
+}
+
+// addMembers enters members the engine does not know and opens their links.
+func (e *Engine) addMembers(ms []*pb.Member) {
+	for _, m := range ms {
+		id, err := ids.StoreIDFromBytes(m.Store)
+		if err != nil || e.byStore[id] != nil {
+			continue
+		}
+		r := &replica{index: len(e.replicas), store: id, host: m.Host, addr: m.DataAddr, local: m.Host == e.cfg.Host,
+			incarnation: ids.Incarnation(m.Incarnation), inSync: m.InSync}
+		e.replicas = append(e.replicas, r)
+		e.byStore[id] = r
+		e.out.Links = append(e.out.Links, LinkAction{r.index, true})
+	}
+}
+
+// send gives a request its identity and puts it into the outbox.
+func (e *Engine) send(r *replica, q *wire.Request, s slot) {
+	var i uint32
+	if n := len(r.free); n > 0 {
+		i = r.free[n-1]
+		r.free = r.free[:n-1]
+	} else {
+		i = uint32(len(r.slots))
+		r.slots = append(r.slots, slot{})
+	}
+	s.tag, s.used, s.at = r.slots[i].tag+1, true, e.now
+	r.slots[i] = s
+	r.busy++
+	q.ID = uint64(s.tag)<<32 | uint64(i)
+	q.Store, q.Volume, q.Epoch = r.store, e.volume, e.epoch
+	e.out.Sends = append(e.out.Sends, Send{r.index, q})
+}
+
+// call sends a request whose answer, or Unavailable when the link goes, comes
+// to on.
+func (e *Engine) call(r *replica, q *wire.Request, on func(*wire.Reply)) {
+	e.send(r, q, slot{on: on})
+}
+
+// replies takes answers. Those of earlier connections and of slots that were
+// given up are ignored.
+func (e *Engine) replies(ev *Replies) {
+	r := e.replicas[ev.Replica]
+	for _, rep := range ev.Replies {
+		i := uint32(rep.ID)
+		if r.gen != ev.Gen || !r.up || e.state == Ended || int(i) >= len(r.slots) || !r.slots[i].used || r.slots[i].tag != uint32(rep.ID>>32) {
+			continue
+		}
+		r.lastReply = e.now
+		s := e.freeSlot(r, i)
+		if rep.Status == status.Fenced {
+			e.end(fmt.Sprintf("store %s on %s has sealed epoch %d", r.store.Short(), r.host, rep.Epoch))
+			return
+		}
+		e.answer(r, s, rep)
+	}
+}
+
+func (e *Engine) freeSlot(r *replica, i uint32) slot {
+	s := r.slots[i]
+	r.slots[i] = slot{tag: s.tag}
+	r.free = append(r.free, i)
+	r.busy--
+	return s
+}
+
+func (e *Engine) answer(r *replica, s slot, rep *wire.Reply) {
+	switch {
+	case s.job != nil:
+		e.accepted(r, s.job, s.pos, rep)
+	case s.read != nil:
+		e.readReply(r, s.read, s.pos, rep)
+	default:
+		s.on(rep)
+	}
+}
+
+// replicaFailed deals with an answer that says the store cannot go on.
+func (e *Engine) replicaFailed(r *replica, rep *wire.Reply) {
+	why := fmt.Sprintf("%s: %s", rep.Kind, rep.Err())
+	if r.inSync {
+		e.exclude(r, why)
+	} else {
+		e.abortJoin(r, why)
+	}
+}
+
+// linkUp seals the store over the new connection before anything else.
+func (e *Engine) linkUp(ev *Up) {
+	r := e.replicas[ev.Replica]
+	if e.state == Ended || ev.Gen <= r.gen {
+		return
+	}
+	if r.up {
+		e.dropLink(r)
+	}
+	r.gen, r.up, r.lost, r.sealed, r.lastReply = ev.Gen, true, false, false, e.now
+	if r.inSync {
+		e.seal(r)
+	} // a member that is out joins: stepJoins
+}
+
+// seal raises the store's epoch for the volume; the answer tells what it holds.
+func (e *Engine) seal(r *replica) {
+	e.call(r, &wire.Request{Kind: wire.Seal}, func(rep *wire.Reply) {
+		if rep.Status == status.Unavailable || !r.inSync {
+			return
+		}
+		if rep.Status != status.OK {
+			e.replicaFailed(r, rep)
+			return
+		}
+		r.intact, r.floor = rep.Flags&wire.FlagIntact != 0, rep.Floor
+		if rep.Incarnation != r.incarnation {
+			e.exclude(r, fmt.Sprintf("incarnation %d instead of %d: not the store that was in sync", rep.Incarnation, r.incarnation))
+			return
+		}
+		if e.state != Attaching && !r.intact {
+			e.exclude(r, "it lost power since the floor")
+			return
+		}
+		r.sealed = true
+		if e.state != Attaching {
+			e.resume(r)
+		}
+	})
+}
+
+// resume sends a returned in-sync replica what it has not answered.
+func (e *Engine) resume(r *replica) {
+	if r.excluding && !e.inCall(r) {
+		r.excluding = false // it came back before the exclusion was asked for
+	}
+	for _, j := range e.inFlight.all() {
+		for pos, o := range j.c.replicas {
+			if o == r {
+				e.sendJob(j, pos)
+			}
+		}
+	}
+	e.sendFlushes()
+	e.retryStuck()
+}
+
+// linkDown: every outstanding request is unanswered.
+func (e *Engine) linkDown(ev *Down) {
+	r := e.replicas[ev.Replica]
+	if ev.Gen != r.gen || !r.up || e.state == Ended {
+		return
+	}
+	e.dropLink(r)
+	if r.join != nil {
+		e.abortJoin(r, ev.Why)
+	}
+}
+
+// dropLink forgets the connection and gives its requests back as Unavailable.
+func (e *Engine) dropLink(r *replica) {
+	r.up, r.sealed = false, false
+	for i := range r.slots {
+		if !r.slots[i].used {
+			continue
+		}
+		s := e.freeSlot(r, uint32(i))
+		e.answer(r, s, &wire.Reply{Status: status.Unavailable, Detail: "connection lost"})
+	}
+}
+
+// lost: no path leads to the replica.
+func (e *Engine) lost(ev *Lost) {
+	r := e.replicas[ev.Replica]
+	if r.up || e.state == Ended {
+		return
+	}
+	r.lost, r.why = true, ev.Why
+	if r.inSync && e.state != Attaching {
+		e.exclude(r, ev.Why)
+	}
+}
+
+// watchStalls excludes a replica that has made no progress for cfg.Stall while
+// another has: when all stand still, the gateway suspects itself.
+func (e *Engine) watchStalls() {
+	moving := false
+	for _, r := range e.replicas {
+		moving = moving || (r.inSync && r.up && r.sealed && !e.stalled(r))
+	}
+	for _, r := range e.replicas {
+		if !r.up || !e.stalled(r) {
+			continue
+		}
+		if r.join != nil {
+			e.abortJoin(r, "no progress")
+		} else if r.inSync && moving && e.state != Attaching {
+			e.exclude(r, fmt.Sprintf("no answer for %v", e.cfg.Stall))
+		}
+	}
+}
+
+func (e *Engine) stalled(r *replica) bool {
+	if r.busy == 0 || e.now-r.lastReply < e.cfg.Stall {
+		return false
+	}
+	for i := range r.slots {
+		if r.slots[i].used && e.now-r.slots[i].at >= e.cfg.Stall {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,304 @@
+package volume
+
+import (
+	"time"
+
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/status"
+	"github.com/cairnstore/cairn/proto/wire"
+)
+
+// maxReplicas bounds the replicas of one chunk, joining ones included.
+const maxReplicas = 8
+
+// job is one write or zeroing of consecutive blocks of one chunk, from its
+// version to its last answer.
+//
+//	have ⊆ need ∪ joining;  done ⇔ need ⊆ have;  reusable ⇔ done ∧ unanswered = 0
+type job struct {
+	op         *Op
+	piece      piece
+	c          *chunk
+	first      ids.Block
+	count      uint32
+	version    ids.Version
+	merging    bool   // reading its edges; exclusive on its blocks
+	merged     []byte // whole blocks of an unaligned write
+	edges      int    // edge reads outstanding
+	need, have uint16 // bit i: c.replicas[i] must accept, has accepted
+	sent       uint16 // an answer is outstanding
+	unanswered int
+	done       bool
+	startedAt  time.Duration
+	waiters    []waiter
+	sums       []uint32
+	reqs       [maxReplicas]wire.Request
+	prev, next *job
+}
+
+// waiter is what goes on when a job is complete: a piece that starts then, or
+// a read that has its data and may be answered then.
+type waiter struct {
+	op    *Op
+	piece piece
+	read  *read
+}
+
+func (j *job) overlaps(first ids.Block, count uint32) bool {
+	return first < j.first+ids.Block(j.count) && j.first < first+ids.Block(count)
+}
+
+func (j *job) zero() bool { return j.op.Kind != OpWrite && j.merged == nil }
+
+// jobList is a list in version order; appending keeps it because versions rise.
+type jobList struct {
+	root job
+	len  int
+}
+
+func (l *jobList) init()       { l.root.prev, l.root.next = &l.root, &l.root }
+func (l *jobList) empty() bool { return l.root.next == &l.root }
+
+// lowest returns the lowest version in flight, or MaxVersion.
+func (l *jobList) lowest() ids.Version {
+	if l.empty() {
+		return ids.MaxVersion
+	}
+	return l.root.next.version
+}
+
+func (l *jobList) push(j *job) {
+	j.prev, j.next = l.root.prev, &l.root
+	j.prev.next, l.root.prev = j, j
+	l.len++
+}
+
+func (l *jobList) remove(j *job) {
+	j.prev.next, j.next.prev = j.next, j.prev
+	j.prev, j.next = nil, nil
+	l.len--
+}
+
+// all returns the jobs in version order, safe against changes of the list.
+func (l *jobList) all() []*job {
+	out := make([]*job, 0, l.len)
+	for j := l.root.next; j != &l.root; j = j.next {
+		out = append(out, j)
+	}
+	return out
+}
+
+// newJob makes a job that is already visible to overlapping operations.
+func (e *Engine) newJob(c *chunk, p piece, first ids.Block, count uint32) *job {
+	var j *job
+	if n := len(e.freeJobs); n > 0 {
+		j = e.freeJobs[n-1]
+		e.freeJobs = e.freeJobs[:n-1]
+	} else {
+		j = &job{}
+	}
+	sums, waiters := j.sums[:0], j.waiters[:0]
+	*j = job{op: p.op, piece: p, c: c, first: first, count: count, startedAt: e.now, sums: sums, waiters: waiters}
+	c.jobs = append(c.jobs, j)
+	return j
+}
+
+// merge reads the partly covered blocks at the edges, and issues once it has
+// them. Everything overlapping waits meanwhile: a block is one register.
+func (e *Engine) merge(j *job) {
+	j.merging = true
+	j.merged = make([]byte, int(j.count)*ids.BlockSize)
+	chunkBytes := uint64(e.perChunk) * ids.BlockSize
+	begin := j.piece.off % chunkBytes
+	end := begin + j.piece.n
+	last := j.first + ids.Block(j.count) - 1
+	var edges []ids.Block
+	if begin%ids.BlockSize != 0 || j.count == 1 {
+		edges = append(edges, j.first)
+	}
+	if end%ids.BlockSize != 0 && (last != j.first || len(edges) == 0) {
+		edges = append(edges, last)
+	}
+	j.edges = len(edges)
+	for _, b := range edges {
+		e.sendRead(&read{op: j.op, c: j.c, first: b, count: 1, job: j})
+	}
+}
+
+// edgeRead takes one edge block of a merge.
+func (e *Engine) edgeRead(rd *read, data []byte, k status.Kind) {
+	j := rd.job
+	if k != status.OK {
+		if j.op.failed == status.OK {
+			j.op.failed = k
+		}
+	} else {
+		copy(j.merged[uint64(rd.first-j.first)*ids.BlockSize:], data)
+	}
+	if j.edges--; j.edges > 0 {
+		return
+	}
+	if j.op.failed != status.OK { // nothing was sent: it may fail
+		e.finish(j, j.op.failed)
+		return
+	}
+	at := j.piece.off % (uint64(e.perChunk) * ids.BlockSize) % ids.BlockSize
+	if j.op.Kind == OpWrite {
+		copy(j.merged[at:], j.piece.data())
+	} else {
+		clear(j.merged[at : at+j.piece.n])
+	}
+	j.merging = false
+	e.issue(j)
+}
+
+// issue gives the job its version and sends it to every replica that takes
+// writes. What must accept it is decided here and only shrinks by a committed
+// exclusion, or grows when a joiner becomes required.
+func (e *Engine) issue(j *job) {
+	if e.counter >= ids.MaxCounter {
+		e.finish(j, status.Shutdown)
+		e.end("the epoch's versions are used up; attach again")
+		return
+	}
+	e.counter++
+	j.version = ids.MakeVersion(e.epoch, e.counter)
+	if !j.zero() {
+		data := j.data()
+		for i := range j.count {
+			block := data[int(i)*ids.BlockSize : int(i+1)*ids.BlockSize]
+			j.sums = append(j.sums, wire.BlockSum(e.volume, j.c.id, 0, j.first+ids.Block(i), j.version, block))
+		}
+	}
+	e.inFlight.push(j)
+	for pos, r := range j.c.replicas {
+		if r.required() {
+			j.need |= 1 << pos
+		}
+		e.sendJob(j, pos)
+	}
+	e.check(j) // nobody may be required when every member is out
+}
+
+func (j *job) data() []byte {
+	if j.merged != nil {
+		return j.merged
+	}
+	return j.piece.data()
+}
+
+// sendJob sends the job to one replica if it takes writes and has none of it.
+func (e *Engine) sendJob(j *job, pos int) {
+	r, bit := j.c.replicas[pos], uint16(1)<<pos
+	if (j.have|j.sent)&bit != 0 || !r.writable() || (r.join != nil && j.version < r.join.from) {
+		return
+	}
+	q := &j.reqs[pos]
+	*q = wire.Request{Kind: wire.Write, Chunk: j.c.id, Block: j.first, Count: j.count, Version: j.version}
+	if j.zero() {
+		q.Kind = wire.Zero
+	} else {
+		q.Sums, q.Data = j.sums, j.data()
+		if !r.required() { // the client may have its buffer back before a joiner has sent it
+			q.Data = append([]byte(nil), q.Data...)
+		}
+	}
+	j.sent |= bit
+	j.unanswered++
+	e.send(r, q, slot{job: j, pos: pos})
+}
+
+// accepted takes a replica's answer to a job.
+func (e *Engine) accepted(r *replica, j *job, pos int, rep *wire.Reply) {
+	bit := uint16(1) << pos
+	j.sent &^= bit
+	j.unanswered--
+	switch rep.Status {
+	case status.OK:
+		j.have |= bit
+		if !j.done {
+			e.check(j)
+		}
+	case status.Unavailable: // the link went; the next one sends it again
+	case status.NoSpace:
+		if r.inSync {
+			e.full(j)
+		} else {
+			e.abortJoin(r, "no space")
+		}
+	default:
+		e.replicaFailed(r, rep)
+	}
+	e.recycle(j)
+}
+
+// check completes a job that every required replica has accepted.
+func (e *Engine) check(j *job) {
+	if j.done || j.need&^j.have != 0 || j.need == 0 {
+		return
+	}
+	e.inFlight.remove(j)
+	e.flush.dirty += uint64(j.count) * ids.BlockSize
+	if e.flush.dirty >= flushBytes {
+		e.flush.wanted = true
+	}
+	e.stats.MaxWriteStall = max(e.stats.MaxWriteStall, e.now-j.startedAt)
+	e.finish(j, status.OK)
+}
+
+// finish takes the job from its chunk, ends its piece and wakes who waited.
+func (e *Engine) finish(j *job, k status.Kind) {
+	j.done = true
+	for i, o := range j.c.jobs {
+		if o == j {
+			last := len(j.c.jobs) - 1
+			j.c.jobs[i] = j.c.jobs[last]
+			j.c.jobs[last] = nil
+			j.c.jobs = j.c.jobs[:last]
+			break
+		}
+	}
+	waiters := j.waiters
+	j.waiters = nil
+	e.partDone(j.op, k)
+	for _, w := range waiters {
+		if w.read != nil {
+			e.answerRead(w.read)
+		} else {
+			e.start(w.piece)
+		}
+	}
+	e.recycle(j)
+}
+
+// recycle keeps a finished job nobody refers to for the next one.
+func (e *Engine) recycle(j *job) {
+	if j.done && j.unanswered == 0 && j.c != nil && len(e.freeJobs) < 256 {
+		j.c, j.op = nil, nil
+		e.freeJobs = append(e.freeJobs, j)
+	}
+}
+
+// full remembers that a replica had no room: new writes are refused from now
+// on, this one waits, because a write once sent never fails.
+func (e *Engine) full(j *job) {
+	e.fullAt = e.now
+	e.fullFor = append(e.fullFor, j)
+}
+
+// retryFull asks again whether there is room.
+func (e *Engine) retryFull() {
+	if e.fullAt == 0 || e.now-e.fullAt < spaceRetry {
+		return
+	}
+	e.fullAt = 0
+	jobs := e.fullFor
+	e.fullFor = nil
+	for _, j := range jobs {
+		if !j.done {
+			for pos := range j.c.replicas {
+				e.sendJob(j, pos)
+			}
+		}
+	}
+}
