@@ -32,7 +32,7 @@ check: lint
 
 # Everything CI runs: < 15 minutes on 2 cores. Integration tests take part from
 # the first one that exists.
-test: deps lint proto-check test-unit $(if $(INT_PKGS),test-int)
+test: deps lint proto-check test-unit $(if $(strip $(INT_PKGS)),test-int)
 
 test-unit:
 	$(GO) test -race -timeout 8m $(UNIT_PKGS)
