@@ -102,9 +102,13 @@ func (e *Engine) send(r *replica, q *wire.Request, s slot) {
 	e.out.Sends = append(e.out.Sends, Send{r.index, q})
 }
 
-// call sends a request whose answer, or Unavailable when the link goes, comes
-// to on.
+// call sends a request whose answer, or Unavailable when the link goes or is
+// gone already, comes to on.
 func (e *Engine) call(r *replica, q *wire.Request, on func(*wire.Reply)) {
+	if !r.up {
+		on(&wire.Reply{Kind: q.Kind, Status: status.Unavailable, Detail: "connection lost"})
+		return
+	}
 	e.send(r, q, slot{on: on})
 }
 
@@ -222,6 +226,9 @@ func (e *Engine) linkDown(ev *Down) {
 	e.dropLink(r)
 	if r.join != nil {
 		e.abortJoin(r, ev.Why)
+	}
+	if e.attach != nil && r.inSync && e.attach.phase > attachExclude {
+		e.attach.phase = attachSeal // also when it owed no answer: the list of members has changed
 	}
 }
 
