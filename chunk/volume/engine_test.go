@@ -259,10 +259,24 @@ func (w *world) write(block uint64, val byte) {
 		w.model[block] = may
 	}
 	may[val] = true
-	op := &Op{Kind: OpWrite, Off: block * ids.BlockSize, Len: ids.BlockSize, Data: data}
+	op := &Op{Kind: OpWrite, FUA: w.rng.IntN(4) == 0, Off: block * ids.BlockSize, Len: ids.BlockSize, Data: data}
+	if val == 0 {
+		op.Kind, op.Data = OpZero, nil
+	}
 	w.done[op] = func(k status.Kind) {
-		if k == status.OK { // one write of a block at a time: it is the value now
-			w.model[block] = map[byte]bool{val: true}
+		if k != status.OK {
+			w.t.Fatalf("seed %d: write of block %d failed: %v", w.seed, block, k)
+		}
+		w.model[block] = map[byte]bool{val: true} // one write of a block at a time: it is the value now
+	}
+	w.step(&Submit{[]*Op{op}})
+}
+
+func (w *world) flush() {
+	op := &Op{Kind: OpFlush}
+	w.done[op] = func(k status.Kind) {
+		if k != status.OK {
+			w.t.Fatalf("seed %d: flush failed: %v", w.seed, k)
 		}
 	}
 	w.step(&Submit{[]*Op{op}})
@@ -324,9 +338,14 @@ func TestStoresFallAndGatewaysDie(t *testing.T) {
 					continue
 				}
 				used[b] = true
-				if w.rng.IntN(3) == 0 {
+				switch w.rng.IntN(8) {
+				case 0, 1:
 					w.read(b)
-				} else {
+				case 2:
+					w.write(b, 0)
+				case 3:
+					w.flush()
+				default:
 					val = val%250 + 1
 					w.write(b, val)
 				}
