@@ -1,10 +1,9 @@
 // Package check records what clients of a block device saw and decides whether
 // it could have happened on one correct disk.
 //
-// Duty: a history of block reads and writes (History), its checker for promise
-// P1 (Linearizable), an NBD client that behaves like QEMU's with
-// reconnect-delay (Client), and verified random load (Load). Floor: F5. It
-// starts no process and breaks nothing: that is chaos/fault and chaos/cluster.
+// Duty: a history of block reads and writes (History) and its checker for
+// promise P1 (Linearizable). Floor: F5. It makes no load, starts no process and
+// breaks nothing.
 package check
 
 import (
