@@ -125,6 +125,10 @@ func (p piece) data() []byte {
 // return what could still be lost); a write only for one that is merging; a
 // merge, which reads before it writes, for all.
 func (e *Engine) start(p piece) {
+	if e.state == Ended {
+		e.partDone(p.op, status.Shutdown)
+		return
+	}
 	c := e.chunks[ids.ChunkIndex(p.off/(uint64(e.perChunk)*ids.BlockSize))]
 	if c == nil || c.id == 0 {
 		e.startUnallocated(c, p)

@@ -85,9 +85,10 @@ type Op struct {
 	Data []byte // Write: payload. Read: Len bytes to fill
 	User any    // the shell's
 
-	parts  int         // pieces not finished; > 0 while admitting
-	failed status.Kind // first failure
-	next   *Op         // wait queue
+	parts    int         // pieces not finished; > 0 while admitting
+	failed   status.Kind // first failure
+	answered bool        // it was in Out.Done: whatever still refers to it is late
+	next     *Op         // wait queue
 }
 
 // Done is a finished operation.
@@ -243,7 +244,6 @@ type chunk struct {
 	id       ids.ChunkID // 0 while being allocated
 	replicas []*replica  // position = bit in job.need and job.have
 	jobs     []*job      // in flight or merging; bounded by the operations in flight
-	waiters  opQueue     // operations that wait for the allocation
 }
 
 // New returns an engine that has begun to attach: its links are to be opened.
@@ -345,8 +345,13 @@ func (e *Engine) submit(op *Op) {
 	}
 }
 
-// done tells the client.
+// done tells the client, once: pieces of an operation may still be on their way
+// when the end of the epoch answers it.
 func (e *Engine) done(op *Op, k status.Kind) {
+	if op.answered {
+		return
+	}
+	op.answered = true
 	e.out.Done = append(e.out.Done, Done{op, k})
 }
 
@@ -359,6 +364,7 @@ func (e *Engine) end(why string) {
 	for _, op := range e.unfinished() {
 		e.done(op, status.Shutdown)
 	}
+	e.waiting.takeAll()
 	for _, r := range e.replicas {
 		e.out.Links = append(e.out.Links, LinkAction{r.index, false})
 	}
@@ -374,22 +380,20 @@ func (e *Engine) unfinished() []*Op {
 			ops = append(ops, op)
 		}
 	}
-	addAll := func(q *opQueue) {
-		for op := q.takeAll(); op != nil; {
-			next := op.next
-			op.next = nil
-			add(op)
-			op = next
-		}
+	for op := e.waiting.head; op != nil; op = op.next {
+		add(op)
 	}
-	addAll(&e.waiting)
 	for _, c := range e.chunks {
-		addAll(&c.waiters)
 		for _, j := range c.jobs {
 			add(j.op)
 			for _, w := range j.waiters {
 				add(w.op)
 			}
+		}
+	}
+	for _, ps := range e.alloc.pieces {
+		for _, p := range ps {
+			add(p.op)
 		}
 	}
 	for _, op := range e.leaseHeld {
@@ -432,35 +436,11 @@ func (e *Engine) detachCall() *MetaCall {
 
 // stepDetach lets go once nothing is in flight and all is durable.
 func (e *Engine) stepDetach() {
-	if e.state != Draining || e.busy() || e.flush.running || e.flush.wanted || e.dirty() || e.member.call != nil || e.alloc.call != nil {
+	if e.state != Draining || len(e.unfinished()) > 0 || e.flush.running || e.flush.wanted || e.dirty() || e.member.call != nil || e.alloc.call != nil {
 		return
 	}
 	e.out.Meta = append(e.out.Meta, e.detachCall())
 	e.end("detached")
-}
-
-// busy reports whether any operation is unfinished.
-func (e *Engine) busy() bool {
-	return len(e.unfinishedPeek()) > 0
-}
-
-func (e *Engine) unfinishedPeek() []*Op {
-	if !e.inFlight.empty() || len(e.flush.next)+len(e.flush.now)+len(e.leaseHeld)+len(e.stuck) > 0 {
-		return []*Op{nil}
-	}
-	for _, c := range e.chunks {
-		if len(c.jobs) > 0 || c.waiters.head != nil {
-			return []*Op{nil}
-		}
-	}
-	for _, r := range e.replicas {
-		for i := range r.slots {
-			if r.slots[i].read != nil {
-				return []*Op{nil}
-			}
-		}
-	}
-	return nil
 }
 
 // leased extends the read lease and lets waiting reads go.

@@ -122,12 +122,11 @@ func (e *Engine) replies(ev *Replies) {
 			continue
 		}
 		r.lastReply = e.now
-		s := e.freeSlot(r, i)
-		if rep.Status == status.Fenced {
+		if rep.Status == status.Fenced { // before its slot is freed: end answers what is in it
 			e.end(fmt.Sprintf("store %s on %s has sealed epoch %d", r.store.Short(), r.host, rep.Epoch))
 			return
 		}
-		e.answer(r, s, rep)
+		e.answer(r, e.freeSlot(r, i), rep)
 	}
 }
 
