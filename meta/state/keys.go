@@ -105,14 +105,20 @@ func all[T any, P interface {
 	return out
 }
 
-// VolumeByID returns a volume, or nil.
-func VolumeByID(kv KV, id uint64) *pb.Volume {
-	v := &pb.Volume{}
-	if !load(kv, key(tVolume, id), v) {
+// one returns the value at k, or nil.
+func one[T any, P interface {
+	*T
+	proto.Message
+}](kv KV, k []byte) P {
+	m := P(new(T))
+	if !load(kv, k, m) {
 		return nil
 	}
-	return v
+	return m
 }
+
+// VolumeByID returns a volume, or nil.
+func VolumeByID(kv KV, id uint64) *pb.Volume { return one[pb.Volume](kv, key(tVolume, id)) }
 
 // VolumeByName returns a volume by its name or by "id:N", or nil.
 func VolumeByName(kv KV, name string) *pb.Volume {
@@ -137,45 +143,28 @@ func Chunks(kv KV, volume uint64) []*pb.Chunk {
 
 // ChunkAt returns the chunk at an index of a volume, or nil.
 func ChunkAt(kv KV, volume uint64, index uint32) *pb.Chunk {
-	c := &pb.Chunk{}
-	if !load(kv, key(tChunk, volume, index), c) {
-		return nil
-	}
-	return c
+	return one[pb.Chunk](kv, key(tChunk, volume, index))
 }
 
 // Hosts returns all hosts by name.
 func Hosts(kv KV) []*pb.Host { return all[pb.Host](kv, key(tHost), nil, 0) }
 
 // HostByName returns a host, or nil.
-func HostByName(kv KV, name string) *pb.Host {
-	h := &pb.Host{}
-	if !load(kv, key(tHost, name), h) {
-		return nil
-	}
-	return h
-}
+func HostByName(kv KV, name string) *pb.Host { return one[pb.Host](kv, key(tHost, name)) }
 
 // Stores returns all stores by id.
 func Stores(kv KV) []*pb.Store { return all[pb.Store](kv, key(tStore), nil, 0) }
 
 // StoreByID returns a store by its 16 bytes, or nil.
 func StoreByID(kv KV, id []byte) *pb.Store {
-	s := &pb.Store{}
-	if len(id) != 16 || !load(kv, key(tStore, id), s) {
+	if len(id) != 16 {
 		return nil
 	}
-	return s
+	return one[pb.Store](kv, key(tStore, id))
 }
 
 // VMByName returns a VM, or nil.
-func VMByName(kv KV, name string) *pb.VM {
-	v := &pb.VM{}
-	if !load(kv, key(tVM, name), v) {
-		return nil
-	}
-	return v
-}
+func VMByName(kv KV, name string) *pb.VM { return one[pb.VM](kv, key(tVM, name)) }
 
 // VMs returns all VMs by name.
 func VMs(kv KV) []*pb.VM { return all[pb.VM](kv, key(tVM), nil, 0) }

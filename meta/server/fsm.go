@@ -1,0 +1,451 @@
+package server
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+
+	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/options"
+	"github.com/hashicorp/raft"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/cairnstore/cairn/meta/state"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// keyMark holds applied index (8), state hash (8), dirty (1). It is written in
+// the transaction of every batch and is no part of the hash.
+var keyMark = []byte{0, 'm'}
+
+// fsm keeps the state in Badger: a rebuildable cache of the raft log, written
+// without sync. A batch of entries is one transaction that also moves the
+// applied index; entries at or below it are skipped. Whenever anything about
+// the directory is in doubt it is emptied, and raft's snapshot and log give it
+// back.
+type fsm struct {
+	dir  string
+	lock *os.File // flock beside dir: nobody else has this state open
+
+	mu      sync.RWMutex // guards all below; held for writing while a batch is applied
+	db      *badger.DB
+	applied uint64
+	hash    uint64
+
+	closeErr error // of the last database that was thrown away; for the log
+}
+
+var _ raft.BatchingFSM = (*fsm)(nil)
+
+func openBadger(dir string) (*badger.DB, error) {
+	opt := badger.DefaultOptions(dir).WithLogger(nil).WithSyncWrites(false).
+		WithMemTableSize(8 << 20).WithNumMemtables(2).WithBlockCacheSize(16 << 20).
+		WithChecksumVerificationMode(options.OnTableRead).WithVerifyValueChecksum(true).
+		WithValueLogFileSize(64 << 20).WithDetectConflicts(false).WithNumCompactors(2)
+	return badger.Open(opt)
+}
+
+// openFSM opens the state in dir if it can be trusted: it must lie between the
+// newest snapshot and the end of the log, and its hash must be what a scan
+// gives. Otherwise it begins empty. kept says which.
+//
+// Badger checks its tables on goroutines of its own, and one flipped bit there
+// is a panic that ends the process. A file beside dir says that an open has
+// begun; a start that finds it does not try again but begins empty.
+func openFSM(dir string, snapIndex, logLast uint64) (f *fsm, kept bool, err error) {
+	f = &fsm{dir: dir}
+	if f.lock, err = lockDir(dir); err != nil {
+		return nil, false, err
+	}
+	if kept, err = f.open(snapIndex, logLast); err != nil {
+		return nil, false, errors.Join(err, f.lock.Close())
+	}
+	return f, kept, nil
+}
+
+func (f *fsm) open(snapIndex, logLast uint64) (kept bool, err error) {
+	begun := f.dir + ".opening"
+	mark, err := os.OpenFile(begun, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	switch {
+	case errors.Is(err, os.ErrExist):
+	case err != nil:
+		return false, fmt.Errorf("opening the state in %s: %w", f.dir, err)
+	default:
+		if err := mark.Close(); err != nil {
+			return false, fmt.Errorf("opening the state in %s: %w", f.dir, err)
+		}
+		if db, err := openBadger(f.dir); err == nil {
+			f.db = db
+			kept = f.trusted() && f.applied >= snapIndex && f.applied <= max(logLast, snapIndex)
+		}
+	}
+	if !kept {
+		if err := f.wipe(); err != nil {
+			return false, err
+		}
+	}
+	if err := os.Remove(begun); err != nil {
+		return false, errors.Join(fmt.Errorf("opening the state in %s: %w", f.dir, err), f.db.Close())
+	}
+	return kept, nil
+}
+
+// lockDir keeps others out of dir before anything in it is judged: a state that
+// cannot be opened because another process has it open must not be wiped.
+func lockDir(dir string) (*os.File, error) {
+	lock, err := os.OpenFile(dir+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("locking the state in %s: %w", dir, err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(status.Errorf(status.Held, "the metadata in %s is in use by another process: stop it, or use another directory", dir), lock.Close())
+	}
+	return lock, nil
+}
+
+// close lets the state go. What it had not synced is in the log.
+func (f *fsm) close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return errors.Join(f.db.Close(), f.lock.Close())
+}
+
+// trusted reads the mark and compares the hash with a scan of every value.
+func (f *fsm) trusted() (ok bool) {
+	defer func() { // a damaged table shows as an error or as a panic
+		if recover() != nil {
+			ok = false
+		}
+	}()
+	kv := newView(f.db)
+	defer kv.close()
+	m := kv.Get(keyMark)
+	if m == nil {
+		return kv.err == nil && state.HashAll(kv) == 0 && kv.err == nil
+	}
+	if len(m) != 17 || m[16] != 0 {
+		return false
+	}
+	f.applied, f.hash = binary.BigEndian.Uint64(m), binary.BigEndian.Uint64(m[8:])
+	return state.HashAll(kv) == f.hash && kv.err == nil
+}
+
+// wipe leaves an empty database. The directory holds only what the log and
+// the snapshots can give again.
+func (f *fsm) wipe() error {
+	if f.db != nil {
+		f.closeErr = f.db.Close() // not a failure: what it could not write is deleted next
+	}
+	if err := os.RemoveAll(f.dir); err != nil {
+		return fmt.Errorf("emptying the state in %s: %w", f.dir, err)
+	}
+	db, err := openBadger(f.dir)
+	if err != nil {
+		return fmt.Errorf("opening the state in %s: %w", f.dir, err)
+	}
+	f.db, f.applied, f.hash = db, 0, 0
+	return nil
+}
+
+// read runs fn over the applied state.
+func (f *fsm) read(fn func(kv state.KV)) error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	kv := newView(f.db)
+	defer kv.close()
+	fn(kv)
+	if kv.err != nil {
+		return status.Errorf(status.IO, "reading the metadata state: %w", kv.err)
+	}
+	return nil
+}
+
+// Apply implements raft.FSM.
+func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
+
+// ApplyBatch implements raft.BatchingFSM. It panics when the state cannot be
+// read or written: this node must not go on with a state of its own, and the
+// next start rebuilds it.
+func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	kv := newView(f.db)
+	defer kv.close()
+	over := state.NewOverlay(kv)
+	out := make([]any, len(logs))
+	last := f.applied
+	for i, l := range logs {
+		if l.Index <= f.applied {
+			continue
+		}
+		last = l.Index
+		if l.Type != raft.LogCommand {
+			continue
+		}
+		cmd := &pb.Command{}
+		if err := proto.Unmarshal(l.Data, cmd); err != nil {
+			panic(fmt.Sprintf("metadata log entry %d does not decode: %v", l.Index, err))
+		}
+		out[i] = state.Apply(over, cmd)
+	}
+	hash := f.hash + over.HashDelta()
+	if kv.err != nil {
+		panic(fmt.Sprintf("reading the metadata state: %v", kv.err))
+	}
+	if err := commit(f.db, over, last, hash); err != nil {
+		panic(fmt.Sprintf("writing the metadata state: %v", err))
+	}
+	f.applied, f.hash = last, hash
+	return out
+}
+
+func mark(applied, hash uint64, dirty byte) []byte {
+	b := binary.BigEndian.AppendUint64(nil, applied)
+	return append(binary.BigEndian.AppendUint64(b, hash), dirty)
+}
+
+// commit writes a batch in one transaction. One too large for that is written
+// in several between two marks; a crash between them leaves the dirty mark, and
+// the next start rebuilds.
+func commit(db *badger.DB, over *state.Overlay, applied, hash uint64) error {
+	txn := db.NewTransaction(true)
+	err := over.Changes(func(k, v []byte) error { return apply1(txn, k, v) })
+	if err == nil {
+		err = txn.Set(keyMark, mark(applied, hash, 0))
+	}
+	if err == nil {
+		return txn.Commit()
+	}
+	txn.Discard()
+	if !errors.Is(err, badger.ErrTxnTooBig) {
+		return err
+	}
+	if err := setMark(db, mark(0, 0, 1)); err != nil {
+		return err
+	}
+	wb := db.NewWriteBatch()
+	defer wb.Cancel()
+	err = over.Changes(func(k, v []byte) error {
+		if v == nil {
+			return wb.Delete(k)
+		}
+		return wb.Set(k, v)
+	})
+	if err != nil {
+		return err
+	}
+	if err := wb.Flush(); err != nil {
+		return err
+	}
+	return setMark(db, mark(applied, hash, 0))
+}
+
+func apply1(txn *badger.Txn, k, v []byte) error {
+	if v == nil {
+		return txn.Delete(k)
+	}
+	return txn.Set(k, v)
+}
+
+func setMark(db *badger.DB, m []byte) error {
+	return db.Update(func(txn *badger.Txn) error { return txn.Set(keyMark, m) })
+}
+
+// view is a state.KV for reading one moment of a Badger database. Its first
+// error is kept in err; reads after it are worthless.
+type view struct {
+	txn *badger.Txn
+	err error
+}
+
+var _ state.KV = (*view)(nil)
+
+func newView(db *badger.DB) *view { return &view{txn: db.NewTransaction(false)} }
+
+func (v *view) close() { v.txn.Discard() }
+
+func (v *view) fail(err error) {
+	if v.err == nil {
+		v.err = err
+	}
+}
+
+// Get implements state.KV.
+func (v *view) Get(key []byte) []byte {
+	item, err := v.txn.Get(key)
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return nil
+	}
+	if err != nil {
+		v.fail(err)
+		return nil
+	}
+	val, err := item.ValueCopy([]byte{})
+	if err != nil {
+		v.fail(err)
+		return nil
+	}
+	return val
+}
+
+// Set implements state.KV; a view is written only through an overlay.
+func (v *view) Set([]byte, []byte) { panic("meta/server: write to a read-only view") }
+
+// Delete implements state.KV; see Set.
+func (v *view) Delete([]byte) { panic("meta/server: write to a read-only view") }
+
+// Scan implements state.KV. The shell's own keys (0x00) are left out.
+func (v *view) Scan(prefix, from []byte, fn func(key, val []byte) bool) {
+	opt := badger.DefaultIteratorOptions
+	opt.Prefix, opt.PrefetchSize = prefix, 64
+	it := v.txn.NewIterator(opt)
+	defer it.Close()
+	start := prefix
+	if bytes.Compare(from, start) > 0 {
+		start = from
+	}
+	if len(start) == 0 {
+		start = []byte{1}
+	}
+	for it.Seek(start); it.Valid(); it.Next() {
+		val, err := it.Item().ValueCopy([]byte{})
+		if err != nil {
+			v.fail(err)
+			return
+		}
+		if !fn(it.Item().KeyCopy(nil), val) {
+			return
+		}
+	}
+}
+
+// A snapshot: magic (8), applied (8), then pairs of key length (4, never 0),
+// value length (4), key, value; then 0 (4), count (8), state hash (8).
+const snapMagic = "cairnms1"
+
+type snapshot struct {
+	kv            *view
+	applied, hash uint64
+}
+
+// Snapshot implements raft.FSM: a moment of the database, read later.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return &snapshot{kv: newView(f.db), applied: f.applied, hash: f.hash}, nil
+}
+
+// Release implements raft.FSMSnapshot.
+func (s *snapshot) Release() { s.kv.close() }
+
+// Persist implements raft.FSMSnapshot.
+func (s *snapshot) Persist(sink raft.SnapshotSink) error {
+	if err := s.write(sink); err != nil {
+		return errors.Join(err, sink.Cancel())
+	}
+	return sink.Close()
+}
+
+func (s *snapshot) write(out io.Writer) error {
+	w := bufio.NewWriterSize(out, 1<<20)
+	var sum, count uint64
+	_, err := w.Write(binary.BigEndian.AppendUint64([]byte(snapMagic), s.applied))
+	s.kv.Scan(nil, nil, func(k, v []byte) bool {
+		h := binary.BigEndian.AppendUint32(nil, uint32(len(k)))
+		h = binary.BigEndian.AppendUint32(h, uint32(len(v)))
+		for _, b := range [][]byte{h, k, v} {
+			if err == nil {
+				_, err = w.Write(b)
+			}
+		}
+		sum += state.HashPair(k, v)
+		count++
+		return err == nil
+	})
+	if err = errors.Join(err, s.kv.err); err != nil {
+		return err
+	}
+	if sum != s.hash {
+		return fmt.Errorf("the state's hash is %x by a scan and %x by its changes: no snapshot is made of it", sum, s.hash)
+	}
+	tail := binary.BigEndian.AppendUint64(make([]byte, 4), count)
+	if _, err := w.Write(binary.BigEndian.AppendUint64(tail, sum)); err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+// Restore implements raft.FSM: it replaces the state by a snapshot, which is
+// marked whole only after its hash was right.
+func (f *fsm) Restore(rc io.ReadCloser) (err error) {
+	defer func() { err = errors.Join(err, rc.Close()) }()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.wipe(); err != nil {
+		return err
+	}
+	if err := setMark(f.db, mark(0, 0, 1)); err != nil {
+		return err
+	}
+	applied, hash, err := load(f.db, bufio.NewReaderSize(rc, 1<<20))
+	if err != nil {
+		return fmt.Errorf("restoring a metadata snapshot: %w", err)
+	}
+	if err := setMark(f.db, mark(applied, hash, 0)); err != nil {
+		return err
+	}
+	f.applied, f.hash = applied, hash
+	return nil
+}
+
+func load(db *badger.DB, r io.Reader) (applied, sum uint64, err error) {
+	wb := db.NewWriteBatch()
+	defer wb.Cancel()
+	var head [16]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return 0, 0, err
+	}
+	if string(head[:8]) != snapMagic {
+		return 0, 0, status.Errorf(status.Unsupported, "it is of another format (%q)", head[:8])
+	}
+	for count := uint64(0); ; count++ {
+		var n [8]byte
+		if _, err := io.ReadFull(r, n[:4]); err != nil {
+			return 0, 0, err
+		}
+		klen := binary.BigEndian.Uint32(n[:])
+		if klen == 0 {
+			var tail [16]byte
+			if _, err := io.ReadFull(r, tail[:]); err != nil {
+				return 0, 0, err
+			}
+			if binary.BigEndian.Uint64(tail[:]) != count || binary.BigEndian.Uint64(tail[8:]) != sum {
+				return 0, 0, status.Errorf(status.Corrupt, "its hash is wrong")
+			}
+			return binary.BigEndian.Uint64(head[8:]), sum, wb.Flush()
+		}
+		if _, err := io.ReadFull(r, n[4:]); err != nil {
+			return 0, 0, err
+		}
+		vlen := binary.BigEndian.Uint32(n[4:])
+		if klen > 1<<16 || vlen > 1<<26 {
+			return 0, 0, status.Errorf(status.Corrupt, "it has a pair of %d and %d bytes", klen, vlen)
+		}
+		kv := make([]byte, klen+vlen)
+		if _, err := io.ReadFull(r, kv); err != nil {
+			return 0, 0, err
+		}
+		k, v := kv[:klen:klen], kv[klen:]
+		sum += state.HashPair(k, v)
+		if err := wb.Set(k, v); err != nil {
+			return 0, 0, err
+		}
+	}
+}
