@@ -1,0 +1,95 @@
+// Package driver lets the metadata service place chunks and VMs by the
+// policies of package placement.
+//
+// Duty: translate the leader's requests. Floor: F4. It decides nothing and
+// keeps nothing: the seed of a placement is a hash of its request, so that the
+// same request has the same answer on every node.
+package driver
+
+import (
+	"encoding/binary"
+	"hash"
+	"hash/fnv"
+
+	"github.com/cairnstore/cairn/meta/server"
+	"github.com/cairnstore/cairn/placement"
+	"github.com/cairnstore/cairn/proto/ids"
+)
+
+// minReady is how many replicas of a new chunk must be on stores that take
+// writes at once. One: a volume whose other members are down is already served
+// by that many, and its guest must not hang because it touches a new chunk.
+const minReady = 1
+
+type placer struct{ policy placement.Policy }
+
+var _ server.Placer = placer{}
+
+// New returns a placer with the default policy for VMs: near their data.
+func New() server.Placer { return WithPolicy(placement.NearData) }
+
+// WithPolicy returns a placer with a policy for VMs.
+func WithPolicy(p placement.Policy) server.Placer { return placer{p} }
+
+// PlaceChunks implements server.Placer.
+func (placer) PlaceChunks(req server.ChunkRequest) ([][]ids.StoreID, error) {
+	plan, err := placement.PlaceChunks(ChunkRequest(req))
+	return plan.Chunks, err
+}
+
+// PlaceVM implements server.Placer.
+func (p placer) PlaceVM(req server.VMRequest) (host, reason string, err error) {
+	r := VMRequest(req)
+	r.Policy = p.policy
+	plan, err := placement.PlaceVM(r)
+	return plan.Host, plan.Reason, err
+}
+
+// ChunkRequest translates the leader's request, also for explaining it.
+func ChunkRequest(req server.ChunkRequest) placement.ChunkRequest {
+	out := placement.ChunkRequest{Seed: seed(req), Count: req.Count, Replicas: req.Replicas,
+		ChunkBytes: req.ChunkBytes, PreferHost: req.PreferHost, MinReady: minReady}
+	for _, s := range req.Stores {
+		out.Stores = append(out.Stores, placement.Store{ID: s.ID, Host: s.Host, Domain: s.Domain, Up: s.Up,
+			Member: s.Member, InSync: s.InSync, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes})
+	}
+	return out
+}
+
+// VMRequest translates the leader's request, also for explaining it.
+func VMRequest(req server.VMRequest) placement.VMRequest {
+	out := placement.VMRequest{Name: req.Name, CPUs: req.CPUs, MemoryBytes: req.MemoryBytes}
+	for _, h := range req.Hosts {
+		out.Hosts = append(out.Hosts, placement.Host{Name: h.Name, Up: h.Up, CPUs: h.CPUs, UsedCPUs: h.UsedCPUs,
+			MemoryBytes: h.MemoryBytes, UsedMemory: h.UsedMemory, LocalBytes: h.LocalBytes})
+	}
+	return out
+}
+
+// seed hashes what tells requests apart: the writer's host, and what each
+// store holds. The stores' order does not matter.
+func seed(req server.ChunkRequest) uint64 {
+	h := fnv.New64a()
+	write(h, []byte(req.PreferHost))
+	number(h, uint64(req.Count))
+	var stores uint64
+	for _, s := range req.Stores {
+		h := fnv.New64a()
+		write(h, s.ID[:])
+		number(h, s.UsedBytes)
+		if s.Member {
+			number(h, 1)
+		}
+		stores += h.Sum64()
+	}
+	number(h, stores)
+	return h.Sum64()
+}
+
+func write(h hash.Hash, b []byte) { _, _ = h.Write(b) } // a hash.Hash never returns an error
+
+func number(h hash.Hash, n uint64) {
+	var b [8]byte
+	binary.LittleEndian.PutUint64(b[:], n)
+	write(h, b[:])
+}
