@@ -83,7 +83,7 @@ type Op struct {
 	Off  uint64 // bytes
 	Len  uint64 // bytes
 	Data []byte // Write: payload. Read: Len bytes to fill
-	User any    // the shell's
+	User any    // whoever submitted it: a Completer, for the shell
 
 	parts    int         // pieces not finished; > 0 while admitting
 	failed   status.Kind // first failure
@@ -97,9 +97,16 @@ type Done struct {
 	Status status.Kind
 }
 
-// Send is one request for one replica.
+// Completer gets finished operations back: Op.User holds the one that
+// submitted them. The shell calls it outside the engine's lock.
+type Completer interface{ Complete(ds []Done) }
+
+// Send is one request for one replica, over its connection Gen and no other:
+// when Gen is no longer the live one it is to be dropped. The request, and its
+// Data, belong to the connection until it is answered or Down.
 type Send struct {
 	Replica int
+	Gen     uint64
 	Req     *wire.Request
 }
 
@@ -506,6 +513,9 @@ func (e *Engine) Info() Info {
 	}
 	return in
 }
+
+// State returns what the engine is doing.
+func (e *Engine) State() State { return e.state }
 
 // Size returns the volume's size in bytes.
 func (e *Engine) Size() uint64 { return e.size }

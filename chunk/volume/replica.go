@@ -99,7 +99,7 @@ func (e *Engine) send(r *replica, q *wire.Request, s slot) {
 	r.busy++
 	q.ID = uint64(s.tag)<<32 | uint64(i)
 	q.Store, q.Volume, q.Epoch = r.store, e.volume, e.epoch
-	e.out.Sends = append(e.out.Sends, Send{r.index, q})
+	e.out.Sends = append(e.out.Sends, Send{r.index, r.gen, q})
 }
 
 // call sends a request whose answer, or Unavailable when the link goes or is
