@@ -413,6 +413,7 @@ type Volume struct {
 	AttachedUnixNs int64                  `protobuf:"varint,12,opt,name=attached_unix_ns,json=attachedUnixNs,proto3" json:"attached_unix_ns,omitempty"`
 	Members        []*Member              `protobuf:"bytes,13,rep,name=members,proto3" json:"members,omitempty"`
 	ChunkCount     uint64                 `protobuf:"varint,14,opt,name=chunk_count,json=chunkCount,proto3" json:"chunk_count,omitempty"`
+	Moved          bool                   `protobuf:"varint,15,opt,name=moved,proto3" json:"moved,omitempty"` // an epoch since the last detach was held on another host than this one
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -543,6 +544,13 @@ func (x *Volume) GetChunkCount() uint64 {
 		return x.ChunkCount
 	}
 	return 0
+}
+
+func (x *Volume) GetMoved() bool {
+	if x != nil {
+		return x.Moved
+	}
+	return false
 }
 
 type VM struct {
@@ -1900,6 +1908,7 @@ type Result struct {
 	Members       []*MemberResult        `protobuf:"bytes,6,rep,name=members,proto3" json:"members,omitempty"` // change_members, in order
 	Vm            *VM                    `protobuf:"bytes,7,opt,name=vm,proto3" json:"vm,omitempty"`
 	ClusterId     string                 `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Refused       bool                   `protobuf:"varint,9,opt,name=refused,proto3" json:"refused,omitempty"` // refused before the log: not done, and its number is not used up
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1988,6 +1997,13 @@ func (x *Result) GetClusterId() string {
 		return x.ClusterId
 	}
 	return ""
+}
+
+func (x *Result) GetRefused() bool {
+	if x != nil {
+		return x.Refused
+	}
+	return false
 }
 
 type MemberResult struct {
@@ -3003,7 +3019,8 @@ type NodeReply struct {
 	Term          uint64                 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
 	Applied       uint64                 `protobuf:"varint,6,opt,name=applied,proto3" json:"applied,omitempty"`
 	StateHash     uint64                 `protobuf:"varint,7,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
-	State         string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"` // leader, follower, candidate, shutdown, unreachable
+	State         string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`                           // leader, follower, candidate, shutdown, unreachable, new (waits for its peers), starting
+	LastIndex     uint64                 `protobuf:"varint,9,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"` // end of its log, committed or not
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3094,6 +3111,13 @@ func (x *NodeReply) GetState() string {
 	return ""
 }
 
+func (x *NodeReply) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
 var File_proto_pb_meta_proto protoreflect.FileDescriptor
 
 const file_proto_pb_meta_proto_rawDesc = "" +
@@ -3127,7 +3151,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12*\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x14.cairn.v1.ChunkStateR\x05state\x12\x16\n" +
-	"\x06stores\x18\x04 \x03(\fR\x06stores\"\xb9\x03\n" +
+	"\x06stores\x18\x04 \x03(\fR\x06stores\"\xcf\x03\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -3147,7 +3171,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x10attached_unix_ns\x18\f \x01(\x03R\x0eattachedUnixNs\x12*\n" +
 	"\amembers\x18\r \x03(\v2\x10.cairn.v1.MemberR\amembers\x12\x1f\n" +
 	"\vchunk_count\x18\x0e \x01(\x04R\n" +
-	"chunkCount\"\x9b\x02\n" +
+	"chunkCount\x12\x14\n" +
+	"\x05moved\x18\x0f \x01(\bR\x05moved\"\x9b\x02\n" +
 	"\x02VM\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\rR\x04cpus\x12!\n" +
@@ -3245,7 +3270,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\v2\f.cairn.v1.VMR\x02vm\x12\x16\n" +
 	"\x06create\x18\x02 \x01(\bR\x06create\"\x1e\n" +
 	"\bDeleteVM\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x92\x02\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xac\x02\n" +
 	"\x06Result\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
@@ -3255,7 +3280,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\amembers\x18\x06 \x03(\v2\x16.cairn.v1.MemberResultR\amembers\x12\x1c\n" +
 	"\x02vm\x18\a \x01(\v2\f.cairn.v1.VMR\x02vm\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\b \x01(\tR\tclusterId\"Z\n" +
+	"cluster_id\x18\b \x01(\tR\tclusterId\x12\x18\n" +
+	"\arefused\x18\t \x01(\bR\arefused\"Z\n" +
 	"\fMemberResult\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x1a\n" +
@@ -3337,7 +3363,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\blease_ms\x18\x04 \x01(\rR\aleaseMs\x12)\n" +
 	"\arefused\x18\x05 \x03(\v2\x0f.cairn.v1.LeaseR\arefused\x12*\n" +
 	"\avolumes\x18\x06 \x03(\v2\x10.cairn.v1.VolumeR\avolumes\"\r\n" +
-	"\vNodeRequest\"\xcb\x01\n" +
+	"\vNodeRequest\"\xea\x01\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x16\n" +
@@ -3348,7 +3374,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\aapplied\x18\x06 \x01(\x04R\aapplied\x12\x1d\n" +
 	"\n" +
 	"state_hash\x18\a \x01(\x04R\tstateHash\x12\x14\n" +
-	"\x05state\x18\b \x01(\tR\x05state*Z\n" +
+	"\x05state\x18\b \x01(\tR\x05state\x12\x1d\n" +
+	"\n" +
+	"last_index\x18\t \x01(\x04R\tlastIndex*Z\n" +
 	"\n" +
 	"ChunkState\x12\x1b\n" +
 	"\x17CHUNK_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
