@@ -1,9 +1,9 @@
 // Package check records what clients of a block device saw and decides whether
 // it could have happened on one correct disk.
 //
-// Duty: a history of block reads and writes (History) and its checker for
-// promise P1 (Linearizable). Floor: F5. It makes no load, starts no process and
-// breaks nothing.
+// Duty: a history of block reads and writes (History), the verified load that
+// makes one (Load), and the checkers of promises P1 (Linearizable), P2 and P3
+// (Durable). Floor: F5. It starts no process and breaks nothing.
 package check
 
 import (
@@ -21,13 +21,19 @@ type Kind uint8
 const (
 	Read  Kind = iota // Value is what was seen
 	Write             // Value is what was written
+	Flush             // Block and Value mean nothing
 )
 
 func (k Kind) String() string {
-	if k == Read {
+	switch k {
+	case Read:
 		return "read"
+	case Write:
+		return "write"
+	case Flush:
+		return "flush"
 	}
-	return "write"
+	return fmt.Sprintf("kind %d", uint8(k))
 }
 
 // Value names one block content. Zero is "all zero bytes": a block never
@@ -37,7 +43,22 @@ type Value uint64
 // Torn is the value of a read whose bytes are no content ever written whole.
 const Torn = ^Value(0)
 
-// Op is one operation on one block. Times are monotonic nanoseconds since the
+// String names the value as Load counts them: client.number.
+func (v Value) String() string {
+	switch v {
+	case 0:
+		return "zeroes"
+	case Torn:
+		return "torn bytes"
+	}
+	return fmt.Sprintf("%d.%d", uint64(v)>>valueClientShift, uint64(v)&(1<<valueClientShift-1))
+}
+
+// valueClientShift leaves each client 2^40 values of its own.
+const valueClientShift = 40
+
+// Op is one operation on one register: a whole block, or a part of one
+// (RegisterName tells). Times are monotonic nanoseconds since the
 // history began; InvokeNs ≤ ReturnNs. Unknown means no answer arrived: a read
 // then says nothing, a write may take effect at any time after InvokeNs.
 type Op struct {
@@ -48,10 +69,11 @@ type Op struct {
 	InvokeNs int64  `json:"invokeNs"`
 	ReturnNs int64  `json:"returnNs"`
 	Unknown  bool   `json:"unknown,omitempty"`
+	Durable  bool   `json:"durable,omitempty"` // a write with FUA: its answer says it is on stable storage
 }
 
 // History collects operations from many goroutines. Operations begun and never
-// finished count as unknown. It grows by one Op (56 bytes) per Begin and has
+// finished count as unknown. It grows by one Op (64 bytes) per Begin and has
 // no other bound than the run's length.
 type History struct {
 	start time.Time
@@ -66,11 +88,15 @@ func NewHistory() *History { return &History{start: time.Now()} }
 // Begin records the invocation of an operation and returns its token for End.
 // For a write, v is the value written; for a read it is ignored.
 func (h *History) Begin(client int, k Kind, block uint64, v Value) int {
+	return h.begin(Op{Client: client, Kind: k, Block: block, Value: v})
+}
+
+func (h *History) begin(op Op) int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	// The clock is read under the lock, so tokens stand in invocation order.
-	h.ops = append(h.ops, Op{Client: client, Kind: k, Block: block, Value: v,
-		InvokeNs: time.Since(h.start).Nanoseconds(), Unknown: true})
+	op.InvokeNs, op.Unknown = time.Since(h.start).Nanoseconds(), true
+	h.ops = append(h.ops, op)
 	return len(h.ops) - 1
 }
 
@@ -83,6 +109,21 @@ func (h *History) End(token int, v Value) {
 	op.ReturnNs, op.Unknown = now, false
 	if op.Kind == Read {
 		op.Value = v
+	}
+}
+
+// endAll ends several entries at one instant: the answer came once for all.
+// For a flush, values may be empty.
+func (h *History) endAll(tokens []int, values []Value) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Since(h.start).Nanoseconds()
+	for i, token := range tokens {
+		op := &h.ops[token]
+		op.ReturnNs, op.Unknown = now, false
+		if op.Kind == Read {
+			op.Value = values[i]
+		}
 	}
 }
 
