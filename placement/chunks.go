@@ -12,8 +12,9 @@ import (
 
 // Limits of one request.
 const (
-	MaxChunks   = 65536
-	MaxReplicas = 16
+	MaxChunks     = 65536
+	MaxReplicas   = 16
+	MaxChunkBytes = 1 << 40
 )
 
 // Store is a store as placement sees it.
@@ -132,8 +133,8 @@ func (req ChunkRequest) check() error {
 		return status.Errorf(status.Invalid, "cannot place %d replicas of a chunk: 1 to %d are possible", req.Replicas, MaxReplicas)
 	case req.MinReady < 0 || req.MinReady > req.Replicas:
 		return status.Errorf(status.Invalid, "%d of %d replicas cannot be ready: ask for 1 to %d", req.MinReady, req.Replicas, req.Replicas)
-	case req.ChunkBytes == 0:
-		return status.Errorf(status.Invalid, "cannot place chunks of 0 bytes: give the volume's chunk size")
+	case req.ChunkBytes == 0 || req.ChunkBytes > MaxChunkBytes:
+		return status.Errorf(status.Invalid, "cannot place chunks of %d bytes: 1 byte to %s are possible", req.ChunkBytes, Bytes(MaxChunkBytes))
 	}
 	seen := make(map[ids.StoreID]bool, len(req.Stores))
 	for _, s := range req.Stores {
@@ -233,19 +234,9 @@ func choose(req ChunkRequest, scores []StoreScore) []*StoreScore {
 
 // missing says what a request lacks and which domains could be it.
 func missing(req ChunkRequest, scores []StoreScore) error {
-	noun, best := "host", map[string]*StoreScore{}
-	var domains []string
+	domains, noun := bestOfDomains(scores)
 	ready, roomy := 0, 0
-	for i := range scores { // sorted: the first of a domain is its best
-		s := &scores[i]
-		if s.Store.Domain != s.Store.Host {
-			noun = "failure domain"
-		}
-		if best[s.Store.Domain] != nil {
-			continue
-		}
-		best[s.Store.Domain] = s
-		domains = append(domains, s.Store.Domain)
+	for _, s := range domains {
 		if s.Class.ready() {
 			ready++
 		}
@@ -253,27 +244,42 @@ func missing(req ChunkRequest, scores []StoreScore) error {
 			roomy++
 		}
 	}
-	kind, need, have, what := status.NoSpace, req.Replicas, roomy, "free space"
+	kind, todo := status.NoSpace, "add stores or free space"
+	need, have, what := req.Replicas, roomy, "with free space"
 	if roomy >= req.Replicas {
-		kind, need, have, what = status.Unavailable, req.MinReady, ready, "free space that are up and in sync"
-	} else if req.MinReady == req.Replicas {
-		have = ready
+		kind, todo = status.Unavailable, "bring one back or ask again"
+		need, have, what = req.MinReady, ready, "with free space that are up and in sync"
 	}
-	slices.Sort(domains)
 	var why []string
-	for _, d := range domains {
-		if w := lack(best[d]); w != "" {
-			why = append(why, w)
+	for _, s := range domains {
+		if s.Class == Full || (kind == status.Unavailable && !s.Class.ready()) {
+			why = append(why, lack(s))
 		}
 	}
-	text := fmt.Sprintf("a chunk of %s needs %s with %s, there %s", Bytes(req.ChunkBytes), plural(need, noun), what, isAre(have))
+	text := fmt.Sprintf("a chunk of %s needs %s %s, there %s", Bytes(req.ChunkBytes), plural(need, noun), what, isAre(have))
 	if len(why) > 0 {
 		text += ": " + list(why)
 	}
-	if kind == status.NoSpace {
-		return status.Errorf(kind, "%s; add stores or free space", text)
+	return status.Errorf(kind, "%s; %s", text, todo)
+}
+
+// bestOfDomains returns the best store of each domain, by the domains' names,
+// and what a domain is called.
+func bestOfDomains(scores []StoreScore) (best []*StoreScore, noun string) {
+	noun = "host"
+	seen := map[string]bool{}
+	for i := range scores { // sorted: the first of a domain is its best
+		s := &scores[i]
+		if s.Store.Domain != s.Store.Host {
+			noun = "failure domain"
+		}
+		if !seen[s.Store.Domain] {
+			seen[s.Store.Domain] = true
+			best = append(best, s)
+		}
 	}
-	return status.Errorf(kind, "%s; bring them back or ask again", text)
+	slices.SortFunc(best, func(a, b *StoreScore) int { return strings.Compare(a.Store.Domain, b.Store.Domain) })
+	return best, noun
 }
 
 func isAre(n int) string {
@@ -286,21 +292,18 @@ func isAre(n int) string {
 	return fmt.Sprintf("are %d", n)
 }
 
-// lack says why a domain's best store is not ready; "" when it is.
+// lack says why a domain's best store, which is not ready, is not.
 func lack(s *StoreScore) string {
-	d := s.Store.Domain
-	switch s.Class {
-	case DownBehind, DownMember, DownFresh:
-		return d + " is down"
-	case Behind:
+	d, room := s.Store.Domain, Bytes(free(s.Store.CapacityBytes, s.Store.UsedBytes))
+	switch {
+	case s.Class == Behind:
 		return d + " is still catching up"
-	case Full:
-		if !s.Store.Up {
-			return fmt.Sprintf("%s is down and full (%s free)", d, Bytes(free(s.Store.CapacityBytes, s.Store.UsedBytes)))
-		}
-		return fmt.Sprintf("%s is full (%s of %s free)", d, Bytes(free(s.Store.CapacityBytes, s.Store.UsedBytes)), Bytes(s.Store.CapacityBytes))
+	case s.Class != Full:
+		return d + " is down"
+	case !s.Store.Up:
+		return fmt.Sprintf("%s is down and full (%s free)", d, room)
 	}
-	return ""
+	return fmt.Sprintf("%s is full (%s of %s free)", d, room, Bytes(s.Store.CapacityBytes))
 }
 
 // Explain is a table of every store's scores, best first.

@@ -197,7 +197,7 @@ func reason(p VMPlan) string {
 	case h.LocalBytes == 0:
 		return fmt.Sprintf("no host that fits has any of the data, and %s has the most room %s: %s", h.Name, from, room)
 	case next.Local == s.Local:
-		return fmt.Sprintf("%s has %s of the data, as much as any %s, and the most room of those: %s", h.Name, Bytes(h.LocalBytes), from, room)
+		return fmt.Sprintf("%s has %s of the data, as much as any %s (to 1 %%), and the most room of those: %s", h.Name, Bytes(h.LocalBytes), from, room)
 	}
 	return fmt.Sprintf("%s has the most of the data %s, %s (next is %s with %s): %s", h.Name, from, Bytes(h.LocalBytes), next.Host.Name, Bytes(next.Host.LocalBytes), room)
 }

@@ -8,8 +8,8 @@ package driver
 
 import (
 	"encoding/binary"
-	"hash"
 	"hash/fnv"
+	"slices"
 
 	"github.com/cairnstore/cairn/meta/server"
 	"github.com/cairnstore/cairn/placement"
@@ -67,29 +67,20 @@ func VMRequest(req server.VMRequest) placement.VMRequest {
 }
 
 // seed hashes what tells requests apart: the writer's host, and what each
-// store holds. The stores' order does not matter.
+// store holds. The stores are sorted first: their order says nothing.
 func seed(req server.ChunkRequest) uint64 {
-	h := fnv.New64a()
-	write(h, []byte(req.PreferHost))
-	number(h, uint64(req.Count))
-	var stores uint64
-	for _, s := range req.Stores {
-		h := fnv.New64a()
-		write(h, s.ID[:])
-		number(h, s.UsedBytes)
+	stores := slices.SortedFunc(slices.Values(req.Stores), func(a, b server.StoreView) int { return slices.Compare(a.ID[:], b.ID[:]) })
+	b := append([]byte(req.PreferHost), 0)
+	for _, s := range stores {
+		b = append(b, s.ID[:]...)
+		b = binary.LittleEndian.AppendUint64(b, s.UsedBytes)
+		member := byte(0)
 		if s.Member {
-			number(h, 1)
+			member = 1
 		}
-		stores += h.Sum64()
+		b = append(b, member)
 	}
-	number(h, stores)
+	h := fnv.New64a()
+	_, _ = h.Write(b) // a hash.Hash never returns an error
 	return h.Sum64()
-}
-
-func write(h hash.Hash, b []byte) { _, _ = h.Write(b) } // a hash.Hash never returns an error
-
-func number(h hash.Hash, n uint64) {
-	var b [8]byte
-	binary.LittleEndian.PutUint64(b[:], n)
-	write(h, b[:])
 }
