@@ -58,6 +58,7 @@ var floors = map[string]int{
 	"netplane":     2,
 
 	"chunk/disk":    1,
+	"chunk/stream":  1,
 	"netplane/link": 1,
 	"vmhook/kvm":    1,
 
@@ -70,6 +71,7 @@ var floors = map[string]int{
 // reasons says why each direct third-party module, and each tool, is here.
 // Keys are module paths for requirements and package paths for tools.
 var reasons = map[string]string{
+	"github.com/BurntSushi/toml":          "configuration files that people write by hand, with comments and clear errors",
 	"github.com/anishathalye/porcupine":   "decides whether a recorded block history is linearizable; a checker of our own would need its own proof",
 	"github.com/dgraph-io/badger/v4":      "holds the metadata state: ordered keys, transactions and snapshots in pure Go",
 	"github.com/hashicorp/go-hclog":       "the logger hashicorp/raft demands; adapts it to our own log",

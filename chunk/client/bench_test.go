@@ -1,0 +1,222 @@
+package client_test
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cairnstore/cairn/chunk/client"
+	"github.com/cairnstore/cairn/chunk/server"
+	"github.com/cairnstore/cairn/netplane/link"
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/wire"
+)
+
+// sinkStore copies each write, as a store does, and answers at once.
+type sinkStore struct {
+	id   ids.StoreID
+	disk []byte
+}
+
+func (s *sinkStore) ID() ids.StoreID { return s.id }
+
+func (s *sinkStore) Submit(reqs []*wire.Request, sink wire.Sink) {
+	rs := make([]*wire.Reply, len(reqs))
+	own := make([]wire.Reply, len(reqs))
+	for i, q := range reqs {
+		copy(s.disk[int(q.Block)*ids.BlockSize%len(s.disk):], q.Data)
+		own[i] = wire.Reply{Kind: q.Kind, ID: q.ID}
+		rs[i] = &own[i]
+	}
+	sink.Replies(rs)
+}
+
+// TestMain turns the test binary into a chunk server for the benchmark, so that
+// both sides are processes of their own, as in a cluster.
+func TestMain(m *testing.M) {
+	if os.Getenv("CAIRN_BENCH_SERVER") != "" {
+		benchServer()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+var benchStore = ids.StoreID{1, 2, 3}
+
+func benchServer() {
+	l, err := link.Listen(link.Config{Addr: "127.0.0.1:0"})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	s := server.New(server.Config{Cluster: cluster, Stores: []server.Store{&sinkStore{benchStore, make([]byte, 64<<20)}}})
+	go func() {
+		var b [1]byte
+		_, _ = os.Stdin.Read(b[:]) // ends with the benchmark
+		_ = s.Close()
+	}()
+	fmt.Println(l.Addr())
+	if err := s.Serve(l); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// pump is a writer with depth operations in flight, each complete when every
+// replica has answered. It runs inside Replies, as the engine does.
+type pump struct {
+	links   []client.Link
+	up      chan int
+	done    chan struct{}
+	data    []byte
+	lock    chan struct{} // a mutex the race detector and profiles can see
+	left    int           // operations not started
+	open    int           // not complete
+	missing []int         // by slot: replicas that have not answered
+	sends   [][]*wire.Request
+}
+
+type pumpEnd struct {
+	p *pump
+	i int
+}
+
+func (e *pumpEnd) Up(uint64)           { e.p.up <- e.i }
+func (e *pumpEnd) Down(uint64, string) {}
+func (e *pumpEnd) Lost(why string)     { panic(why) }
+
+func (e *pumpEnd) Replies(_ uint64, rs []*wire.Reply) {
+	p := e.p
+	p.lock <- struct{}{}
+	for _, r := range rs {
+		slot := int(r.ID)
+		if p.missing[slot]--; p.missing[slot] > 0 {
+			continue
+		}
+		p.open--
+		p.start(slot)
+	}
+	sends := p.sends
+	p.sends = make([][]*wire.Request, len(p.links))
+	over := p.open == 0
+	<-p.lock
+	for i, qs := range sends {
+		if len(qs) > 0 {
+			p.links[i].Send(1, qs)
+		}
+	}
+	if over {
+		select {
+		case p.done <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// start begins an operation in a slot, if any are left. The lock is held.
+func (p *pump) start(slot int) {
+	if p.left == 0 {
+		return
+	}
+	p.left--
+	p.open++
+	p.missing[slot] = len(p.links)
+	for i := range p.links {
+		q := &wire.Request{Kind: wire.Write, ID: uint64(slot), Store: benchStore, Volume: 1, Chunk: 1, Epoch: 1,
+			Block: ids.Block(slot * 37 % 1000), Count: 1, Version: 1, Sums: []uint32{1}, Data: p.data}
+		p.sends[i] = append(p.sends[i], q)
+	}
+}
+
+func cpu(b *testing.B, who int) time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(who, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// BenchmarkWrite writes 4 KiB to all replicas, each a process, at a depth, and
+// reports the CPU time of all processes per operation and per replica request:
+//
+//	go test -run xxx -bench Write -benchtime 100000x ./chunk/client
+func BenchmarkWrite(b *testing.B) {
+	for _, c := range []struct{ replicas, depth int }{{1, 1}, {1, 32}, {3, 1}, {3, 32}} {
+		b.Run(fmt.Sprintf("replicas=%d/depth=%d", c.replicas, c.depth), func(b *testing.B) { benchWrite(b, c.replicas, c.depth) })
+	}
+}
+
+func benchWrite(b *testing.B, replicas, depth int) {
+	p := &pump{up: make(chan int, replicas), done: make(chan struct{}, 1), data: make([]byte, ids.BlockSize), lock: make(chan struct{}, 1),
+		missing: make([]int, depth), sends: make([][]*wire.Request, replicas), left: b.N}
+	var cmds []*exec.Cmd
+	childBefore := cpu(b, syscall.RUSAGE_CHILDREN)
+	for i := range replicas {
+		cmd, addr, stop := startBenchServer(b)
+		defer stop()
+		cmds = append(cmds, cmd)
+		p.links = append(p.links, client.Dial(client.Config{Addr: addr, Cluster: cluster}, &pumpEnd{p, i}))
+	}
+	for range replicas {
+		<-p.up
+	}
+	before := cpu(b, syscall.RUSAGE_SELF)
+	b.ResetTimer()
+	p.lock <- struct{}{}
+	for slot := range depth {
+		p.start(slot)
+	}
+	sends := p.sends
+	p.sends = make([][]*wire.Request, replicas)
+	<-p.lock
+	for i, qs := range sends {
+		p.links[i].Send(1, qs)
+	}
+	<-p.done
+	b.StopTimer()
+	used := cpu(b, syscall.RUSAGE_SELF) - before
+	for _, l := range p.links {
+		l.Close()
+	}
+	for _, cmd := range cmds {
+		stopBenchServer(b, cmd)
+	}
+	used += cpu(b, syscall.RUSAGE_CHILDREN) - childBefore
+	us := float64(used.Nanoseconds()) / 1000 / float64(b.N)
+	b.ReportMetric(us, "cpu-µs/op")
+	b.ReportMetric(us/float64(replicas), "cpu-µs/request")
+}
+
+func startBenchServer(b *testing.B) (*exec.Cmd, string, func()) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "CAIRN_BENCH_SERVER=1")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	addr, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		b.Fatal(err)
+	}
+	return cmd, strings.TrimSpace(addr), func() { _ = in.Close() }
+}
+
+func stopBenchServer(b *testing.B, cmd *exec.Cmd) {
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		b.Error(err)
+	}
+	_ = cmd.Wait() // ended by the signal, which is an error to it
+}
