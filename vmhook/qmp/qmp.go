@@ -144,7 +144,7 @@ func (c *Client) negotiate(ctx context.Context, greeting <-chan message) error {
 	select {
 	case g = <-greeting:
 	case <-c.done:
-		return status.Errorf(status.Unavailable, "the QEMU monitor hung up before its greeting: %w", c.err)
+		return status.Errorf(status.Unavailable, "the QEMU monitor hung up before its greeting: %w", c.Err())
 	case <-ctx.Done():
 		return status.Errorf(status.Timeout, "no greeting from the QEMU monitor; another program may be using its socket: %w", ctx.Err())
 	}
@@ -202,20 +202,11 @@ func (c *Client) DoOOB(ctx context.Context, command string, args, result any) er
 }
 
 func (c *Client) do(ctx context.Context, verb, command string, args, result any) error {
-	id, answer, err := c.register()
+	id, answer, err := c.send(verb, command, args)
 	if err != nil {
 		return err
 	}
 	defer c.forget(id)
-	req := map[string]any{verb: command, "id": id}
-	if args != nil {
-		req["arguments"] = args
-	}
-	line, err := json.Marshal(req)
-	if err != nil {
-		return status.Errorf(status.Invalid, "%s: arguments: %w", command, err)
-	}
-	c.out <- append(line, '\n') // room for every registered command
 	select {
 	case m := <-answer:
 		return decode(m, command, result)
@@ -240,21 +231,35 @@ func decode(m message, command string, result any) error {
 	return nil
 }
 
-// register reserves an id. Commands that were given up keep their place until
-// QEMU has answered or the line was written, so that c.out cannot overflow.
-func (c *Client) register() (uint64, chan message, error) {
+// send queues a command and registers who waits for its answer. It never
+// blocks: a monitor that reads nothing any more fills the queue, and then the
+// command is refused (status.Unavailable: it was not sent).
+func (c *Client) send(verb, command string, args any) (uint64, chan message, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ended {
 		return 0, nil, status.Errorf(status.Unavailable, "the connection to QEMU is over: %w", c.err)
 	}
-	if len(c.pending) >= PendingMax || len(c.out) >= PendingMax/2 {
-		return 0, nil, status.Errorf(status.Unavailable, "QEMU has not answered %d commands; it hangs", len(c.pending))
+	req := map[string]any{verb: command, "id": c.nextID + 1}
+	if args != nil {
+		req["arguments"] = args
+	}
+	line, err := json.Marshal(req)
+	if err != nil {
+		return 0, nil, status.Errorf(status.Invalid, "%s: arguments: %w", command, err)
+	}
+	if len(c.pending) == PendingMax {
+		return 0, nil, status.Errorf(status.Unavailable, "%s: %d commands wait for QEMU, which does not answer", command, PendingMax)
+	}
+	select {
+	case c.out <- append(line, '\n'):
+	default:
+		return 0, nil, status.Errorf(status.Unavailable, "%s: QEMU reads no commands any more", command)
 	}
 	c.nextID++
-	ch := make(chan message, 1)
-	c.pending[c.nextID] = ch
-	return c.nextID, ch, nil
+	answer := make(chan message, 1)
+	c.pending[c.nextID] = answer
+	return c.nextID, answer, nil
 }
 
 func (c *Client) forget(id uint64) {

@@ -1,0 +1,9 @@
+//go:build !amd64
+
+package kvm
+
+import "context"
+
+func probe(context.Context, string) Result {
+	return unusable("the probe's guests are x86-64 code and this machine is not")
+}

@@ -1,0 +1,146 @@
+package machine
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// object is a JSON object for QEMU. Objects, unlike QEMU's comma-separated
+// options, need no quoting rule of its own for paths and names.
+type object map[string]any
+
+// sandboxArg denies QEMU the system calls it does not need. It is left out
+// where the kernel has no seccomp (start tries again without).
+const sandboxArg = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+// rawNode and nbdNode are the two block nodes under each disk. The guest's
+// device sits on the raw node, which stays; the NBD node below it has a
+// generation and is replaced when the disk grows (an NBD node cannot).
+func rawNode(disk int) string        { return fmt.Sprintf("disk%d", disk) }
+func nbdNode(disk, gen int) string   { return nbdPrefix(disk) + strconv.Itoa(gen) }
+func nbdPrefix(disk int) string      { return fmt.Sprintf("disk%d-nbd", disk) }
+func nodeCache() object              { return object{"direct": true, "no-flush": false} }
+func qdevOf(disk int) string         { return fmt.Sprintf("vd%d", disk) }
+func chardevPath(path string) string { return strings.ReplaceAll(path, ",", ",,") }
+func (s server) object() object {
+	if s.Type == "unix" {
+		return object{"type": "unix", "path": s.Path}
+	}
+	return object{"type": "inet", "host": s.Host, "port": s.Port}
+}
+
+// nbdBlockdev is an NBD node over an export.
+func nbdBlockdev(node string, s server) object {
+	return object{
+		"driver": "nbd", "node-name": node, "server": s.object(), "export": s.Export,
+		"reconnect-delay": reconnectSec, "discard": "unmap", "cache": nodeCache(),
+	}
+}
+
+// rawBlockdev is the node the guest's device sits on.
+func rawBlockdev(disk int, below string) object {
+	return object{
+		"driver": "raw", "node-name": rawNode(disk), "file": below,
+		"discard": "unmap", "detect-zeroes": "off", "cache": nodeCache(),
+	}
+}
+
+// argv is QEMU's command line for a checked spec, without the program's name.
+func argv(s *Spec, f files, accel Accel, sandbox bool) ([]string, error) {
+	args := []string{
+		"-name", "guest=" + s.Name + ",debug-threads=on",
+		"-no-user-config", "-nodefaults", "-no-reboot", "-display", "none",
+		"-machine", "q35", "-accel", accelArg(accel), "-cpu", "max",
+		"-smp", strconv.Itoa(s.CPUs), "-m", fmt.Sprintf("size=%dk", s.MemoryBytes>>10),
+		"-pidfile", f.pid,
+		"-chardev", socketChardev("console", f.console) + ",logfile=" + chardevPath(f.consoleLog) + ",logappend=on",
+		"-serial", "chardev:console",
+	}
+	// Two monitors: a command that waits for a dead server holds up the first,
+	// and yank over the second frees it.
+	for _, m := range [][2]string{{"qmp", f.qmp}, {"oob", f.oob}} {
+		args = append(args, "-chardev", socketChardev(m[0], m[1]), "-mon", "mode=control,chardev="+m[0])
+	}
+	if sandbox {
+		args = append(args, "-sandbox", sandboxArg)
+	}
+	if s.Paused {
+		args = append(args, "-S")
+	}
+	for i := range sparePorts {
+		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=spare%d,chassis=%d", i, i+1))
+	}
+	for i, d := range s.Disks {
+		disk, err := diskArgs(i, d, s.Kernel == "")
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, disk...)
+	}
+	return append(args, bootArgs(s)...), nil
+}
+
+func accelArg(a Accel) string {
+	if a.Name == "tcg" {
+		return "tcg,thread=multi"
+	}
+	return a.Name
+}
+
+func socketChardev(id, path string) string {
+	return "socket,id=" + id + ",path=" + chardevPath(path) + ",server=on,wait=off"
+}
+
+// diskArgs are the two nodes and the device of one disk. On an I/O error the
+// guest stops, with the request kept: it sees no error, and Machine lets it go
+// on when the disk is back.
+func diskArgs(i int, d Disk, boot bool) ([]string, error) {
+	s, err := parseURI(d.URI)
+	if err != nil {
+		return nil, err
+	}
+	device := object{
+		"driver": "virtio-blk-pci", "id": qdevOf(i), "drive": rawNode(i),
+		"werror": "stop", "rerror": "stop", "write-cache": "on", "discard": true,
+	}
+	if d.Serial != "" {
+		device["serial"] = d.Serial
+	}
+	if boot {
+		device["bootindex"] = i
+	}
+	var args []string
+	for _, o := range []struct {
+		flag string
+		obj  object
+	}{
+		{"-blockdev", nbdBlockdev(nbdNode(i, 0), s)},
+		{"-blockdev", rawBlockdev(i, nbdNode(i, 0))},
+		{"-device", device},
+	} {
+		text, err := json.Marshal(o.obj)
+		if err != nil {
+			return nil, status.Errorf(status.Internal, "QEMU options of disk %d: %w", i, err)
+		}
+		args = append(args, o.flag, string(text))
+	}
+	return args, nil
+}
+
+func bootArgs(s *Spec) []string {
+	if s.Kernel == "" {
+		return nil
+	}
+	args := []string{"-kernel", s.Kernel}
+	if s.Initrd != "" {
+		args = append(args, "-initrd", s.Initrd)
+	}
+	if s.Append != "" {
+		args = append(args, "-append", s.Append)
+	}
+	return args
+}
