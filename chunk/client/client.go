@@ -59,11 +59,11 @@ type Link interface {
 	Close()
 }
 
-// Bounds of time. A peer that goes silent is noticed pingEvery + silentAfter
-// after its last byte at the latest.
+// Bounds of time. A peer that goes silent is noticed 5 pings after its last byte
+// at the latest: 1.5 s.
 const (
-	pingEvery      = 300 * time.Millisecond
-	silentAfter    = 4 * pingEvery
+	defaultPing    = 300 * time.Millisecond
+	silentPings    = 4
 	defaultAttempt = time.Second // one dial and Hello
 	backoffFirst   = 10 * time.Millisecond
 	backoffMax     = 500 * time.Millisecond
@@ -77,10 +77,11 @@ const defaultHold = 256 << 20
 
 // Config says whom to reach.
 type Config struct {
-	Addr    string      // of the chunk server, "host:port"
-	Cluster string      // must be the server's
-	Dialer  link.Dialer // source address and TLS; its Timeout is Attempt's unless set
-	Attempt time.Duration
+	Addr    string        // of the chunk server, "host:port"
+	Cluster string        // must be the server's
+	Dialer  link.Dialer   // source address and TLS; its Timeout is Attempt's unless set
+	Attempt time.Duration // bounds one dial and Hello (default 1 s)
+	Ping    time.Duration // between pings (default 300 ms); a peer that is silent for 4 of them is dead
 	// HoldBytes bounds the bytes waiting in this link (default 256 MiB).
 	HoldBytes int
 }
@@ -107,6 +108,9 @@ func Dial(cfg Config, h Handler) Link {
 	}
 	if cfg.Dialer.Timeout <= 0 {
 		cfg.Dialer.Timeout = cfg.Attempt
+	}
+	if cfg.Ping <= 0 {
+		cfg.Ping = defaultPing
 	}
 	if cfg.HoldBytes <= 0 {
 		cfg.HoldBytes = defaultHold
@@ -211,7 +215,7 @@ func (d *dialed) live(c *conn) error {
 	quit := make(chan struct{})
 	go func() {
 		defer close(watched)
-		c.watch(quit)
+		c.watch(d.cfg.Ping, quit)
 	}()
 	c.fail(c.serve(d.h))
 	d.setConn(nil)

@@ -2,9 +2,7 @@ package client_test
 
 import (
 	"bytes"
-	"context"
 	"fmt"
-	"log/slog"
 	"net"
 	"runtime"
 	"strings"
@@ -16,7 +14,6 @@ import (
 	"github.com/cairnstore/cairn/chunk/server"
 	"github.com/cairnstore/cairn/netplane/link"
 	"github.com/cairnstore/cairn/proto/ids"
-	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
@@ -96,18 +93,6 @@ type node struct {
 	srv  *server.Server
 	addr string
 	done chan error
-	log  *bytes.Buffer
-}
-
-type lockedWriter struct {
-	mu sync.Mutex
-	w  *bytes.Buffer
-}
-
-func (l *lockedWriter) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.w.Write(b)
 }
 
 const cluster = "test cluster"
@@ -118,8 +103,12 @@ func startNode(t testing.TB, addr string, stores ...server.Store) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{t: t, addr: l.Addr().String(), done: make(chan error, 1), log: &bytes.Buffer{}}
-	n.srv = server.New(server.Config{Cluster: cluster, Stores: stores, Log: slog.New(slog.NewTextHandler(&lockedWriter{w: n.log}, nil))})
+	return serveNode(t, l, stores...)
+}
+
+func serveNode(t testing.TB, l net.Listener, stores ...server.Store) *node {
+	n := &node{t: t, addr: l.Addr().String(), done: make(chan error, 1)}
+	n.srv = server.New(server.Config{Cluster: cluster, Stores: stores})
 	go func() { n.done <- n.srv.Serve(l) }()
 	t.Cleanup(n.stop)
 	return n
@@ -140,12 +129,9 @@ func (n *node) stop() {
 
 // probe is a Handler that tells what happens over a channel.
 type probe struct {
-	events chan string
-	onUp   func(gen uint64)
-
+	events  chan string
 	mu      sync.Mutex
 	waiting map[uint64]func(*wire.Reply)
-	up      uint64
 }
 
 func newProbe() *probe {
@@ -153,9 +139,6 @@ func newProbe() *probe {
 }
 
 func (p *probe) Up(gen uint64) {
-	p.mu.Lock()
-	p.up = gen
-	p.mu.Unlock()
 	p.events <- fmt.Sprintf("up %d", gen)
 }
 
@@ -215,21 +198,169 @@ func block(n uint64) []byte {
 }
 
 // noLeak fails when goroutines of this module are left at the end of the test.
+// It is to be called first, so that it runs after everything has been closed.
 func noLeak(t *testing.T) {
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		for strings.Count(stacks(), "cairn/chunk/") > strings.Count(stacks(), "cairn/chunk/client_test") {
-			select {
-			case <-ctx.Done():
-				t.Errorf("goroutines are left:\n%s", stacks())
-				return
-			default:
-				runtime.Gosched()
+		deadline := time.Now().Add(patience)
+		for {
+			all := stacks()
+			left := 0
+			for _, g := range strings.Split(all, "\n\n") {
+				for _, pkg := range []string{"chunk/client.", "chunk/server.", "chunk/stream."} {
+					if strings.Contains(g, pkg) {
+						left++
+					}
+				}
 			}
+			if left == 0 {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("goroutines are left:\n%s", all)
+			}
+			runtime.Gosched()
 		}
 	})
 }
 
-var _ = net.ErrClosed
-var _ = status.OK
+// write sends writes of one block each and waits for all answers.
+func write(t testing.TB, l client.Link, p *probe, gen uint64, store ids.StoreID, from, n uint64) {
+	t.Helper()
+	var wg sync.WaitGroup
+	var reqs []*wire.Request
+	for i := from; i < from+n; i++ {
+		wg.Add(1)
+		p.expect(i, func(r *wire.Reply) {
+			defer wg.Done()
+			if r.Err() != nil || r.Kind != wire.Write {
+				t.Errorf("write %d: %v %v", i, r.Kind, r.Err())
+			}
+		})
+		reqs = append(reqs, &wire.Request{Kind: wire.Write, ID: i, Store: store, Block: ids.Block(i), Count: 1, Version: 1,
+			Sums: []uint32{0}, Data: block(i)})
+	}
+	l.Send(gen, reqs)
+	wait(t, &wg)
+}
+
+func wait(t testing.TB, wg *sync.WaitGroup) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		wg.Wait()
+	}()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatalf("answers are missing\n%s", stacks())
+	}
+}
+
+// Many goroutines write and read at once, over TCP, TLS and in process; the
+// store answers every batch backwards and from other goroutines.
+func TestManyRequestsAnsweredInAnyOrder(t *testing.T) {
+	noLeak(t)
+	st := newMemStore(true)
+	n := startNode(t, "127.0.0.1:0", st)
+	srvTLS, cliTLS := testTLS(t)
+	secure := startTLSNode(t, srvTLS, st)
+	for name, open := range map[string]func(h client.Handler) client.Link{
+		"tcp":   func(h client.Handler) client.Link { return dial(t, n.addr, h) },
+		"local": func(h client.Handler) client.Link { return client.Local(st, h) },
+		"tls": func(h client.Handler) client.Link {
+			l := client.Dial(client.Config{Addr: secure.addr, Cluster: cluster, Dialer: link.Dialer{TLS: cliTLS}}, h)
+			t.Cleanup(l.Close)
+			return l
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newProbe()
+			l := open(p)
+			p.want(t, "up 1")
+			var wg sync.WaitGroup
+			for w := range uint64(8) {
+				wg.Add(1)
+				go func() {
+					defer wg.Done()
+					for round := range uint64(20) {
+						first := w*100_000 + round*100
+						write(t, l, p, 1, st.id, first, 30)
+						readBack(t, l, p, st.id, first, 30)
+					}
+				}()
+			}
+			wg.Wait()
+			l.Close()
+			if len(p.events) > 0 {
+				t.Fatalf("unexpected: %s", <-p.events)
+			}
+		})
+	}
+	st.wg.Wait()
+}
+
+// readBack reads n blocks with one request each and one request for all.
+func readBack(t testing.TB, l client.Link, p *probe, store ids.StoreID, from, n uint64) {
+	t.Helper()
+	var wg sync.WaitGroup
+	var reqs []*wire.Request
+	want := func(id, first, count uint64) {
+		wg.Add(1)
+		p.expect(id, func(r *wire.Reply) {
+			defer wg.Done()
+			var all []byte
+			for i := range count {
+				all = append(all, block(first+i)...)
+			}
+			if !bytes.Equal(r.Data, all) {
+				t.Errorf("read of %d blocks from %d: wrong data of %d bytes", count, first, len(r.Data))
+			}
+		})
+		reqs = append(reqs, &wire.Request{Kind: wire.Read, ID: id, Store: store, Block: ids.Block(first), Count: uint32(count)})
+	}
+	for i := from; i < from+n; i++ {
+		want(i, i, 1)
+	}
+	want(from+n, from, n)
+	l.Send(1, reqs)
+	wait(t, &wg)
+}
+
+// A slow flush keeps neither other requests nor pings waiting, also when more
+// is asked for than the window holds; everything is answered in the end.
+func TestBeyondTheWindow(t *testing.T) {
+	noLeak(t)
+	st := newMemStore(false)
+	n := startNode(t, "127.0.0.1:0", st)
+	p := newProbe()
+	l := dial(t, n.addr, p)
+	p.want(t, "up 1")
+	var wg sync.WaitGroup
+	const flushes = 100
+	var reqs []*wire.Request
+	for i := range uint64(flushes) {
+		wg.Add(2)
+		p.expect(2*i, func(*wire.Reply) { wg.Done() })
+		p.expect(2*i+1, func(r *wire.Reply) {
+			defer wg.Done()
+			if len(r.Data) != wire.MaxData {
+				t.Errorf("read %d brought %d bytes", i, len(r.Data))
+			}
+		})
+		reqs = append(reqs, &wire.Request{Kind: wire.Flush, ID: 2 * i, Store: st.id},
+			&wire.Request{Kind: wire.Read, ID: 2*i + 1, Store: st.id, Count: wire.MaxIO})
+	}
+	l.Send(1, reqs)
+	released := 0
+	for deadline := time.Now().Add(patience); released < flushes; released += st.release() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d flushes reached the store", released, flushes)
+		}
+		runtime.Gosched()
+	}
+	wait(t, &wg)
+	if len(p.events) > 0 {
+		t.Fatalf("unexpected: %s", <-p.events)
+	}
+}

@@ -192,11 +192,11 @@ func (c *conn) settle(batch []*wire.Reply) ([]*wire.Reply, error) {
 }
 
 // watch pings, also while requests are outstanding: a store that is slow to
-// answer is not a dead peer. It ends a connection that brought no byte for
-// silentAfter after a ping. It counts its own ticks and not the clock, so that
-// a process which was suspended itself does not blame its peers.
-func (c *conn) watch(quit <-chan struct{}) {
-	t := time.NewTicker(pingEvery)
+// answer is not a dead peer. It ends a connection that brought no byte since
+// silentPings pings. It counts its own ticks and not the clock, so that a
+// process which was suspended itself does not blame its peers.
+func (c *conn) watch(every time.Duration, quit <-chan struct{}) {
+	t := time.NewTicker(every)
 	defer t.Stop()
 	var seen uint64
 	silent := 0 // pings sent since the last byte
@@ -210,8 +210,8 @@ func (c *conn) watch(quit <-chan struct{}) {
 		if got != seen || !c.waiting.Load() {
 			seen, silent = got, 0
 		}
-		if silent*int(pingEvery) >= int(silentAfter) {
-			c.fail(status.Errorf(status.Timeout, "no byte for %v after a ping", silentAfter))
+		if silent == silentPings {
+			c.fail(status.Errorf(status.Timeout, "no byte for %v after a ping", silentPings*every))
 			return
 		}
 		silent++

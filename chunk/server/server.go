@@ -30,8 +30,9 @@ import (
 // Store is what the server needs of a store.
 type Store interface {
 	ID() ids.StoreID
-	// Submit has copied every Request.Data when it returns, and keeps neither
-	// the slice. It answers each request once, on any goroutine.
+	// Submit has copied every Request.Data, and does not use reqs itself any
+	// more, when it returns; the requests it may keep. It answers each once, on
+	// any goroutine.
 	Submit(reqs []*wire.Request, sink wire.Sink)
 }
 
@@ -98,6 +99,7 @@ func (s *Server) Serve(l net.Listener) error {
 	}
 	s.listeners[l] = true
 	s.mu.Unlock()
+	defer s.forget(l)
 	var pause time.Duration
 	for {
 		nc, err := l.Accept()
@@ -154,6 +156,12 @@ func (s *Server) add(c *conn) error {
 func (s *Server) remove(c *conn) {
 	s.mu.Lock()
 	delete(s.conns, c)
+	s.mu.Unlock()
+}
+
+func (s *Server) forget(l net.Listener) {
+	s.mu.Lock()
+	delete(s.listeners, l)
 	s.mu.Unlock()
 }
 
