@@ -38,6 +38,7 @@ type fsm struct {
 	db      *badger.DB
 	applied uint64
 	hash    uint64
+	broken  bool // a restore failed half way: only another one may follow
 
 	closeErr error // of the last database that was thrown away; for the log
 }
@@ -154,10 +155,20 @@ func (f *fsm) wipe() error {
 	return nil
 }
 
+// at returns the applied index of the state and its hash there.
+func (f *fsm) at() (applied, hash uint64) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.applied, f.hash
+}
+
 // read runs fn over the applied state.
 func (f *fsm) read(fn func(kv state.KV)) error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	if f.broken {
+		return status.Errorf(status.Unavailable, "the metadata state is being restored: ask again")
+	}
 	kv := newView(f.db)
 	defer kv.close()
 	fn(kv)
@@ -176,6 +187,9 @@ func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.broken {
+		panic("the metadata state is half restored: the next start rebuilds it")
+	}
 	kv := newView(f.db)
 	defer kv.close()
 	over := state.NewOverlay(kv)
@@ -388,6 +402,7 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 	defer func() { err = errors.Join(err, rc.Close()) }()
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.broken = true // raft would go on applying entries to what is left
 	if err := f.wipe(); err != nil {
 		return err
 	}
@@ -401,7 +416,7 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 	if err := setMark(f.db, mark(applied, hash, 0)); err != nil {
 		return err
 	}
-	f.applied, f.hash = applied, hash
+	f.applied, f.hash, f.broken = applied, hash, false
 	return nil
 }
 

@@ -12,8 +12,8 @@ import (
 
 // Bounds of what is remembered.
 const (
-	KeptResults   = 32                // answers kept per session
-	MaxSessions   = 4096              // beyond it the least recently used goes
+	KeptResults   = 8                 // answers kept per session; a client has one command of a session in flight
+	MaxSessions   = 32_768            // beyond it the least recently used goes
 	SessionAgeNs  = int64(3600) * 1e9 // an unused session goes after this
 	KeptEvents    = 10_000            // events kept
 	MaxVolumeSize = uint64(1) << 50   // 1 PiB

@@ -191,3 +191,17 @@ func Label(h *pb.Host, domain string) string {
 	}
 	return "host=" + h.GetName()
 }
+
+// Gone returns which of these volumes were removed. An id that was never given
+// out is not gone: whoever asks belongs to another cluster, or this state is
+// an older copy, and data must not be dropped at its word.
+func Gone(kv KV, volumes []uint64) []uint64 {
+	given := u64(kv.Get(key(tMeta, "volume")))
+	var out []uint64
+	for _, id := range volumes {
+		if id <= given && kv.Get(key(tVolume, id)) == nil {
+			out = append(out, id)
+		}
+	}
+	return out
+}

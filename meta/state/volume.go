@@ -213,6 +213,9 @@ func (a *apply) attach(op *pb.Attach) (*pb.Result, error) {
 		return nil, status.Errorf(status.TooBig, "volume %s has used all %d writer epochs: copy it to a new volume", v.Name, ids.MaxEpoch)
 	}
 	v.Epoch++
+	// Moved: some epoch since the last detach is not known to be dead, only its
+	// lease can end it.
+	v.Moved = v.HolderSession != "" && (v.Moved || !mine && !gone)
 	v.HolderHost, v.HolderSession, v.AttachedUnixNs = op.Host, op.Session, a.now
 	put(a.kv, key(tVolume, v.Id), v)
 	a.event("volume %s attached on host %s, epoch %d", v.Name, op.Host, v.Epoch)
@@ -237,7 +240,7 @@ func (a *apply) detach(op *pb.Detach) (*pb.Result, error) {
 		return nil, err
 	}
 	a.event("volume %s detached from host %s", v.Name, v.HolderHost)
-	v.HolderHost, v.HolderSession, v.AttachedUnixNs = "", "", 0
+	v.HolderHost, v.HolderSession, v.AttachedUnixNs, v.Moved = "", "", 0, false
 	put(a.kv, key(tVolume, v.Id), v)
 	return &pb.Result{Volume: v}, nil
 }

@@ -1,0 +1,311 @@
+package server
+
+import (
+	"context"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/cairnstore/cairn/meta/state"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// The ways in, in this order: Do (check → prepare → commit → finish), Renew,
+// Query, Node.
+
+const (
+	maxCommand = 1 << 20  // encoded; raft's log and Badger's values take more
+	freeFloor  = 64 << 20 // below it only what keeps volumes running is taken
+	freeLast   = 16 << 20 // below it nothing: Badger dies of a full disk
+	maxEvents  = 1000     // in one answer
+)
+
+// Do implements pb.MetaServer.
+func (s *Server) Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
+	res, err := s.do(ctx, cmd)
+	if err != nil {
+		kind := status.Of(err)
+		res = &pb.Result{Status: uint32(kind), Detail: err.Error(), Refused: kind != status.Unknown}
+		if kind == status.Unavailable {
+			res.Leader = s.leaderAPI()
+		}
+	}
+	return res, nil
+}
+
+// do returns what the state machine said, or an error: Unknown if the command
+// may have been done, any other kind if it was not and has used no number.
+func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
+	t, err := s.lead()
+	if err != nil {
+		return nil, err
+	}
+	if n := proto.Size(cmd); n > maxCommand {
+		return nil, status.Errorf(status.TooBig, "a metadata command of %d bytes is over the limit of %d: split it", n, maxCommand)
+	}
+	if err := s.checkFree(cmd); err != nil {
+		return nil, err
+	}
+	var prev *pb.Volume // as it was before an attach
+	switch op := cmd.Op.(type) {
+	case *pb.Command_Attach:
+		prev, err = s.prepareAttach(t, op.Attach)
+	case *pb.Command_Detach:
+		err = s.prepareDetach(ctx, t, op.Detach)
+	case *pb.Command_Allocate:
+		err = s.place(t, op.Allocate)
+	}
+	if err != nil {
+		return nil, err
+	}
+	cmd.TimeUnixNs = time.Now().UnixNano()
+	b, err := proto.Marshal(cmd)
+	if err != nil {
+		return nil, status.Errorf(status.Invalid, "a metadata command that cannot be encoded: %w", err)
+	}
+	res, err := s.commit(b)
+	if err != nil || res.Status != 0 {
+		return res, err
+	}
+	switch op := cmd.Op.(type) {
+	case *pb.Command_Attach:
+		return res, s.finishAttach(ctx, t, op.Attach, prev, res.Volume)
+	case *pb.Command_DeleteVolume:
+		t.leases.forget(res.Volume.GetId())
+	}
+	return res, nil
+}
+
+// checkFree keeps room on the disk. Exclusions, detaches and deletions go on
+// longer: without them guests stand still, or nothing gets better.
+func (s *Server) checkFree(cmd *pb.Command) error {
+	free, err := s.cfg.free(s.cfg.Dir)
+	if err != nil {
+		return status.Errorf(status.IO, "the metadata leader cannot see its free space: %w", err)
+	}
+	floor := uint64(freeFloor)
+	switch cmd.Op.(type) {
+	case nil, *pb.Command_ChangeMembers, *pb.Command_Detach, *pb.Command_DeleteVolume, *pb.Command_OpenSession:
+		floor = freeLast
+	}
+	if free < floor {
+		return status.Errorf(status.NoSpace, "the metadata leader %s has %d MiB left in %s and keeps %d free: make room there", s.cfg.ID, free>>20, s.cfg.Dir, floor>>20)
+	}
+	return nil
+}
+
+// prepareAttach reads the volume as it is, and lets the attach take over a
+// holder whose lease is over.
+func (s *Server) prepareAttach(t *tenure, op *pb.Attach) (v *pb.Volume, err error) {
+	err = s.fsm.read(func(kv state.KV) { v = state.VolumeByName(kv, op.Volume) })
+	if err == nil && v != nil && v.HolderSession != "" && t.leases.held(v, boottime()) == 0 {
+		op.Takeover = true
+	}
+	return v, err
+}
+
+// finishAttach holds the answer to a committed attach back until no read of an
+// older epoch can still be served. The tenure must be the one in which the
+// leases were counted; otherwise the caller asks the new leader again, who
+// finds the attach done and waits by its own knowledge.
+func (s *Server) finishAttach(ctx context.Context, t *tenure, op *pb.Attach, prev, v *pb.Volume) error {
+	if now, err := s.lead(); err != nil || now != t {
+		return status.Errorf(status.Unknown, "volume %s is attached, but the metadata leader changed before older leases were known to be over: ask again", v.Name)
+	}
+	same := prev != nil && prev.HolderHost == op.Host
+	gone := same && (op.PredecessorGone || prev.HolderSession == op.Session)
+	end := t.leases.attached(v, prev, gone, boottime())
+	if err := s.waitUntil(ctx, end); err != nil {
+		return status.Errorf(status.Unknown, "volume %s is attached, but an older lease is not over (%w): ask again", v.Name, err)
+	}
+	return nil
+}
+
+// prepareDetach waits for epochs older than the one that ends: a volume nobody
+// holds has no running lease, and its next attach need not wait.
+func (s *Server) prepareDetach(ctx context.Context, t *tenure, op *pb.Detach) error {
+	var v *pb.Volume
+	err := s.fsm.read(func(kv state.KV) { v = state.VolumeByID(kv, op.VolumeId) })
+	if err != nil || v == nil || v.Epoch != op.Epoch || v.HolderSession == "" {
+		return err
+	}
+	if err := s.waitUntil(ctx, t.leases.clear(v)); err != nil {
+		return status.Errorf(status.Unavailable, "volume %s is not detached: an older lease is not over (%w): ask again", v.Name, err)
+	}
+	return nil
+}
+
+// Renew implements pb.MetaServer. Every lease is recorded first, then the
+// leadership is verified, then the state is read: see leases.grant.
+func (s *Server) Renew(_ context.Context, req *pb.RenewRequest) (*pb.RenewReply, error) {
+	rep, err := s.renew(req)
+	if err != nil {
+		rep = &pb.RenewReply{Status: uint32(status.Of(err)), Detail: err.Error(), Leader: s.leaderAPI()}
+	}
+	return rep, nil
+}
+
+func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
+	now := boottime() // not before the host sent the request
+	t, err := s.lead()
+	if err != nil {
+		return nil, err
+	}
+	var known bool
+	err = s.fsm.read(func(kv state.KV) {
+		if known = state.HostByName(kv, req.Host) != nil; !known {
+			return
+		}
+		for _, l := range req.Leases {
+			if holds(kv, req, l) != nil {
+				t.leases.grant(l.VolumeId, l.Epoch, req.Host, now)
+			}
+		}
+		for _, l := range req.Release {
+			if v := state.VolumeByID(kv, l.VolumeId); v != nil && v.Epoch == l.Epoch && v.HolderHost == req.Host {
+				t.leases.release(l.VolumeId, l.Epoch, req.Host)
+			}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	if !known {
+		return nil, status.Errorf(status.NotFound, "host %q is not registered: register it before it renews leases", req.Host)
+	}
+	if err := s.still(t); err != nil {
+		return nil, err
+	}
+	t.hear(req.Host, req.Usage, now)
+	rep := &pb.RenewReply{LeaseMs: uint32(s.cfg.Lease.Milliseconds())}
+	err = s.fsm.read(func(kv state.KV) {
+		for _, l := range req.Leases {
+			if v := holds(kv, req, l); v != nil && t.leases.grant(l.VolumeId, l.Epoch, req.Host, now) {
+				rep.Volumes = append(rep.Volumes, v)
+			} else {
+				rep.Refused = append(rep.Refused, l)
+			}
+		}
+	})
+	return rep, err
+}
+
+// holds returns the volume if the caller is its holder at that epoch.
+func holds(kv state.KV, req *pb.RenewRequest, l *pb.Lease) *pb.Volume {
+	v := state.VolumeByID(kv, l.VolumeId)
+	if v == nil || v.Epoch != l.Epoch || v.HolderHost != req.Host || v.HolderSession != req.Session {
+		return nil
+	}
+	return v
+}
+
+// Query implements pb.MetaServer: a linearizable read.
+func (s *Server) Query(ctx context.Context, req *pb.QueryRequest) (*pb.QueryReply, error) {
+	rep, err := s.query(ctx, req)
+	if err != nil {
+		rep = &pb.QueryReply{Status: uint32(status.Of(err)), Detail: err.Error(), Leader: s.leaderAPI()}
+	}
+	return rep, nil
+}
+
+func (s *Server) query(ctx context.Context, req *pb.QueryRequest) (*pb.QueryReply, error) {
+	t, err := s.lead()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.still(t); err != nil {
+		return nil, err
+	}
+	rep := &pb.QueryReply{}
+	if q, ok := req.Q.(*pb.QueryRequest_PlaceVm); ok {
+		rep.PlaceHost, rep.PlaceReason, err = s.placeVM(t, q.PlaceVm)
+		return rep, err
+	}
+	var bad error
+	err = s.fsm.read(func(kv state.KV) { bad = t.answer(kv, req, rep) })
+	if err == nil {
+		err = bad
+	}
+	if _, ok := req.Q.(*pb.QueryRequest_Cluster); ok && err == nil {
+		rep.Nodes = s.nodes(ctx)
+	}
+	return rep, err
+}
+
+// answer reads from the state.
+func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) error {
+	switch q := req.Q.(type) {
+	case *pb.QueryRequest_Volume:
+		v := state.VolumeByName(kv, q.Volume)
+		if v == nil {
+			return status.Errorf(status.NotFound, "there is no volume %q", q.Volume)
+		}
+		rep.Volumes = []*pb.Volume{v}
+		if req.WithChunks {
+			rep.Chunks = state.Chunks(kv, v.Id)
+		}
+	case *pb.QueryRequest_Volumes:
+		rep.Volumes = state.Volumes(kv)
+	case *pb.QueryRequest_Hosts:
+		rep.Hosts = t.hostStates(kv, boottime())
+	case *pb.QueryRequest_Vm:
+		vm := state.VMByName(kv, q.Vm)
+		if vm == nil {
+			return status.Errorf(status.NotFound, "there is no VM %q", q.Vm)
+		}
+		rep.Vms = []*pb.VM{vm}
+	case *pb.QueryRequest_Vms:
+		rep.Vms = state.VMs(kv)
+	case *pb.QueryRequest_Cluster:
+	case *pb.QueryRequest_Gone:
+		rep.Gone = state.Gone(kv, q.Gone.GetVolumeIds())
+	case *pb.QueryRequest_Events:
+		limit := int(q.Events.GetLimit())
+		if limit <= 0 || limit > maxEvents {
+			limit = maxEvents
+		}
+		rep.Events = state.Events(kv, q.Events.GetAfter(), limit)
+	default:
+		return status.Errorf(status.Unsupported, "a query without a question: is the client newer than this service?")
+	}
+	rep.ClusterId = state.ClusterID(kv)
+	return nil
+}
+
+// nodes tells about every configured node.
+func (s *Server) nodes(ctx context.Context) []*pb.NodeReply {
+	byID := map[string]*pb.NodeReply{s.cfg.ID: s.node()}
+	for i, r := range s.askPeers(ctx) {
+		if r == nil {
+			r = &pb.NodeReply{Id: s.peers[i].ID, Addr: s.peers[i].APIAddr, State: "unreachable"}
+		}
+		byID[r.Id] = r
+	}
+	var out []*pb.NodeReply
+	for _, p := range s.cfg.Peers {
+		out = append(out, byID[p.ID])
+	}
+	return out
+}
+
+// Node implements pb.MetaServer.
+func (s *Server) Node(context.Context, *pb.NodeRequest) (*pb.NodeReply, error) {
+	return s.node(), nil
+}
+
+func (s *Server) node() *pb.NodeReply {
+	rep := &pb.NodeReply{Id: s.cfg.ID, Addr: s.addrs[raft.ServerID(s.cfg.ID)].APIAddr}
+	rep.Applied, rep.StateHash = s.fsm.at()
+	r := s.raft.Load()
+	if r == nil {
+		rep.State, rep.LastIndex, rep.Term = s.phase, s.oldIndex, s.oldTerm
+		return rep
+	}
+	rep.Term, rep.LastIndex, rep.LeaderAddr = r.CurrentTerm(), r.LastIndex(), s.leaderAPI()
+	rep.State = strings.ToLower(r.State().String())
+	rep.Leader = rep.State == "leader"
+	return rep
+}

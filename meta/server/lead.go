@@ -1,0 +1,300 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"golang.org/x/sys/unix"
+
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// boottime is CLOCK_BOOTTIME: it counts through suspension and never steps.
+func boottime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic("CLOCK_BOOTTIME: " + err.Error()) // Linux has it since 2.6.39
+	}
+	return time.Duration(ts.Nano())
+}
+
+// tenure is one term of this node as the leader. What it remembers ends with
+// the term.
+type tenure struct {
+	term   uint64
+	since  time.Duration // not before the election
+	leases *leases
+
+	ready  sync.Mutex // held while the barrier runs; guards passed
+	passed bool       // every command committed by earlier leaders is applied here
+
+	mu    sync.Mutex       // guards hosts
+	hosts map[string]*beat // by name; registered ones only
+}
+
+// beat is a host's last heartbeat.
+type beat struct {
+	at    time.Duration
+	usage map[string]*pb.StoreUsage // by the 16 bytes of the store's id
+}
+
+// notLeader is the error of every call that only a leader can answer.
+func (s *Server) notLeader() error {
+	r := s.raft.Load()
+	if r == nil {
+		return status.Errorf(status.Unavailable, "metadata node %s is starting: it waits for its peers", s.cfg.ID)
+	}
+	if _, id := r.LeaderWithID(); id != "" && string(id) != s.cfg.ID {
+		return status.Errorf(status.Unavailable, "metadata node %s is not the leader, %s is", s.cfg.ID, id)
+	}
+	return status.Errorf(status.Unavailable, "the metadata cluster has no leader now: a majority of its %d nodes must be up", len(s.cfg.Peers))
+}
+
+// leaderAPI is where to ask instead, "" if unknown.
+func (s *Server) leaderAPI() string {
+	if r := s.raft.Load(); r != nil {
+		_, id := r.LeaderWithID()
+		return s.addrs[id].APIAddr
+	}
+	return ""
+}
+
+// lead returns the running tenure, ready to serve, or an Unavailable error.
+//
+// The term is read before and after the state: raft leaves the leader state
+// before it raises the term, so an unchanged term means that this node led in
+// exactly that term at that moment, and since is not before the election.
+func (s *Server) lead() (*tenure, error) {
+	r := s.raft.Load()
+	if r == nil || s.ctx.Err() != nil {
+		return nil, s.notLeader()
+	}
+	term := r.CurrentTerm()
+	if r.State() != raft.Leader || r.CurrentTerm() != term {
+		return nil, s.notLeader()
+	}
+	s.mu.Lock()
+	failed := s.err
+	if s.tenure == nil || s.tenure.term < term {
+		since := boottime()
+		s.tenure = &tenure{term: term, since: since, leases: newLeases(since, s.cfg.Lease, clockDrift), hosts: map[string]*beat{}}
+	}
+	t := s.tenure
+	s.mu.Unlock()
+	if failed != nil {
+		return nil, status.Errorf(status.Unavailable, "metadata node %s has failed: %w", s.cfg.ID, failed)
+	}
+	if t.term != term {
+		return nil, s.notLeader()
+	}
+	return t, s.makeReady(r, t)
+}
+
+// makeReady runs the one barrier of a tenure: after it, what earlier leaders
+// committed is applied here.
+func (s *Server) makeReady(r *raft.Raft, t *tenure) error {
+	t.ready.Lock()
+	defer t.ready.Unlock()
+	if t.passed {
+		return nil
+	}
+	defer s.flight.begin()()
+	if err := r.Barrier(enqueueTimeout).Error(); err != nil {
+		return status.Errorf(status.Unavailable, "the new metadata leader is not ready: %w", err)
+	}
+	t.passed = true
+	s.log.Info("leading the metadata cluster", "term", t.term)
+	return nil
+}
+
+// still makes sure, with a majority, that t was not over when still was called.
+func (s *Server) still(t *tenure) error {
+	if err := s.verify.do(); err != nil {
+		return s.notLeader()
+	}
+	if now, err := s.lead(); err != nil || now != t {
+		return s.notLeader()
+	}
+	return nil
+}
+
+// watchLeadership begins a tenure as soon as raft says so, not only when
+// somebody asks: the wait for older leases counts from then.
+func (s *Server) watchLeadership() {
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case leads := <-s.raft.Load().LeaderCh():
+			if !leads {
+				s.log.Info("no longer leading the metadata cluster")
+				continue
+			}
+			if _, err := s.lead(); err != nil {
+				s.log.Info("elected, and not ready", "err", err)
+			}
+		}
+	}
+}
+
+// verifier lets calls that arrive together share one check with the majority:
+// a call counts for a check that begins after it.
+type verifier struct {
+	raft *raft.Raft
+
+	mu      sync.Mutex // guards both below
+	next    *check
+	running bool
+}
+
+type check struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+func (v *verifier) do() error {
+	v.mu.Lock()
+	c := v.next
+	if c == nil {
+		c = &check{done: make(chan struct{})}
+		v.next = c
+	}
+	if !v.running {
+		v.running = true
+		go v.run() // ends with the queue; raft's shutdown ends every check
+	}
+	v.mu.Unlock()
+	<-c.done
+	return c.err
+}
+
+func (v *verifier) run() {
+	for {
+		v.mu.Lock()
+		c := v.next
+		v.next = nil
+		if c == nil {
+			v.running = false
+			v.mu.Unlock()
+			return
+		}
+		v.mu.Unlock()
+		c.err = v.raft.VerifyLeader().Error()
+		close(c.done)
+	}
+}
+
+// flight counts how many ticks of the watchdog each command in raft has seen.
+// Ticks, not time: a process that was stopped for a while has not hung.
+type flight struct {
+	mu   sync.Mutex // guards both below
+	next uint64
+	age  map[uint64]int
+}
+
+// begin notes a command; the returned function ends it.
+func (f *flight) begin() func() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.age == nil {
+		f.age = map[uint64]int{}
+	}
+	f.next++
+	id := f.next
+	f.age[id] = 0
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		delete(f.age, id)
+	}
+}
+
+// tick ages all and returns the oldest age.
+func (f *flight) tick() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	oldest := 0
+	for id := range f.age {
+		f.age[id]++
+		oldest = max(oldest, f.age[id])
+	}
+	return oldest
+}
+
+// hungTicks of the watchdog are 10 s: a leader whose command takes longer has a
+// hung disk. raft would keep it leader for ever (issue 503), since its
+// heartbeats go on.
+const hungTicks = 20
+
+// watchdog ends the node when raft has ended or a command hangs, and remembers
+// when a node without a memory has caught up.
+func (s *Server) watchdog() {
+	t := time.NewTicker(s.cfg.tick)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-t.C:
+		}
+		r := s.raft.Load()
+		if s.flight.tick() >= hungTicks && r.State() == raft.Leader {
+			s.fail(status.Errorf(status.IO, "a metadata command has hung for %v on the leader: is its disk %s well?", hungTicks*s.cfg.tick, s.dir.path))
+			return
+		}
+		if r.State() == raft.Shutdown && s.ctx.Err() == nil {
+			s.fail(status.Errorf(status.Shutdown, "raft has ended: this node was removed from the metadata cluster, or its log cannot be written"))
+			return
+		}
+		if need := s.dir.rec.NeedIndex; need > 0 && r.AppliedIndex() >= need {
+			s.dir.rec.NeedIndex = 0
+			if err := s.dir.save(); err != nil {
+				s.fail(err)
+				return
+			}
+			s.log.Info("caught up with the metadata cluster: this node votes again", "index", need)
+		}
+	}
+}
+
+const enqueueTimeout = time.Second // to get into raft's queue
+
+// commit puts a command through raft and returns what the state machine said.
+func (s *Server) commit(b []byte) (*pb.Result, error) {
+	defer s.flight.begin()()
+	f := s.raft.Load().Apply(b, enqueueTimeout)
+	if err := f.Error(); err != nil {
+		switch {
+		case errors.Is(err, raft.ErrNotLeader):
+			return nil, s.notLeader()
+		case errors.Is(err, raft.ErrEnqueueTimeout), errors.Is(err, raft.ErrLeadershipTransferInProgress):
+			return nil, status.Errorf(status.Unavailable, "the metadata leader is overloaded (%w): ask again", err)
+		}
+		return nil, status.Errorf(status.Unknown, "whether the command was done is unknown (%w): ask again with the same number", err)
+	}
+	return f.Response().(*pb.Result), nil
+}
+
+// waitUntil waits for a moment of CLOCK_BOOTTIME.
+func (s *Server) waitUntil(ctx context.Context, end time.Duration) error {
+	for {
+		left := end - boottime()
+		if left <= 0 {
+			return nil
+		}
+		t := time.NewTimer(left)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		case <-s.ctx.Done():
+			t.Stop()
+			return status.Shutdown
+		}
+	}
+}

@@ -1,0 +1,142 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"google.golang.org/grpc"
+
+	"github.com/cairnstore/cairn/proto/pb"
+)
+
+// A node without a memory must not vote. If its directory was lost, it has
+// forgotten which entries it has confirmed and whom it has voted for; electing
+// a node that lags, it would undo what was committed. So a node with a new
+// directory first asks all its peers how far they are:
+//
+//   - nobody has an entry beyond the bootstrap: the cluster is new, and it
+//     bootstraps like the others. Its first start needs every node, once.
+//   - somebody has: this node's memory is lost, or it came late. It takes part,
+//     but gives no vote and asks for none until it holds everything any peer
+//     held when asked: any entry it may ever have confirmed is below that.
+//
+// Either way it never votes in a term some peer has seen already, in which it
+// may have voted before. A peer that does not answer is waited for: with it and
+// with the lost memory a majority may be gone, and only an operator may decide
+// to go on without.
+//
+// An entry is "beyond the bootstrap" from index 2 on: a leader's first act is
+// to store one.
+
+const (
+	askEvery   = 100 * time.Millisecond
+	askTimeout = time.Second
+)
+
+// voter is the bar a node without a memory has to clear.
+type voter struct {
+	need    uint64 // applied index from which on it may vote
+	above   uint64 // it votes only in higher terms
+	header  raft.RPCHeader
+	applied func() uint64
+}
+
+// may says whether this node may take part in an election of that term, and
+// the term to answer if not.
+func (v *voter) may(term uint64) (uint64, bool) {
+	if term <= v.above {
+		return v.above, false
+	}
+	return term, v.applied() >= v.need
+}
+
+// peerConn asks one peer how far it is.
+type peerConn struct {
+	Peer
+	conn *grpc.ClientConn
+}
+
+// ask returns the peer's own word, or nil: no answer, or not that peer.
+func (p peerConn) ask(ctx context.Context) *pb.NodeReply {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	rep, err := pb.NewMetaClient(p.conn).Node(ctx, &pb.NodeRequest{})
+	if err != nil || rep.Id != p.ID {
+		return nil
+	}
+	return rep
+}
+
+// askPeers asks all other nodes at once; a nil element has not answered.
+func (s *Server) askPeers(ctx context.Context) []*pb.NodeReply {
+	out := make([]*pb.NodeReply, len(s.peers))
+	done := make(chan struct{}, len(s.peers))
+	for i, p := range s.peers {
+		go func() {
+			out[i] = p.ask(ctx)
+			done <- struct{}{}
+		}()
+	}
+	for range s.peers {
+		<-done
+	}
+	return out
+}
+
+// enter brings a node with a new directory into the cluster, once its peers
+// have said which of the two cases it is. It returns when the node runs or the
+// server is closed.
+func (s *Server) enter() {
+	for told := time.Duration(0); ; told += askEvery {
+		replies := s.askPeers(s.ctx)
+		missing, index, term := "", uint64(0), uint64(0)
+		for i, r := range replies {
+			if r == nil {
+				missing = s.peers[i].ID + " at " + s.peers[i].APIAddr
+				continue
+			}
+			index, term = max(index, r.LastIndex), max(term, r.Term)
+		}
+		if s.ctx.Err() != nil {
+			return
+		}
+		if missing == "" {
+			if err := s.join(index, term); err != nil {
+				s.fail(fmt.Errorf("joining the metadata cluster: %w", err))
+			}
+			return
+		}
+		if told%(10*time.Second) == 0 && told > 0 {
+			s.log.Warn("this metadata node's directory is new: it waits to hear from every peer before it takes part", "missing", missing)
+		}
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-time.After(askEvery):
+		}
+	}
+}
+
+// join records what the peers said and starts raft. Crash points: before the
+// record the next start asks again; after it, it knows.
+func (s *Server) join(index, term uint64) error {
+	rec := &s.dir.rec
+	rec.AboveTerm = term
+	if index > 1 {
+		rec.NeedIndex = index
+		s.log.Warn("this metadata node's directory is new but the cluster is not: it votes once it has caught up", "index", index, "term", term)
+	} else if has, err := raft.HasExistingState(s.bolt, s.bolt, s.snaps); err != nil {
+		return err
+	} else if !has {
+		if err := raft.BootstrapCluster(s.raftConfig(false), s.bolt, s.bolt, s.snaps, nil, s.configuration()); err != nil {
+			return err
+		}
+	}
+	rec.Joined = true
+	if err := s.dir.save(); err != nil {
+		return err
+	}
+	return s.start()
+}

@@ -1,0 +1,459 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// Peer is one node of the metadata cluster.
+type Peer struct{ ID, RaftAddr, APIAddr string }
+
+// Config configures one node. Peers names every node, this one too, and is the
+// same on all of them when the cluster is first started.
+type Config struct {
+	ID           string
+	Cluster      string // identity written into the directory and compared at every start; "": not compared
+	Dir          string
+	RaftListener net.Listener // closed by Close, also when New fails
+	APIListener  net.Listener // the same
+	Peers        []Peer
+	Placer       Placer
+	TLS          *tls.Config   // for both listeners and for calls to peers; nil: plain
+	Timeout      time.Duration // heartbeat and election timeout; 0: 1 s
+	Lease        time.Duration // 0: 8 s; the same on every node, and only tests change it
+	Fatal        func(error)   // called once when the node cannot go on, if set; Done is closed too
+	Log          *slog.Logger  // nil: slog.Default
+
+	// For tests of this package.
+	logs      func(raft.LogStore) raft.LogStore // wraps raft's log
+	free      func(dir string) (uint64, error)  // free bytes of the file system
+	tick      time.Duration                     // of the watchdog
+	snapEvery uint64                            // entries between snapshots, and kept behind one
+}
+
+// Server is a running node of the metadata service.
+type Server struct {
+	pb.UnimplementedMetaServer
+	cfg   Config
+	log   *slog.Logger
+	dir   *nodeDir
+	fsm   *fsm
+	bolt  *raftboltdb.BoltStore
+	snaps *raft.FileSnapshotStore
+	peers []peerConn // all but this one
+	addrs map[raft.ServerID]Peer
+	kept  bool // the state in Badger needs no restoring
+
+	// What a node says of itself before raft runs.
+	phase             string // new or starting
+	oldIndex, oldTerm uint64 // in its directory
+
+	grpc   *grpc.Server
+	ctx    context.Context // ends when Close begins
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	raft   atomic.Pointer[raft.Raft] // nil until the node takes part
+	trans  *transport                // set before raft
+	verify verifier
+	flight flight
+
+	mu     sync.Mutex // guards tenure, err, closed
+	tenure *tenure
+	err    error
+	closed bool
+	done   chan struct{}
+}
+
+var _ pb.MetaServer = (*Server)(nil)
+
+// New starts a node. It returns before the node has joined its peers.
+func New(cfg Config) (*Server, error) {
+	s, err := begin(cfg)
+	if err != nil {
+		for _, l := range []net.Listener{cfg.RaftListener, cfg.APIListener} {
+			if l != nil {
+				err = errors.Join(err, closeListener(l))
+			}
+		}
+		return nil, err
+	}
+	return s, nil
+}
+
+func closeListener(l net.Listener) error {
+	if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+func (cfg *Config) check() error {
+	if cfg.RaftListener == nil || cfg.APIListener == nil || cfg.Dir == "" || cfg.Placer == nil {
+		return status.Errorf(status.Invalid, "a metadata node needs a directory, two listeners and a placer")
+	}
+	seen, me := map[string]bool{}, false
+	for _, p := range cfg.Peers {
+		if p.ID == "" || p.RaftAddr == "" || p.APIAddr == "" || seen[p.ID] {
+			return status.Errorf(status.Invalid, "metadata peer %q needs an id of its own and two addresses", p.ID)
+		}
+		seen[p.ID] = true
+		me = me || p.ID == cfg.ID
+	}
+	if !me {
+		return status.Errorf(status.Invalid, "metadata node %q is not among its own peers: add it to the list", cfg.ID)
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = time.Second
+	}
+	if cfg.Lease == 0 {
+		cfg.Lease = leaseLength
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	if cfg.free == nil {
+		cfg.free = freeBytes
+	}
+	if cfg.tick == 0 {
+		cfg.tick = 500 * time.Millisecond
+	}
+	return nil
+}
+
+func freeBytes(dir string) (uint64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return st.Bavail * uint64(st.Bsize), nil
+}
+
+func begin(cfg Config) (s *Server, err error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	s = &Server{cfg: cfg, log: cfg.Log.With("node", cfg.ID), addrs: map[raft.ServerID]Peer{}, done: make(chan struct{})}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	for _, p := range cfg.Peers {
+		s.addrs[raft.ServerID(p.ID)] = p
+	}
+	defer func() {
+		if err != nil {
+			s.cancel()
+			err = errors.Join(err, s.closeFiles())
+		}
+	}()
+	if s.dir, err = openDir(cfg.Dir, cfg.ID, cfg.Cluster); err != nil {
+		return nil, err
+	}
+	if err = s.openFiles(); err != nil {
+		return nil, err
+	}
+	if err = s.dialPeers(); err != nil {
+		return nil, err
+	}
+	s.serve()
+	if !s.dir.rec.Joined {
+		if len(s.peers) > 0 {
+			s.wg.Go(s.enter)
+			return s, nil
+		}
+		err = s.join(0, 0)
+	} else {
+		err = s.start()
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// openFiles opens log, snapshots and state, and refuses what cannot be this
+// node's whole memory.
+func (s *Server) openFiles() (err error) {
+	if s.bolt, err = raftboltdb.NewBoltStore(s.dir.file("raft.db")); err != nil {
+		return fmt.Errorf("opening the metadata log %s: %w", s.dir.file("raft.db"), err)
+	}
+	if s.snaps, err = raft.NewFileSnapshotStoreWithLogger(s.dir.path, snapshotsKept, raftLogger(s.log)); err != nil {
+		return fmt.Errorf("opening the metadata snapshots in %s: %w", s.dir.path, err)
+	}
+	has, err := raft.HasExistingState(s.bolt, s.bolt, s.snaps)
+	if err != nil {
+		return fmt.Errorf("reading the metadata log: %w", err)
+	}
+	if s.dir.rec.Joined && s.dir.rec.NeedIndex == 0 && !has {
+		return status.Errorf(status.Corrupt, "the metadata log in %s is gone: move the directory away and this node gets everything from the others", s.dir.path)
+	}
+	first, err := s.bolt.FirstIndex()
+	if err != nil {
+		return fmt.Errorf("reading the metadata log: %w", err)
+	}
+	last, err := s.bolt.LastIndex()
+	if err != nil {
+		return fmt.Errorf("reading the metadata log: %w", err)
+	}
+	snaps, err := s.snaps.List()
+	if err != nil {
+		return fmt.Errorf("listing the metadata snapshots: %w", err)
+	}
+	newest := uint64(0)
+	if len(snaps) > 0 {
+		newest = snaps[0].Index
+	}
+	s.oldIndex = max(newest, last)
+	if s.oldTerm, err = s.bolt.GetUint64([]byte("CurrentTerm")); err != nil && !errors.Is(err, raftboltdb.ErrKeyNotFound) {
+		return fmt.Errorf("reading the metadata log: %w", err)
+	}
+	s.phase = "starting"
+	if !s.dir.rec.Joined {
+		s.phase = "new"
+	}
+	if s.fsm, s.kept, err = openFSM(s.dir.file("state"), newest, last); err != nil {
+		return err
+	}
+	if !s.kept {
+		return s.checkSnapshots(snaps, first)
+	}
+	return nil
+}
+
+// snapshotsKept is how many snapshots stay on disk: if the newest is damaged,
+// the one before and the log kept behind it take its place.
+const snapshotsKept = 3
+
+// checkSnapshots makes sure that the newest readable snapshot and the log
+// after it leave no gap: raft would begin with an older one and stop in the
+// middle.
+func (s *Server) checkSnapshots(snaps []*raft.SnapshotMeta, first uint64) error {
+	if len(snaps) == 0 && first <= 1 {
+		return nil
+	}
+	for _, m := range snaps {
+		_, r, err := s.snaps.Open(m.ID) // verifies its checksum
+		if err != nil {
+			s.log.Warn("a metadata snapshot is damaged", "snapshot", m.ID, "err", err)
+			continue
+		}
+		if err := r.Close(); err != nil {
+			return fmt.Errorf("reading metadata snapshot %s: %w", m.ID, err)
+		}
+		if first == 0 || first <= m.Index+1 {
+			return nil
+		}
+	}
+	return status.Errorf(status.Corrupt, "the metadata snapshots in %s are damaged and the log begins after them: move the directory away and this node gets everything from the others", s.dir.path)
+}
+
+func (s *Server) dialPeers() error {
+	creds := insecure.NewCredentials()
+	if s.cfg.TLS != nil {
+		creds = credentials.NewTLS(s.cfg.TLS)
+	}
+	for _, p := range s.cfg.Peers {
+		if p.ID == s.cfg.ID {
+			continue
+		}
+		c, err := grpc.NewClient("passthrough:///"+p.APIAddr, grpc.WithTransportCredentials(creds))
+		if err != nil {
+			return status.Errorf(status.Invalid, "metadata peer %s has no usable address %q: %w", p.ID, p.APIAddr, err)
+		}
+		s.peers = append(s.peers, peerConn{p, c})
+	}
+	return nil
+}
+
+// Bounds of what one caller can make this node hold.
+const (
+	maxRequest = 4 << 20
+	maxReply   = 64 << 20
+	maxStreams = 4096 // calls at once, per connection
+)
+
+// serve answers callers from now on; before raft runs, with "not now".
+func (s *Server) serve() {
+	opts := []grpc.ServerOption{grpc.MaxRecvMsgSize(maxRequest), grpc.MaxSendMsgSize(maxReply),
+		grpc.MaxConcurrentStreams(maxStreams), grpc.WaitForHandlers(true), grpc.ConnectionTimeout(10 * time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true})}
+	if s.cfg.TLS != nil {
+		opts = append(opts, grpc.Creds(credentials.NewTLS(s.cfg.TLS)))
+	}
+	s.grpc = grpc.NewServer(opts...)
+	pb.RegisterMetaServer(s.grpc, s)
+	s.wg.Go(func() {
+		if err := s.grpc.Serve(s.cfg.APIListener); err != nil && s.ctx.Err() == nil {
+			s.fail(fmt.Errorf("serving metadata at %s: %w", s.cfg.APIListener.Addr(), err))
+		}
+	})
+}
+
+func (s *Server) raftConfig(kept bool) *raft.Config {
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(s.cfg.ID)
+	c.HeartbeatTimeout, c.ElectionTimeout = s.cfg.Timeout, s.cfg.Timeout
+	c.LeaderLeaseTimeout = s.cfg.Timeout / 2
+	c.CommitTimeout = min(c.CommitTimeout, s.cfg.Timeout/4)
+	c.BatchApplyCh = false // a batch in the channel would outlive the leadership it was meant for
+	c.PreVoteDisabled = false
+	c.NoSnapshotRestoreOnStart = kept
+	c.NoLegacyTelemetry = true
+	c.Logger = raftLogger(s.log)
+	if s.cfg.snapEvery > 0 {
+		c.SnapshotThreshold, c.TrailingLogs, c.SnapshotInterval = s.cfg.snapEvery, s.cfg.snapEvery, 50*time.Millisecond
+	}
+	return c
+}
+
+func (s *Server) configuration() raft.Configuration {
+	var c raft.Configuration
+	for _, p := range s.cfg.Peers {
+		c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(p.ID), Address: raft.ServerAddress(p.RaftAddr)})
+	}
+	return c
+}
+
+// ServerAddr implements raft.ServerAddressProvider: the configured address
+// counts, not the one in the log, so that a node may move.
+func (s *Server) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
+	if p, ok := s.addrs[id]; ok {
+		return raft.ServerAddress(p.RaftAddr), nil
+	}
+	return "", status.Errorf(status.NotFound, "metadata node %s is not among the configured peers", id)
+}
+
+// start runs raft. The node has a record that it takes part.
+func (s *Server) start() error {
+	rec := s.dir.rec
+	var vote *voter
+	if rec.NeedIndex > 0 || rec.AboveTerm > 0 {
+		vote = &voter{need: rec.NeedIndex, above: rec.AboveTerm, applied: s.applied,
+			header: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(s.cfg.ID), Addr: []byte(s.addrs[raft.ServerID(s.cfg.ID)].RaftAddr)}}
+	}
+	var logs raft.LogStore = s.bolt
+	if s.cfg.logs != nil {
+		logs = s.cfg.logs(logs)
+	}
+	logs, err := raft.NewLogCache(512, logs)
+	if err != nil {
+		return err
+	}
+	s.trans = newTransport(newStreams(s.cfg.RaftListener, s.cfg.TLS), s, vote, raftLogger(s.log))
+	r, err := raft.NewRaft(s.raftConfig(s.kept), s.fsm, logs, s.bolt, s.snaps, s.trans)
+	if err != nil {
+		return errors.Join(fmt.Errorf("starting raft: %w", err), s.trans.Close())
+	}
+	s.verify.raft = r
+	s.mu.Lock()
+	closed := s.closed
+	if !closed {
+		s.raft.Store(r)
+		s.wg.Go(s.watchLeadership)
+		s.wg.Go(s.watchdog)
+	}
+	s.mu.Unlock()
+	if closed {
+		return errors.Join(r.Shutdown().Error(), s.trans.Close())
+	}
+	s.log.Info("metadata node runs", "raft", s.cfg.RaftListener.Addr(), "api", s.cfg.APIListener.Addr(), "state_kept", s.kept)
+	return nil
+}
+
+func (s *Server) applied() uint64 {
+	if r := s.raft.Load(); r != nil {
+		return r.AppliedIndex()
+	}
+	return 0
+}
+
+// Done is closed when the node has ended: by Close, or because it cannot go on.
+func (s *Server) Done() <-chan struct{} { return s.done }
+
+// Err says why the node ended by itself; nil while it runs and after Close.
+func (s *Server) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
+
+// fail ends the node's service. Its process should end: what failed may hang,
+// and a start from the directory mends what can be mended.
+func (s *Server) fail(err error) {
+	s.mu.Lock()
+	if s.err != nil || s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.err = err
+	close(s.done)
+	s.mu.Unlock()
+	s.log.Error("metadata node cannot go on", "err", err)
+	if s.cfg.Fatal != nil {
+		s.cfg.Fatal(err)
+	}
+}
+
+// Close stops the node and returns when nothing of it runs any more. After a
+// failure it may wait for what hangs.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	if s.err == nil {
+		close(s.done)
+	}
+	s.mu.Unlock()
+	s.cancel()
+	var err error
+	if r := s.raft.Load(); r != nil {
+		f := r.Shutdown() // lets every waiting call go
+		s.grpc.Stop()
+		err = errors.Join(f.Error(), s.trans.Close())
+	} else {
+		s.grpc.Stop()
+	}
+	s.wg.Wait()
+	return errors.Join(err, closeListener(s.cfg.RaftListener), closeListener(s.cfg.APIListener), s.closeFiles())
+}
+
+func (s *Server) closeFiles() (err error) {
+	for _, p := range s.peers {
+		err = errors.Join(err, p.conn.Close())
+	}
+	s.peers = nil
+	if s.fsm != nil {
+		err = errors.Join(err, s.fsm.close())
+		s.fsm = nil
+	}
+	if s.bolt != nil {
+		err = errors.Join(err, s.bolt.Close())
+		s.bolt = nil
+	}
+	if s.dir != nil {
+		err = errors.Join(err, s.dir.close())
+		s.dir = nil
+	}
+	return err
+}

@@ -1,0 +1,209 @@
+package server
+
+import (
+	"bytes"
+	"time"
+
+	"github.com/cairnstore/cairn/meta/state"
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// upFor is how long a host counts as up after a heartbeat (every 2 s). A new
+// leader, who has heard nobody yet, takes every host for up for as long.
+const upFor = 3 * time.Second
+
+// hear notes a heartbeat of a registered host.
+func (t *tenure) hear(host string, usage []*pb.StoreUsage, now time.Duration) {
+	b := &beat{at: now, usage: map[string]*pb.StoreUsage{}}
+	for _, u := range usage {
+		b.usage[string(u.Store)] = u
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.hosts[host] = b
+}
+
+// host returns the last heartbeat, if any, and whether the host is up.
+func (t *tenure) host(name string, now time.Duration) (*beat, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	b := t.hosts[name]
+	if b == nil {
+		return nil, now < t.since+upFor
+	}
+	return b, now < b.at+upFor
+}
+
+// storeUp: its host is up, and the store is well as far as is known.
+func storeUp(b *beat, up bool, id []byte) (*pb.StoreUsage, bool) {
+	if b == nil {
+		return nil, up
+	}
+	u := b.usage[string(id)]
+	return u, up && u != nil && u.State == "ok"
+}
+
+// hostStates is the answer to a query for hosts.
+func (t *tenure) hostStates(kv state.KV, now time.Duration) []*pb.HostState {
+	stores := map[string][]*pb.Store{}
+	for _, s := range state.Stores(kv) {
+		stores[s.Host] = append(stores[s.Host], s)
+	}
+	var out []*pb.HostState
+	for _, h := range state.Hosts(kv) {
+		b, up := t.host(h.Name, now)
+		hs := &pb.HostState{Host: h, Up: up, LastSeenMs: -1}
+		if b != nil {
+			hs.LastSeenMs = (now - b.at).Milliseconds()
+		}
+		for _, s := range stores[h.Name] {
+			u, sup := storeUp(b, up, s.Id)
+			hs.Stores = append(hs.Stores, &pb.StoreState{Store: s, Usage: u, Up: sup})
+		}
+		out = append(out, hs)
+	}
+	return out
+}
+
+// place fills in the chunks of an allocation. Indices that have a chunk keep
+// it; an allocation the state machine will refuse anyway goes on as it is.
+func (s *Server) place(t *tenure, op *pb.Allocate) error {
+	op.Chunks = nil
+	if len(op.Indices) > state.MaxIndices {
+		return nil
+	}
+	var req ChunkRequest
+	var missing []uint32
+	err := s.fsm.read(func(kv state.KV) {
+		v := state.VolumeByID(kv, op.VolumeId)
+		if v == nil {
+			return
+		}
+		seen := map[uint32]bool{}
+		for _, ix := range op.Indices {
+			if !seen[ix] && state.ChunkAt(kv, v.Id, ix) == nil {
+				missing = append(missing, ix)
+			}
+			seen[ix] = true
+		}
+		req = ChunkRequest{Count: len(missing), Replicas: int(v.Replicas), ChunkBytes: v.ChunkBytes, PreferHost: op.PreferHost}
+		req.Stores = t.storeViews(kv, v, boottime())
+	})
+	if err != nil || len(missing) == 0 {
+		return err
+	}
+	places, err := s.cfg.Placer.PlaceChunks(req)
+	if err != nil {
+		return err
+	}
+	if len(places) != len(missing) {
+		return status.Errorf(status.Internal, "the placer gave %d places for %d chunks", len(places), len(missing))
+	}
+	for i, stores := range places {
+		c := &pb.Chunk{Index: missing[i]}
+		for _, id := range stores {
+			c.Stores = append(c.Stores, bytes.Clone(id[:]))
+		}
+		op.Chunks = append(op.Chunks, c)
+	}
+	return nil
+}
+
+func (t *tenure) storeViews(kv state.KV, v *pb.Volume, now time.Duration) []StoreView {
+	hosts := map[string]*pb.Host{}
+	for _, h := range state.Hosts(kv) {
+		hosts[h.Name] = h
+	}
+	members := map[string]*pb.Member{}
+	for _, m := range v.Members {
+		members[string(m.Store)] = m
+	}
+	var out []StoreView
+	for _, st := range state.Stores(kv) {
+		id, err := ids.StoreIDFromBytes(st.Id)
+		h, m := hosts[st.Host], members[string(st.Id)]
+		if err != nil || st.Retired || h == nil || h.Drained && m == nil {
+			continue
+		}
+		b, up := t.host(st.Host, now)
+		u, sup := storeUp(b, up, st.Id)
+		view := StoreView{ID: id, Host: st.Host, Domain: state.Label(h, v.Domain), Up: sup,
+			Member: m != nil, InSync: m.GetInSync(), CapacityBytes: st.CapacityBytes, UsedBytes: u.GetUsedBytes()}
+		if c := u.GetCapacityBytes(); c > 0 {
+			view.CapacityBytes = c
+		}
+		out = append(out, view)
+	}
+	return out
+}
+
+// placeVM asks the placer for a host.
+func (s *Server) placeVM(t *tenure, q *pb.PlaceVM) (host, reason string, err error) {
+	var req VMRequest
+	var vm *pb.VM
+	err = s.fsm.read(func(kv state.KV) {
+		if vm = state.VMByName(kv, q.Vm); vm != nil {
+			req = t.vmRequest(kv, vm, q.ExceptHosts, boottime())
+		}
+	})
+	if err != nil {
+		return "", "", err
+	}
+	if vm == nil {
+		return "", "", status.Errorf(status.NotFound, "there is no VM %q", q.Vm)
+	}
+	return s.cfg.Placer.PlaceVM(req)
+}
+
+func (t *tenure) vmRequest(kv state.KV, vm *pb.VM, except []string, now time.Duration) VMRequest {
+	local := localBytes(kv, append([]string{vm.Volume}, vm.Disks...))
+	cpus, memory := map[string]uint32{}, map[string]uint64{}
+	for _, other := range state.VMs(kv) {
+		if other.Name != vm.Name && other.Desired != "stopped" {
+			cpus[other.Host] += other.Cpus
+			memory[other.Host] += other.MemoryBytes
+		}
+	}
+	not := map[string]bool{}
+	for _, h := range except {
+		not[h] = true
+	}
+	req := VMRequest{Name: vm.Name, CPUs: vm.Cpus, MemoryBytes: vm.MemoryBytes}
+	for _, h := range state.Hosts(kv) {
+		if h.Drained || not[h.Name] {
+			continue
+		}
+		_, up := t.host(h.Name, now)
+		req.Hosts = append(req.Hosts, HostView{Name: h.Name, Up: up, CPUs: h.Cpus, MemoryBytes: h.MemoryBytes,
+			UsedCPUs: cpus[h.Name], UsedMemory: memory[h.Name], LocalBytes: local[h.Name]})
+	}
+	return req
+}
+
+// localBytes sums, per host, the allocated bytes of the volumes that are in
+// sync there. O(their chunks).
+func localBytes(kv state.KV, volumes []string) map[string]uint64 {
+	out := map[string]uint64{}
+	for _, name := range volumes {
+		v := state.VolumeByName(kv, name)
+		if v == nil {
+			continue
+		}
+		at := map[string]string{}
+		for _, m := range v.Members {
+			if m.InSync {
+				at[string(m.Store)] = m.Host
+			}
+		}
+		for _, c := range state.Chunks(kv, v.Id) {
+			for _, id := range c.Stores {
+				if h := at[string(id)]; h != "" {
+					out[h] += v.ChunkBytes
+				}
+			}
+		}
+	}
+	return out
+}
