@@ -18,7 +18,7 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
-func open(t *testing.T, dir string, snap, last uint64) (*fsm, bool) {
+func openState(t *testing.T, dir string, snap, last uint64) (*fsm, bool) {
 	t.Helper()
 	f, kept, err := openFSM(dir, snap, last)
 	if err != nil {
@@ -63,7 +63,7 @@ func hosts(t *testing.T, f *fsm) (n int) {
 
 func TestStateSurvivesAReopenAndSkipsWhatItHas(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	f, kept := open(t, dir, 0, 0)
+	f, kept := openState(t, dir, 0, 0)
 	if !kept {
 		t.Fatal("a new, empty state is nothing to doubt")
 	}
@@ -71,7 +71,7 @@ func TestStateSurvivesAReopenAndSkipsWhatItHas(t *testing.T) {
 	f.ApplyBatch(logs)
 	hash := f.hash
 	shut(t, f)
-	f, kept = open(t, dir, 0, 11)
+	f, kept = openState(t, dir, 0, 11)
 	if !kept || f.applied != 11 || f.hash != hash {
 		t.Fatalf("kept %v at %d with hash %x, want 11 and %x", kept, f.applied, f.hash, hash)
 	}
@@ -86,10 +86,10 @@ func TestStateSurvivesAReopenAndSkipsWhatItHas(t *testing.T) {
 func TestStateOutsideTheLogIsWiped(t *testing.T) {
 	for _, at := range []struct{ snap, last uint64 }{{0, 10}, {12, 20}} {
 		dir := filepath.Join(t.TempDir(), "state")
-		f, _ := open(t, dir, 0, 0)
+		f, _ := openState(t, dir, 0, 0)
 		f.ApplyBatch(history(t, 10))
 		shut(t, f)
-		f, kept := open(t, dir, at.snap, at.last)
+		f, kept := openState(t, dir, at.snap, at.last)
 		if kept || f.applied != 0 || hosts(t, f) != 0 {
 			t.Fatalf("snapshot %d, log end %d: kept %v at %d", at.snap, at.last, kept, f.applied)
 		}
@@ -122,7 +122,7 @@ func TestDamagedStateIsNeverServed(t *testing.T) {
 	wiped, crashed := 0, 0
 	for part := range 16 {
 		dir := filepath.Join(t.TempDir(), "state")
-		f, _ := open(t, dir, 0, 0)
+		f, _ := openState(t, dir, 0, 0)
 		f.ApplyBatch(history(t, 50))
 		whole := fmt.Sprintf("true 51 %x\n", f.hash)
 		hash := f.hash
@@ -153,7 +153,7 @@ func TestDamagedStateIsNeverServed(t *testing.T) {
 			t.Fatalf("damage at %d/16: served %q, want it whole (%q) or empty", part, out, whole)
 		}
 		wiped++
-		f, _ = open(t, dir, 0, 51)
+		f, _ = openState(t, dir, 0, 51)
 		f.ApplyBatch(history(t, 50))
 		if f.hash != hash {
 			t.Fatal("the log does not give the state back")
@@ -176,7 +176,7 @@ func child(dir string) (string, error) {
 // Another process's state is refused, not wiped.
 func TestStateInUseIsRefusedUnharmed(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	f, _ := open(t, dir, 0, 0)
+	f, _ := openState(t, dir, 0, 0)
 	f.ApplyBatch(history(t, 3))
 	if _, _, err := openFSM(dir, 0, 4); !errors.Is(err, status.Held) {
 		t.Fatalf("second open: %v", err)
@@ -197,7 +197,7 @@ func (*memSink) ID() string      { return "mem" }
 func (s *memSink) Cancel() error { s.cancelled = true; return nil }
 
 func TestSnapshotGivesTheStateBackOrNothing(t *testing.T) {
-	f, _ := open(t, filepath.Join(t.TempDir(), "a"), 0, 0)
+	f, _ := openState(t, filepath.Join(t.TempDir(), "a"), 0, 0)
 	f.ApplyBatch(history(t, 20))
 	snap, err := f.Snapshot()
 	if err != nil {
@@ -214,7 +214,7 @@ func TestSnapshotGivesTheStateBackOrNothing(t *testing.T) {
 	whole := sink.Bytes()
 
 	dir := filepath.Join(t.TempDir(), "b")
-	g, _ := open(t, dir, 0, 0)
+	g, _ := openState(t, dir, 0, 0)
 	if err := g.Restore(io.NopCloser(bytes.NewReader(whole))); err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +235,7 @@ func TestSnapshotGivesTheStateBackOrNothing(t *testing.T) {
 		t.Fatal("a cut snapshot was accepted")
 	}
 	shut(t, g)
-	if g, kept := open(t, dir, 21, 21); kept {
+	if g, kept := openState(t, dir, 21, 21); kept {
 		t.Fatal("a half restored state was kept")
 	} else {
 		shut(t, g)
