@@ -48,7 +48,7 @@ func (e *Engine) admit(op *Op) {
 		e.done(op, status.Invalid)
 		return
 	}
-	if op.Kind == OpWrite && e.fullAt != 0 {
+	if op.Kind == OpWrite && len(e.full.jobs) > 0 {
 		e.done(op, status.NoSpace)
 		return
 	}
@@ -120,10 +120,14 @@ func (p piece) data() []byte {
 	return p.op.Data[at : at+p.n]
 }
 
-// start begins a piece, or lets it wait: for its chunk, or for an overlapping
-// write. A read waits for every write in flight on its blocks (it may not
-// return what could still be lost); a write only for one that is merging; a
-// merge, which reads before it writes, for all.
+// start begins a piece, or lets it wait for its chunk. Blocks are registers, and
+// what overlaps takes turns only where it must:
+//
+//   - a read never waits to be sent; its answer does, while what it may have
+//     seen is not yet acknowledged (answerRead)
+//   - a write may overtake another: versions give one order everywhere
+//   - a merge, which reads before it writes, waits for all earlier writes on its
+//     blocks, and all later ones for it
 func (e *Engine) start(p piece) {
 	if e.state == Ended {
 		e.partDone(p.op, status.Shutdown)
@@ -135,19 +139,29 @@ func (e *Engine) start(p piece) {
 		return
 	}
 	first, count := e.blocks(p)
-	for _, j := range c.jobs {
-		if j.overlaps(first, count) && (p.op.Kind == OpRead || j.merging || !p.aligned()) {
-			j.waiters = append(j.waiters, waiter{op: p.op, piece: p})
-			return
+	if p.op.Kind == OpRead {
+		e.startRead(c, p, first, count)
+		return
+	}
+	j := e.newJob(c, p, first, count)
+	j.merging = !p.aligned()
+	for _, o := range c.jobs {
+		if o != j && (o.merging || j.merging) && o.overlaps(first, count) {
+			o.waiters = append(o.waiters, waiter{job: j})
+			j.after++
 		}
 	}
-	switch {
-	case p.op.Kind == OpRead:
-		e.startRead(c, p, first, count)
-	case p.aligned():
-		e.issue(e.newJob(c, p, first, count))
-	default:
-		e.merge(e.newJob(c, p, first, count))
+	if j.after == 0 {
+		e.begin(j)
+	}
+}
+
+// begin sends a job on its way once nothing it must wait for is left.
+func (e *Engine) begin(j *job) {
+	if j.merging {
+		e.merge(j)
+	} else {
+		e.issue(j)
 	}
 }
 
@@ -196,28 +210,34 @@ type allocState struct {
 	call   *MetaCall
 }
 
+// allocMax bounds the chunks of one command.
+const allocMax = 64
+
 func (e *Engine) startAllocate() {
-	if len(e.alloc.wanted) == 0 || e.alloc.call != nil || e.member.call != nil || e.state == Attaching {
+	if len(e.alloc.wanted) == 0 || e.metaBusy() || e.state == Attaching {
 		return
 	}
 	a := &pb.Allocate{VolumeId: uint64(e.volume), Epoch: uint32(e.epoch), Revision: e.revision, PreferHost: e.cfg.Host}
-	for _, i := range e.alloc.wanted {
+	n := min(len(e.alloc.wanted), allocMax)
+	for _, i := range e.alloc.wanted[:n] {
 		a.Indices = append(a.Indices, uint32(i))
 	}
-	e.alloc.wanted = nil
+	e.alloc.wanted = e.alloc.wanted[n:]
 	e.alloc.call = &MetaCall{Allocate: a}
 	e.out.Meta = append(e.out.Meta, e.alloc.call)
 }
 
-// allocated takes the answer of an allocation.
+// allocated takes the answer of an allocation. Until it is definite nothing was
+// sent to any replica, so an index is simply asked for again: one that has a
+// chunk already is answered with it.
 func (e *Engine) allocated(ev *MetaDone) {
 	a := ev.Call.Allocate
 	e.alloc.call = nil
-	k := status.Of(ev.Err)
-	switch k {
+	e.takeNews()
+	switch k := status.Of(ev.Err); k {
 	case status.OK:
 	case status.Unavailable, status.Unknown, status.Timeout, status.Shutdown, status.Conflict:
-		// Nothing was sent to any replica yet: ask again, with the revision of now.
+		e.holdMeta(k)
 		for _, i := range a.Indices {
 			e.alloc.wanted = append(e.alloc.wanted, ids.ChunkIndex(i))
 		}
@@ -228,10 +248,10 @@ func (e *Engine) allocated(ev *MetaDone) {
 		}
 		return
 	}
-	if v := ev.Result.Volume; v != nil && v.Revision > e.revision {
+	if v := ev.Result.GetVolume(); v != nil && v.Revision > e.revision {
 		e.adoptMembers(v)
 	}
-	for _, c := range ev.Result.Chunks {
+	for _, c := range ev.Result.GetChunks() {
 		if err := e.addChunk(c); err != nil {
 			e.unwant(ids.ChunkIndex(c.Index), status.Of(err))
 			continue
@@ -240,6 +260,12 @@ func (e *Engine) allocated(ev *MetaDone) {
 		delete(e.alloc.pieces, ids.ChunkIndex(c.Index))
 		for _, p := range waiting {
 			e.start(p)
+		}
+	}
+	for _, i := range a.Indices { // an answer that leaves one out is asked again
+		if c := e.chunks[ids.ChunkIndex(i)]; c != nil && c.id == 0 {
+			e.holdMeta(status.Internal)
+			e.alloc.wanted = append(e.alloc.wanted, ids.ChunkIndex(i))
 		}
 	}
 }
@@ -271,6 +297,9 @@ func (e *Engine) addChunk(c *pb.Chunk) error {
 			return status.Errorf(status.Internal, "chunk %d names store %s, which is no member of the volume", c.Id, id.Short())
 		}
 		reps = append(reps, r)
+	}
+	if len(reps) > maxReplicas {
+		return status.Errorf(status.Unsupported, "chunk %d has %d replicas: at most %d are possible", c.Id, len(reps), maxReplicas)
 	}
 	ck.id, ck.replicas = ids.ChunkID(c.Id), reps
 	e.chunks[ck.index] = ck

@@ -1,7 +1,9 @@
 package volume
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cairnstore/cairn/proto/ids"
@@ -17,14 +19,14 @@ import (
 // Any failure on the way goes back to seal; nothing was read or written for a
 // client yet.
 type attach struct {
-	phase   attachPhase
-	started time.Duration
-	try     int // tells the answers of this round from those of an earlier one
-	pending int
-	floor   ids.Version
-	best    map[blockKey]held
-	has     map[*replica]map[blockKey]ids.Version
-	queue   []blockKey
+	phase     attachPhase
+	started   time.Duration
+	try       int // tells the answers of this round from those of an earlier one
+	pending   int // answers, or transfers, of the running phase outstanding
+	floor     ids.Version
+	best      map[blockKey]wire.Entry // the newest state of each block above the floor
+	has       map[*replica]map[blockKey]wire.Entry
+	transfers []*transfer // not started
 }
 
 type attachPhase uint8
@@ -37,18 +39,13 @@ const (
 	attachFlush
 )
 
-// copyWindow bounds the blocks that reconciliation and join have in flight.
-const copyWindow = 64
+// attachTransfers bounds the transfers under way.
+const attachTransfers = 2
 
 type blockKey struct {
 	chunk ids.ChunkID
 	layer ids.LayerID
 	block ids.Block
-}
-
-type held struct {
-	entry wire.Entry
-	by    *replica
 }
 
 func (e *Engine) beginAttach() {
@@ -60,7 +57,7 @@ func (e *Engine) beginAttach() {
 // stepAttach goes as far as it can.
 func (e *Engine) stepAttach() {
 	a := e.attach
-	if a == nil || a.phase != attachSeal || e.member.call != nil {
+	if a == nil || a.phase != attachSeal || e.metaBusy() {
 		return
 	}
 	var reached, unreached []*replica
@@ -79,7 +76,7 @@ func (e *Engine) stepAttach() {
 		e.beginReconcile(reached)
 		return
 	}
-	if why := e.insufficient(); why != "" {
+	if why := e.insufficient(len(reached)); why != "" {
 		e.why = why
 		return
 	}
@@ -92,7 +89,10 @@ func (e *Engine) stepAttach() {
 // insufficient says why the sealed members are not enough: every chunk needs
 // one that has everything acknowledged — one that lost nothing since the
 // floor, or all of its in-sync members together.
-func (e *Engine) insufficient() string {
+func (e *Engine) insufficient(reached int) string {
+	if reached == 0 {
+		return "waiting for a member: none can be reached"
+	}
 	for _, c := range e.chunks {
 		whole, all := false, true
 		for _, r := range c.replicas {
@@ -112,12 +112,12 @@ func (e *Engine) insufficient() string {
 func (e *Engine) beginReconcile(members []*replica) {
 	a := e.attach
 	a.phase, a.try, a.pending = attachList, a.try+1, 0
-	a.best, a.has, a.floor = map[blockKey]held{}, map[*replica]map[blockKey]ids.Version{}, 0
+	a.best, a.has, a.floor, a.transfers = map[blockKey]wire.Entry{}, map[*replica]map[blockKey]wire.Entry{}, 0, nil
 	for _, r := range members {
 		a.floor = max(a.floor, r.floor)
 	}
 	for _, r := range members {
-		a.has[r] = map[blockKey]ids.Version{}
+		a.has[r] = map[blockKey]wire.Entry{}
 		a.pending++
 		e.listNewer(r, wire.Request{Kind: wire.Newer, Version: a.floor})
 	}
@@ -146,9 +146,9 @@ func (e *Engine) listNewer(r *replica, q wire.Request) {
 		}
 		for _, en := range rep.Entries {
 			k := blockKey{en.Chunk, en.Layer, en.Block}
-			a.has[r][k] = en.Version
-			if b, ok := a.best[k]; !ok || en.Version > b.entry.Version {
-				a.best[k] = held{en, r}
+			a.has[r][k] = en
+			if b, ok := a.best[k]; !ok || better(en, b) {
+				a.best[k] = en
 			}
 		}
 		if n := len(rep.Entries); n > 0 && rep.Flags&wire.FlagMore != 0 {
@@ -163,90 +163,103 @@ func (e *Engine) listNewer(r *replica, q wire.Request) {
 	})
 }
 
-// listed finds the blocks that are not the same everywhere and copies them.
+// better reports whether a is to be kept rather than b: the newer one, and of the
+// same write the one that can still be read.
+func better(a, b wire.Entry) bool {
+	return a.Version > b.Version || a.Version == b.Version && b.Kind == wire.EntryPoison && a.Kind != wire.EntryPoison
+}
+
+// listed finds the blocks that are not the same everywhere and copies them, in
+// one transfer for those of a chunk that the same members have and lack.
 func (e *Engine) listed() {
 	a := e.attach
-	a.phase, a.queue = attachCopy, nil
+	a.phase = attachCopy
 	byID := map[ids.ChunkID]*chunk{}
 	for _, c := range e.chunks {
 		byID[c.id] = c
 	}
-	for k, b := range a.best {
+	keys := make([]blockKey, 0, len(a.best))
+	for k := range a.best {
+		keys = append(keys, k)
+	}
+	sortKeys(keys)
+	type group struct {
+		chunk      ids.ChunkID
+		have, lack uint16
+	}
+	lists := map[group][]wire.Entry{}
+	var order []group
+	for _, k := range keys {
 		c := byID[k.chunk]
-		if c != nil && len(e.lacking(c, k, b)) > 0 {
-			a.queue = append(a.queue, k)
+		if c == nil {
+			continue
 		}
+		g := group{chunk: k.chunk}
+		if g.have, g.lack = e.holders(c, k); g.lack == 0 {
+			continue
+		}
+		if lists[g] == nil {
+			order = append(order, g)
+		}
+		lists[g] = append(lists[g], a.best[k])
 	}
-	sortKeys(a.queue)
-	e.copyNext(byID)
+	for _, g := range order {
+		a.transfers = append(a.transfers, e.attachTransfer(byID[g.chunk], g.have, g.lack, lists[g]))
+	}
+	e.nextTransfers()
 }
 
-// lacking lists the chunk's members that hold less than the best of a block.
-func (e *Engine) lacking(c *chunk, k blockKey, b held) []*replica {
-	var out []*replica
-	for _, r := range c.replicas {
-		if has, ok := e.attach.has[r]; ok && has[k] < b.entry.Version {
-			out = append(out, r)
-		}
-	}
-	return out
-}
-
-// copyNext keeps copyWindow blocks on their way; then the members are equal.
-func (e *Engine) copyNext(byID map[ids.ChunkID]*chunk) {
+// holders says which positions of a chunk hold the best state of a block and
+// which hold less.
+func (e *Engine) holders(c *chunk, k blockKey) (have, lack uint16) {
 	a := e.attach
-	for a.pending < copyWindow && len(a.queue) > 0 {
-		k := a.queue[0]
-		a.queue = a.queue[1:]
-		a.pending++
-		e.copyBlock(byID, k, a.best[k])
+	for pos, r := range c.replicas {
+		if a.has[r] == nil {
+			continue
+		}
+		if en := a.has[r][k]; better(a.best[k], en) {
+			lack |= 1 << pos
+		} else {
+			have |= 1 << pos
+		}
 	}
-	if a.pending == 0 && len(a.queue) == 0 {
+	return have, lack
+}
+
+func (e *Engine) attachTransfer(c *chunk, have, lack uint16, es []wire.Entry) *transfer {
+	a, try := e.attach, e.attach.try
+	t := &transfer{limit: ids.MakeVersion(e.epoch, 0), runs: runs(es),
+		live: func() bool { return e.attach == a && a.try == try && a.phase == attachCopy }}
+	for pos, r := range c.replicas {
+		if have&(1<<pos) != 0 {
+			t.from = append(t.from, r)
+		} else if lack&(1<<pos) != 0 {
+			t.to = append(t.to, r)
+		}
+	}
+	t.ended = func(f *failure) {
+		if f != nil {
+			e.attachFailed(f.r, f.rep)
+			return
+		}
+		a.pending--
+		e.nextTransfers()
+	}
+	return t
+}
+
+// nextTransfers keeps attachTransfers going; then the members are equal.
+func (e *Engine) nextTransfers() {
+	a := e.attach
+	for a.phase == attachCopy && a.pending < attachTransfers && len(a.transfers) > 0 {
+		t := a.transfers[0]
+		a.transfers = a.transfers[1:]
+		a.pending++
+		e.runTransfer(t)
+	}
+	if a.phase == attachCopy && a.pending == 0 && len(a.transfers) == 0 {
 		e.flushAttach()
 	}
-}
-
-func (e *Engine) copyBlock(byID map[ids.ChunkID]*chunk, k blockKey, b held) {
-	a, try := e.attach, e.attach.try
-	targets := e.lacking(byID[k.chunk], k, b)
-	left := len(targets)
-	install := func(data []byte) {
-		for _, r := range targets {
-			q := &wire.Request{Kind: wire.Install, Chunk: k.chunk, Limit: ids.MakeVersion(e.epoch, 0), Entries: []wire.Entry{b.entry}, Data: data}
-			e.call(r, q, func(rep *wire.Reply) {
-				if e.attach != a || a.try != try || a.phase != attachCopy {
-					return
-				}
-				if rep.Status != status.OK {
-					e.attachFailed(r, rep)
-					return
-				}
-				if left--; left == 0 {
-					a.pending--
-					e.copyNext(byID)
-				}
-			})
-		}
-	}
-	if b.entry.Kind != wire.EntryData {
-		install(nil)
-		return
-	}
-	q := &wire.Request{Kind: wire.Read, Flags: wire.FlagEntries, Chunk: k.chunk, Layer: k.layer, Block: k.block, Count: 1}
-	e.call(b.by, q, func(rep *wire.Reply) {
-		if e.attach != a || a.try != try || a.phase != attachCopy {
-			return
-		}
-		if rep.Status == status.OK && (len(rep.Entries) != 1 || len(rep.Data) != ids.BlockSize || rep.Entries[0].Version != b.entry.Version ||
-			!e.entriesMatch(k.chunk, rep.Entries, rep.Data)) {
-			rep = &wire.Reply{Kind: wire.Read, Status: status.Corrupt, Detail: "a block written since the floor does not match its checksum"}
-		}
-		if rep.Status != status.OK {
-			e.attachFailed(b.by, rep)
-			return
-		}
-		install(rep.Data)
-	})
 }
 
 // flushAttach makes the equal state durable and tells every member so.
@@ -287,4 +300,10 @@ func (e *Engine) serve(floor ids.Version) {
 		}
 	}
 	e.admitAll(e.waiting.takeAll())
+}
+
+func sortKeys(ks []blockKey) {
+	slices.SortFunc(ks, func(a, b blockKey) int {
+		return cmp.Or(cmp.Compare(a.chunk, b.chunk), cmp.Compare(a.layer, b.layer), cmp.Compare(a.block, b.block))
+	})
 }

@@ -28,7 +28,6 @@ import (
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
-	"github.com/cairnstore/cairn/proto/wire"
 )
 
 // Config says what an engine is to attach and how patient it is.
@@ -44,7 +43,11 @@ type Config struct {
 const (
 	flushBytes    = 64 << 20 // the engine flushes by itself after so many unflushed bytes
 	maxPieceBlock = 256      // blocks of one data request: 1 MiB
-	spaceRetry    = 200 * time.Millisecond
+
+	spaceRetry    = 200 * time.Millisecond // a write that found a store full is sent again so often
+	spacePatience = 2 * time.Second        // and a store alone in being full is excluded after that
+	metaRetry     = 100 * time.Millisecond // a refused or unanswered change is decided anew after that
+	bounceEvery   = 500 * time.Millisecond // a replica that failed, but must stay, gets a new connection so often
 )
 
 // State is what an engine is doing.
@@ -62,143 +65,6 @@ const (
 func (s State) String() string {
 	return [...]string{"attaching", "serving", "draining", "ended"}[s]
 }
-
-// OpKind is what a client wants.
-type OpKind uint8
-
-// The operations.
-const (
-	OpRead OpKind = iota
-	OpWrite
-	OpZero // read as zeros from now on, to the byte
-	OpTrim // whole blocks inside the range may read as zeros
-	OpFlush
-)
-
-// Op is one client operation. The engine owns it, and Data, until it is in
-// Out.Done.
-type Op struct {
-	Kind OpKind
-	FUA  bool   // durable before it is done
-	Off  uint64 // bytes
-	Len  uint64 // bytes
-	Data []byte // Write: payload. Read: Len bytes to fill
-	User any    // whoever submitted it: a Completer, for the shell
-
-	parts    int         // pieces not finished; > 0 while admitting
-	failed   status.Kind // first failure
-	answered bool        // it was in Out.Done: whatever still refers to it is late
-	next     *Op         // wait queue
-}
-
-// Done is a finished operation.
-type Done struct {
-	Op     *Op
-	Status status.Kind
-}
-
-// Completer gets finished operations back: Op.User holds the one that
-// submitted them. The shell calls it outside the engine's lock.
-type Completer interface{ Complete(ds []Done) }
-
-// Send is one request for one replica, over its connection Gen and no other:
-// when Gen is no longer the live one it is to be dropped. The request, and its
-// Data, belong to the connection until it is answered or Down.
-type Send struct {
-	Replica int
-	Gen     uint64
-	Req     *wire.Request
-}
-
-// LinkAction tells the shell to keep a connection to a replica, or not to.
-type LinkAction struct {
-	Replica int
-	Open    bool
-}
-
-// MetaCall is a mutation for the metadata service. The shell answers it with
-// exactly one MetaDone, which may take as long as it likes.
-type MetaCall struct {
-	Allocate *pb.Allocate
-	Change   *pb.ChangeMembers
-	Detach   *pb.Detach
-}
-
-// Out gathers the actions of steps. The shell carries them out after it has
-// released its lock, in any order: sends are independent of each other.
-type Out struct {
-	Sends []Send
-	Done  []Done
-	Meta  []*MetaCall
-	Links []LinkAction
-}
-
-// Reset empties o, keeping its memory.
-func (o *Out) Reset() {
-	clear(o.Sends)
-	clear(o.Done)
-	o.Sends, o.Done, o.Meta, o.Links = o.Sends[:0], o.Done[:0], o.Meta[:0], o.Links[:0]
-}
-
-// Event is what can happen to an engine.
-type Event interface{ event() }
-
-// The events.
-type (
-	// Submit brings client operations.
-	Submit struct{ Ops []*Op }
-	// Up says that a connection to a replica is ready; Gen tells it from
-	// earlier ones and is above them.
-	Up struct {
-		Replica int
-		Gen     uint64
-	}
-	// Down says that the connection Gen is gone, with all its answers.
-	Down struct {
-		Replica int
-		Gen     uint64
-		Why     string
-	}
-	// Lost says that a replica could not be reached again over any path.
-	Lost struct {
-		Replica int
-		Why     string
-	}
-	// Replies brings answers over connection Gen.
-	Replies struct {
-		Replica int
-		Gen     uint64
-		Replies []*wire.Reply
-	}
-	// MetaDone answers a MetaCall.
-	MetaDone struct {
-		Call   *MetaCall
-		Result *pb.Result
-		Err    error // status kinds; Unavailable and Unknown are asked again
-	}
-	// Lease extends the right to serve reads until a moment of the engine's clock.
-	Lease struct{ Until time.Duration }
-	// Refresh brings the volume as metadata knows it: size, members.
-	Refresh struct{ Volume *pb.Volume }
-	// Tick lets time pass; at least every 100 ms.
-	Tick struct{}
-	// Detach asks to drain, flush and let go.
-	Detach struct{}
-	// Fence says that the epoch is over.
-	Fence struct{ Why string }
-)
-
-func (*Submit) event()   {}
-func (*Up) event()       {}
-func (*Down) event()     {}
-func (*Lost) event()     {}
-func (*Replies) event()  {}
-func (*MetaDone) event() {}
-func (*Lease) event()    {}
-func (*Refresh) event()  {}
-func (*Tick) event()     {}
-func (*Detach) event()   {}
-func (*Fence) event()    {}
 
 // Engine is one attached volume. It is not safe for concurrent use.
 type Engine struct {
@@ -225,14 +91,15 @@ type Engine struct {
 	waiting   opQueue // operations that came while attaching
 	leaseTill time.Duration
 	leaseHeld []*Op   // reads whose data is there but whose lease is not
-	stuck     []*read // reads no replica can serve now
+	stuck     []*read // reads no replica can serve now; bounded by the operations in flight
+	freeReads []*read
 
-	flush   flushState
-	member  memberState
-	alloc   allocState
-	attach  *attach
-	fullAt  time.Duration // a replica said NoSpace then; 0: no
-	fullFor []*job        // writes to send again when space may have come back
+	flush    flushState
+	member   memberState
+	alloc    allocState
+	attach   *attach
+	full     fullState
+	lastTick time.Duration
 
 	stats Stats
 }
@@ -270,7 +137,7 @@ func New(now time.Duration, cfg Config, out *Out) (*Engine, error) {
 	}
 	e := &Engine{cfg: cfg, volume: ids.VolumeID(v.Id), epoch: ids.Epoch(v.Epoch), revision: v.Revision,
 		size: v.SizeBytes, perChunk: uint32(v.ChunkBytes / ids.BlockSize),
-		byStore: map[ids.StoreID]*replica{}, chunks: map[ids.ChunkIndex]*chunk{}, now: now, out: out}
+		byStore: map[ids.StoreID]*replica{}, chunks: map[ids.ChunkIndex]*chunk{}, now: now, lastTick: now, out: out}
 	e.cfg.Volume, e.cfg.Chunks = nil, nil
 	e.inFlight.init()
 	e.addMembers(v.Members)
@@ -335,6 +202,7 @@ func (e *Engine) tick() {
 		return
 	}
 	e.watchStalls()
+	e.bounceFailed()
 	e.retryFull()
 	e.retryStuck()
 	e.autoFlush()
@@ -342,6 +210,7 @@ func (e *Engine) tick() {
 
 // submit admits one operation, or keeps it until the volume serves.
 func (e *Engine) submit(op *Op) {
+	op.answered, op.next = false, nil // the shell may use an Op again
 	switch e.state {
 	case Attaching:
 		e.waiting.push(op)
@@ -368,6 +237,7 @@ func (e *Engine) end(why string) {
 		return
 	}
 	e.state, e.why = Ended, why
+	e.out.Sends = e.out.Sends[:0] // they refer to buffers that go back to the clients now
 	for _, op := range e.unfinished() {
 		e.done(op, status.Shutdown)
 	}
@@ -394,7 +264,9 @@ func (e *Engine) unfinished() []*Op {
 		for _, j := range c.jobs {
 			add(j.op)
 			for _, w := range j.waiters {
-				add(w.op)
+				if w.read != nil {
+					add(w.read.op)
+				}
 			}
 		}
 	}
@@ -472,81 +344,10 @@ func (e *Engine) refresh(v *pb.Volume) {
 		e.end(fmt.Sprintf("epoch %d was given to %s", v.Epoch, v.HolderHost))
 		return
 	}
-	if ids.Epoch(v.Epoch) < e.epoch {
+	if ids.Epoch(v.Epoch) < e.epoch || v.Revision < e.revision {
 		return
 	}
 	e.size = max(e.size, v.SizeBytes)
-	if v.Revision > e.revision && e.member.call == nil && e.alloc.call == nil {
-		e.adoptMembers(v)
-	}
-}
-
-// Info is what people want to know about an engine.
-type Info struct {
-	State    State
-	Why      string
-	Epoch    ids.Epoch
-	Revision uint64
-	Size     uint64
-	Floor    ids.Version
-	InFlight int
-	Stats    Stats
-	Replicas []ReplicaInfo
-}
-
-// ReplicaInfo is the state of one member.
-type ReplicaInfo struct {
-	Index       int
-	Store       ids.StoreID
-	Host, Addr  string
-	State       string // in-sync, lost, joining, out
-	JoinedBytes uint64 // data sent by the running or last join
-}
-
-// Info returns a picture of the engine.
-func (e *Engine) Info() Info {
-	in := Info{State: e.state, Why: e.why, Epoch: e.epoch, Revision: e.revision, Size: e.size, Floor: e.floor,
-		InFlight: e.inFlight.len, Stats: e.stats}
-	for _, r := range e.replicas {
-		in.Replicas = append(in.Replicas, ReplicaInfo{Index: r.index, Store: r.store, Host: r.host, Addr: r.addr,
-			State: r.stateName(), JoinedBytes: r.joinedBytes})
-	}
-	return in
-}
-
-// State returns what the engine is doing.
-func (e *Engine) State() State { return e.state }
-
-// Size returns the volume's size in bytes.
-func (e *Engine) Size() uint64 { return e.size }
-
-// Replica returns the store, host and address of member i, for the shell that
-// connects to it.
-func (e *Engine) Replica(i int) ReplicaInfo {
-	r := e.replicas[i]
-	return ReplicaInfo{Index: i, Store: r.store, Host: r.host, Addr: r.addr, State: r.stateName()}
-}
-
-// Extent is a run of bytes that are all allocated or all not.
-type Extent struct {
-	Len  uint64
-	Hole bool
-}
-
-// Extents describes [off, off+n) by the thin map: a hole is what no chunk was
-// ever allocated for. It never claims "hole" for what a write may have filled.
-func (e *Engine) Extents(off, n uint64) []Extent {
-	var out []Extent
-	chunkBytes := uint64(e.perChunk) * ids.BlockSize
-	for n > 0 {
-		step := min(n, chunkBytes-off%chunkBytes)
-		_, ok := e.chunks[ids.ChunkIndex(off/chunkBytes)]
-		if k := len(out); k > 0 && out[k-1].Hole == !ok {
-			out[k-1].Len += step
-		} else {
-			out = append(out, Extent{step, !ok})
-		}
-		off, n = off+step, n-step
-	}
-	return out
+	e.member.news = v
+	e.takeNews()
 }

@@ -11,11 +11,14 @@ import (
 
 // join is a member that was out catching up:
 //
-//	seal → (new writes go to it too) → drain what is older → compare digests and
-//	copy → required → flush and settle → add by a commit → in-sync
+//	seal → (new writes go to it too) → per chunk: compare digests and copy from a
+//	member that has accepted all that is older → required → flush and settle →
+//	add by a commit → in-sync
 //
 // Below the join's version it takes the survivor's state, even where that is
-// older or a hole; from it on, the higher version wins.
+// older or a hole; from it on, the higher version wins. A write below it that is
+// still in flight, because another member is missing, comes with the copy: it
+// does not hold up the join, which may be what it waits for.
 type join struct {
 	phase    joinPhase
 	from     ids.Version // J: it receives every write ≥ from
@@ -23,14 +26,14 @@ type join struct {
 	active   int         // chunks being compared, ≤ joinChunks
 	required bool        // counted for writes and flushes, not readable yet
 	mark     uint64      // counter when it became required
-	dead     bool        // failed while its addition was being committed
+	asked    bool        // its addition was asked for, and may happen until settled
+	dead     bool        // failed since
 }
 
 type joinPhase uint8
 
 const (
 	joinSeal joinPhase = iota
-	joinDrain
 	joinCopy
 	joinSettle
 	joinSettling
@@ -38,8 +41,9 @@ const (
 )
 
 const (
-	joinChunks  = 2
-	joinBackoff = 300 * time.Millisecond
+	joinChunks     = 2
+	joinBackoff    = 300 * time.Millisecond // doubles with each failure
+	joinBackoffMax = 5 * time.Second
 )
 
 // stepJoins moves every join as far as it can go.
@@ -73,32 +77,30 @@ func (e *Engine) beginJoin(r *replica) {
 		}
 		r.incarnation = rep.Incarnation
 		r.sealed = true
-		jn.phase, jn.from = joinDrain, ids.MakeVersion(e.epoch, e.counter+1)
-	})
-}
-
-func (e *Engine) stepJoin(r *replica, jn *join) {
-	switch jn.phase {
-	case joinDrain:
-		if e.inFlight.lowest() < jn.from {
-			return
-		}
-		jn.phase = joinCopy
-		for _, c := range e.chunks {
+		jn.phase, jn.from = joinCopy, ids.MakeVersion(e.epoch, e.counter+1)
+		for _, c := range e.chunks { // later ones have nothing below from
 			if slices.Contains(c.replicas, r) {
 				jn.queue = append(jn.queue, c)
 			}
 		}
 		slices.SortFunc(jn.queue, func(a, b *chunk) int { return int(a.index) - int(b.index) })
-		e.stepJoin(r, jn)
+	})
+}
+
+func (e *Engine) stepJoin(r *replica, jn *join) {
+	switch jn.phase {
 	case joinCopy:
-		for jn.active < joinChunks && len(jn.queue) > 0 && r.join == jn {
+		for r.join == jn && jn.active < joinChunks && len(jn.queue) > 0 {
 			c := jn.queue[0]
+			sources := e.sources(c, jn.from)
+			if len(sources) == 0 {
+				break // until a write in flight is accepted, or a member is back
+			}
 			jn.queue = jn.queue[1:]
 			jn.active++
-			e.compareChunk(r, jn, c)
+			e.compareChunk(r, jn, c, sources)
 		}
-		if jn.active == 0 && len(jn.queue) == 0 && r.join == jn {
+		if r.join == jn && jn.active == 0 && len(jn.queue) == 0 {
 			e.require(r, jn)
 		}
 	case joinSettle:
@@ -109,16 +111,39 @@ func (e *Engine) stepJoin(r *replica, jn *join) {
 	}
 }
 
-// require counts the joiner from now on, for what is in flight too.
+// sources lists the in-sync replicas of a chunk that have accepted every write
+// issued below from, the local one first.
+func (e *Engine) sources(c *chunk, from ids.Version) []*replica {
+	var out []*replica
+	for pos, r := range c.replicas {
+		if !r.readable() || slices.ContainsFunc(c.jobs, func(j *job) bool {
+			return j.version != 0 && j.version < from && j.have&(1<<pos) == 0
+		}) {
+			continue
+		}
+		if r.local {
+			out = slices.Insert(out, 0, r)
+		} else {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// require counts the joiner from now on, for what is in flight too. What is in
+// flight from before the join came with the copy.
 func (e *Engine) require(r *replica, jn *join) {
 	jn.required, jn.phase, jn.mark = true, joinSettle, e.counter
 	for _, j := range e.inFlight.all() {
 		for pos, o := range j.c.replicas {
-			if o == r {
-				j.need |= 1 << pos
-				e.sendJob(j, pos)
-				e.check(j)
+			if o != r {
+				continue
 			}
+			j.need |= 1 << pos
+			if j.version < jn.from {
+				j.have |= 1 << pos
+			}
+			e.sendJob(j, pos)
 		}
 	}
 	if e.flush.running {
@@ -152,40 +177,30 @@ func (e *Engine) settleJoin(r *replica, jn *join) {
 // added: the commit says it is in-sync.
 func (e *Engine) added(r *replica) {
 	dead := r.join != nil && r.join.dead
-	r.inSync, r.intact, r.join = true, true, nil
+	r.inSync, r.intact, r.join, r.joinTries = true, true, nil, 0
 	e.stats.Joined++
-	if dead || !r.up {
+	if dead || !r.up || !r.sealed {
 		e.exclude(r, r.why)
 		return
 	}
 	e.resume(r)
 }
 
-// abortJoin gives a join up. One whose addition is being committed stays
-// required until the outcome is known.
+// abortJoin gives a join up. One whose addition was asked for stays required
+// until it is settled whether that happened.
 func (e *Engine) abortJoin(r *replica, why string) {
 	if r.join == nil {
 		return
 	}
 	r.why = why
-	if e.member.adding == r {
+	if r.join.asked {
 		r.join.dead = true
 		return
 	}
 	r.join = nil
-	r.joinAfter = e.now + joinBackoff
+	r.joinAfter = e.now + min(joinBackoff<<min(r.joinTries, 8), joinBackoffMax)
+	r.joinTries++
 	e.letGo(r)
-}
-
-// survivor picks the in-sync replica a joiner copies a chunk from.
-func (e *Engine) survivor(c *chunk) *replica {
-	var best *replica
-	for _, r := range c.replicas {
-		if r.inSync && r.up && r.sealed && !r.excluding && (best == nil || r.local) {
-			best = r
-		}
-	}
-	return best
 }
 
 // pair asks the same of the joiner and a survivor and continues with both
@@ -193,7 +208,7 @@ func (e *Engine) survivor(c *chunk) *replica {
 func (e *Engine) pair(r *replica, jn *join, s *replica, q wire.Request, then func(joiner, survivor *wire.Reply)) {
 	var a, b *wire.Reply
 	got := func() {
-		if r.join != jn || a == nil || b == nil {
+		if r.join != jn || jn.phase != joinCopy || a == nil || b == nil {
 			return
 		}
 		for _, rep := range []*wire.Reply{a, b} {
@@ -210,25 +225,21 @@ func (e *Engine) pair(r *replica, jn *join, s *replica, q wire.Request, then fun
 }
 
 // compareChunk compares digests per 4 MiB and copies the ranges that differ.
-func (e *Engine) compareChunk(r *replica, jn *join, c *chunk) {
-	s := e.survivor(c)
-	if s == nil {
-		e.abortJoin(r, "no in-sync replica to copy from can be reached")
-		return
-	}
+func (e *Engine) compareChunk(r *replica, jn *join, c *chunk, sources []*replica) {
 	q := wire.Request{Kind: wire.Digest, Chunk: c.id, Count: e.perChunk, Limit: jn.from}
-	e.pair(r, jn, s, q, func(joiner, survivor *wire.Reply) {
+	e.pair(r, jn, sources[0], q, func(joiner, survivor *wire.Reply) {
 		var ranges []int
 		for i := range max(len(joiner.Digests), len(survivor.Digests)) {
 			if i >= len(joiner.Digests) || i >= len(survivor.Digests) || joiner.Digests[i] != survivor.Digests[i] {
 				ranges = append(ranges, i)
 			}
 		}
-		e.copyRanges(r, jn, s, c, ranges)
+		e.copyRanges(r, jn, c, sources, ranges)
 	})
 }
 
-func (e *Engine) copyRanges(r *replica, jn *join, s *replica, c *chunk, ranges []int) {
+// copyRanges lists and copies one range after the other.
+func (e *Engine) copyRanges(r *replica, jn *join, c *chunk, sources []*replica, ranges []int) {
 	if len(ranges) == 0 {
 		jn.active--
 		e.stepJoin(r, jn)
@@ -236,28 +247,38 @@ func (e *Engine) copyRanges(r *replica, jn *join, s *replica, c *chunk, ranges [
 	}
 	first := uint32(ranges[0]) * wire.DigestBlocks
 	q := wire.Request{Kind: wire.List, Chunk: c.id, Block: ids.Block(first), Count: min(wire.DigestBlocks, e.perChunk-first)}
-	e.pair(r, jn, s, q, func(joiner, survivor *wire.Reply) {
-		copies, direct := difference(jn.from, joiner.Entries, survivor.Entries)
-		next := func() { e.copyRanges(r, jn, s, c, ranges[1:]) }
-		e.install(r, jn, c, direct, nil, func() { e.copyRuns(r, jn, s, c, copies, next) })
+	e.pair(r, jn, sources[0], q, func(joiner, survivor *wire.Reply) {
+		t := &transfer{from: sources, to: []*replica{r}, limit: jn.from, runs: runs(difference(jn.from, joiner.Entries, survivor.Entries)),
+			live: func() bool { return r.join == jn && jn.phase == joinCopy }}
+		t.ended = func(f *failure) {
+			r.joinedBytes += t.bytes
+			if f != nil {
+				e.abortJoin(r, f.rep.Err().Error())
+				return
+			}
+			e.copyRanges(r, jn, c, sources, ranges[1:])
+		}
+		e.runTransfer(t)
 	})
 }
 
-// difference compares what joiner and survivor hold below from. copies are
-// blocks to read from the survivor; direct are states without data.
-func difference(from ids.Version, joiner, survivor []wire.Entry) (copies []ids.Block, direct []wire.Entry) {
+// difference lists what the joiner is to be given of the survivor's states below
+// from: data to be read, and states without data. Sorted by block within each.
+func difference(from ids.Version, joiner, survivor []wire.Entry) []wire.Entry {
 	mine := map[ids.Block]wire.Entry{}
 	for _, en := range joiner {
 		mine[en.Block] = en
 	}
+	var data, direct []wire.Entry
 	for _, en := range survivor {
 		m, ok := mine[en.Block]
 		delete(mine, en.Block)
 		switch {
 		case en.Version >= from || (ok && m.Version >= from):
 		case ok && m.Version == en.Version && m.Kind == en.Kind && m.Sum == en.Sum:
+		case ok && m.Version == en.Version && en.Kind == wire.EntryPoison: // the joiner has the last good copy
 		case en.Kind == wire.EntryData:
-			copies = append(copies, en.Block)
+			data = append(data, en)
 		default:
 			direct = append(direct, en)
 		}
@@ -267,78 +288,8 @@ func difference(from ids.Version, joiner, survivor []wire.Entry) (copies []ids.B
 			direct = append(direct, wire.Entry{Chunk: m.Chunk, Layer: m.Layer, Block: m.Block, Kind: wire.EntryHole})
 		}
 	}
-	slices.Sort(copies)
-	return copies, direct
-}
-
-// copyRuns reads runs of blocks from the survivor and installs them.
-func (e *Engine) copyRuns(r *replica, jn *join, s *replica, c *chunk, blocks []ids.Block, then func()) {
-	if len(blocks) == 0 {
-		then()
-		return
-	}
-	n := 1
-	for n < len(blocks) && n < copyWindow && blocks[n] == blocks[0]+ids.Block(n) {
-		n++
-	}
-	q := &wire.Request{Kind: wire.Read, Flags: wire.FlagEntries, Chunk: c.id, Block: blocks[0], Count: uint32(n)}
-	e.call(s, q, func(rep *wire.Reply) {
-		if r.join != jn {
-			return
-		}
-		if rep.Status == status.OK && (len(rep.Entries) != n || len(rep.Data) != n*ids.BlockSize || !e.entriesMatch(c.id, rep.Entries, rep.Data)) {
-			rep = &wire.Reply{Kind: wire.Read, Status: status.Corrupt, Detail: "the survivor's blocks do not match their checksums"}
-		}
-		if rep.Status != status.OK {
-			e.abortJoin(r, rep.Err().Error())
-			return
-		}
-		var es []wire.Entry
-		var data []byte
-		for i, en := range rep.Entries {
-			if en.Version >= jn.from {
-				continue // overwritten meanwhile: the joiner gets that write itself
-			}
-			es = append(es, en)
-			if en.Kind == wire.EntryData {
-				data = append(data, rep.Data[i*ids.BlockSize:(i+1)*ids.BlockSize]...)
-			}
-		}
-		e.install(r, jn, c, es, data, func() { e.copyRuns(r, jn, s, c, blocks[n:], then) })
-	})
-}
-
-// install gives the joiner the survivor's state of some blocks.
-func (e *Engine) install(r *replica, jn *join, c *chunk, es []wire.Entry, data []byte, then func()) {
-	if len(es) == 0 {
-		then()
-		return
-	}
-	q := &wire.Request{Kind: wire.Install, Chunk: c.id, Limit: jn.from, Entries: es, Data: data}
-	e.call(r, q, func(rep *wire.Reply) {
-		if r.join != jn {
-			return
-		}
-		if rep.Status != status.OK {
-			e.abortJoin(r, rep.Err().Error())
-			return
-		}
-		r.joinedBytes += uint64(len(data))
-		then()
-	})
-}
-
-func sortKeys(ks []blockKey) {
-	slices.SortFunc(ks, func(a, b blockKey) int {
-		if a.chunk != b.chunk {
-			if a.chunk < b.chunk {
-				return -1
-			}
-			return 1
-		}
-		if a.layer != b.layer {
-			return int(a.layer) - int(b.layer)
-		}
-		return int(a.block) - int(b.block)
-	})
+	byBlock := func(a, b wire.Entry) int { return int(a.Block) - int(b.Block) }
+	slices.SortFunc(data, byBlock)
+	slices.SortFunc(direct, byBlock)
+	return append(direct, data...)
 }

@@ -1,31 +1,64 @@
 package volume
 
 import (
+	"slices"
+	"time"
+
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
 // memberState is the change of membership that is being committed; one at a
-// time, because each is a compare-and-set on the revision.
+// time, because each is a compare-and-set on the revision. That is also what
+// makes an unknown outcome harmless: whatever is committed next at the same
+// revision takes the place of the earlier change, or finds that it happened.
 type memberState struct {
 	call      *MetaCall
 	excluding []*replica
 	adding    *replica
+	after     time.Duration // no call before
+	refused   *replica      // its addition met a conflict: the next news decide
+	news      *pb.Volume    // from metadata, to be taken when no call is under way
+}
+
+// metaBusy reports whether a command is under way, or the last one failed just
+// now.
+func (e *Engine) metaBusy() bool {
+	return e.member.call != nil || e.alloc.call != nil || e.now < e.member.after
+}
+
+// holdMeta keeps a command that failed from being repeated at once. After a
+// conflict the shell brings news, which end the wait.
+func (e *Engine) holdMeta(k status.Kind) {
+	e.member.after = e.now + metaRetry
+	if k == status.Conflict {
+		e.member.after = e.now + 5*metaRetry
+	}
+}
+
+// takeNews takes the volume as metadata knows it, once no command is under way
+// whose outcome it might include.
+func (e *Engine) takeNews() {
+	v := e.member.news
+	if v == nil || e.member.call != nil || e.alloc.call != nil {
+		return
+	}
+	e.member.news, e.member.after = nil, e.now
+	refused := e.member.refused
+	e.member.refused = nil
+	if v.Revision > e.revision {
+		e.adoptMembers(v)
+	} else if refused != nil && v.Revision == e.revision && refused.join != nil {
+		e.abortJoin(refused, "metadata refuses it")
+	}
 }
 
 // MinInSync is how many in-sync replicas a chunk of n replicas keeps whatever
 // a serving gateway excludes.
 func MinInSync(n int) int { return [...]int{0, 1, 1, 2, 2, 3}[min(n, 5)] }
 
-func (e *Engine) inCall(r *replica) bool {
-	for _, o := range e.member.excluding {
-		if o == r {
-			return true
-		}
-	}
-	return false
-}
+func (e *Engine) inCall(r *replica) bool { return slices.Contains(e.member.excluding, r) }
 
 // exclude asks for a replica's exclusion. It stays required until the commit:
 // nothing is acknowledged without it before.
@@ -36,14 +69,15 @@ func (e *Engine) exclude(r *replica, why string) {
 	r.excluding, r.why = true, why
 }
 
-// startChange commits what is due: exclusions first, then one addition.
+// startChange commits what is due: exclusions first, then one addition. A
+// joiner that failed with its addition unresolved is excluded like a member.
 func (e *Engine) startChange() {
-	if e.member.call != nil || e.alloc.call != nil || e.state == Attaching {
+	if e.metaBusy() || e.state == Attaching {
 		return
 	}
 	var out []*replica
 	for _, r := range e.replicas {
-		if r.excluding && e.mayExclude(append(out, r)) {
+		if r.join != nil && r.join.dead || r.excluding && e.mayExclude(append(out, r)) {
 			out = append(out, r)
 		}
 	}
@@ -53,23 +87,30 @@ func (e *Engine) startChange() {
 	}
 	for _, r := range e.replicas {
 		if r.join != nil && r.join.phase == joinAdd {
-			e.member.adding = r
+			e.member.adding, r.join.asked = r, true
 			e.change(&pb.MemberChange{Add: r.store[:], AddIncarnation: uint64(r.incarnation)})
 			return
 		}
 	}
 }
 
-// mayExclude reports whether every chunk keeps MinInSync replicas without out.
+// mayExclude reports whether every chunk keeps MinInSync replicas without out,
+// and the volume a member.
 func (e *Engine) mayExclude(out []*replica) bool {
+	members := 0
+	for _, r := range e.replicas {
+		if r.inSync && !slices.Contains(out, r) {
+			members++
+		}
+	}
+	if members == 0 {
+		return false
+	}
 	for _, c := range e.chunks {
 		left, hit := 0, false
 		for _, r := range c.replicas {
-			gone := false
-			for _, o := range out {
-				gone = gone || o == r
-			}
-			hit = hit || gone
+			gone := slices.Contains(out, r)
+			hit = hit || gone && r.inSync
 			if r.inSync && !gone {
 				left++
 			}
@@ -112,12 +153,11 @@ func (e *Engine) metaDone(ev *MetaDone) {
 	}
 }
 
-// changed takes the answer of a change. One whose outcome is unknown is asked
-// again by the shell with the same key; here only a definite answer, or
-// "nothing happened", arrives.
+// changed takes the answer of a change. Only OK says that it happened; anything
+// else leaves a joiner required until a later change, or news, settles it.
 func (e *Engine) changed(ev *MetaDone) {
 	out, add := e.member.excluding, e.member.adding
-	e.member = memberState{}
+	e.member.call, e.member.excluding, e.member.adding = nil, nil, nil
 	err := ev.Err
 	if err == nil && (ev.Result == nil || len(ev.Result.Members) != 1) {
 		err = status.Errorf(status.Internal, "metadata answered a membership change with %d results", len(ev.Result.GetMembers()))
@@ -129,7 +169,7 @@ func (e *Engine) changed(ev *MetaDone) {
 			e.revision = res.Revision
 		}
 	}
-	switch status.Of(err) {
+	switch k := status.Of(err); k {
 	case status.OK:
 		for _, r := range out {
 			e.excluded(r)
@@ -139,21 +179,29 @@ func (e *Engine) changed(ev *MetaDone) {
 		}
 	case status.Fenced:
 		e.end("fenced by metadata: " + err.Error())
-	default: // Unavailable, Conflict, …: nothing happened; settle decides anew
-		if add != nil && add.join != nil && add.join.dead {
-			e.abortJoin(add, add.why)
+		return
+	default:
+		e.holdMeta(k)
+		if k == status.Conflict {
+			e.member.refused = add
+			if v := e.member.news; v != nil && v.Revision <= e.revision {
+				e.member.news = nil // from before the conflict
+			}
 		}
 		if e.attach != nil {
 			e.attach.phase = attachSeal
 		}
 	}
+	e.takeNews()
 }
 
 // excluded lets go of a replica whose exclusion is committed.
 func (e *Engine) excluded(r *replica) {
-	r.inSync, r.excluding = false, false
+	if r.inSync {
+		e.stats.Excluded++
+	}
+	r.inSync, r.excluding, r.doubt, r.join = false, false, false, nil
 	r.joinAfter = e.now + joinBackoff
-	e.stats.Excluded++
 	e.letGo(r)
 	if e.attach != nil {
 		e.attach.phase = attachSeal
@@ -200,8 +248,16 @@ func (e *Engine) adoptMembers(v *pb.Volume) {
 		switch {
 		case r.inSync && !m.InSync:
 			e.excluded(r)
-		case !r.inSync && m.InSync && r.join != nil && r.join.required:
+		case !r.inSync && m.InSync && r.join != nil && r.join.asked:
 			e.added(r)
+		case !r.inSync && m.InSync:
+			// It does not have what was written meanwhile: nothing more is
+			// acknowledged before metadata knows that.
+			r.inSync, r.join = true, nil
+			e.exclude(r, "it was made in-sync without catching up")
+		case r.join != nil && r.join.dead:
+			r.join.asked = false // the addition did not happen, and cannot any more
+			e.abortJoin(r, r.why)
 		}
 	}
 }

@@ -1,8 +1,6 @@
 package volume
 
 import (
-	"time"
-
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
@@ -22,8 +20,27 @@ type read struct {
 	req   wire.Request
 }
 
+func (e *Engine) newRead() *read {
+	if n := len(e.freeReads); n > 0 {
+		rd := e.freeReads[n-1]
+		e.freeReads = e.freeReads[:n-1]
+		return rd
+	}
+	return &read{}
+}
+
+// freeRead keeps an answered read for the next one.
+func (e *Engine) freeRead(rd *read) {
+	if len(e.freeReads) < freeMax {
+		*rd = read{}
+		e.freeReads = append(e.freeReads, rd)
+	}
+}
+
 func (e *Engine) startRead(c *chunk, p piece, first ids.Block, count uint32) {
-	e.sendRead(&read{op: p.op, piece: p, c: c, first: first, count: count})
+	rd := e.newRead()
+	rd.op, rd.piece, rd.c, rd.first, rd.count = p.op, p, c, first, count
+	e.sendRead(rd)
 }
 
 // sendRead asks the local in-sync replica, else the one with the fewest
@@ -33,12 +50,10 @@ func (e *Engine) sendRead(rd *read) {
 	for i, r := range rd.c.replicas {
 		switch {
 		case !r.inSync || rd.bad&(1<<i) != 0:
-		case !r.up || !r.sealed || r.excluding:
+		case !r.readable():
 			hope = true
-		case best == nil || r.local || (!best.local && r.busy < best.busy):
-			if best == nil || !best.local {
-				best, pos = r, i
-			}
+		case best == nil || (!best.local && (r.local || r.busy < best.busy)):
+			best, pos = r, i
 		}
 	}
 	if best == nil {
@@ -59,6 +74,14 @@ func (e *Engine) sendRead(rd *read) {
 	e.send(best, &rd.req, slot{read: rd, pos: pos})
 }
 
+// resendRead asks another replica because the connection went before the answer
+// came. The old request may still be with that connection: it is left alone.
+func (e *Engine) resendRead(rd *read) {
+	again := *rd
+	again.req = wire.Request{}
+	e.sendRead(&again)
+}
+
 // readReply takes a replica's answer to a read.
 func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 	k := rep.Status
@@ -71,18 +94,33 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 			e.repair(rd, rep)
 		}
 		e.readDone(rd, rep.Data, status.OK)
-	case status.Unavailable:
-		e.sendRead(rd)
+		return
 	case status.Corrupt, status.Poison:
-		rd.bad |= 1 << pos
-		e.sendRead(rd)
+		if rd.count > 1 {
+			e.splitRead(rd)
+			return
+		}
 	default:
-		rd.bad |= 1 << pos
 		e.replicaFailed(r, rep)
-		if e.state != Ended {
-			e.sendRead(rd)
+		if e.state == Ended {
+			return
 		}
 	}
+	rd.bad |= 1 << pos
+	e.sendRead(rd)
+}
+
+// splitRead reads the halves by themselves, down to the blocks that are bad:
+// each replica may have a bad one the others can serve, and only those are to be
+// repaired.
+func (e *Engine) splitRead(rd *read) {
+	half := rd.count / 2
+	p := rd.piece
+	cut := p.off - p.off%ids.BlockSize + uint64(half)*ids.BlockSize
+	rd.op.parts++
+	e.startRead(rd.c, piece{p.op, p.off, cut - p.off}, rd.first, half)
+	e.startRead(rd.c, piece{p.op, cut, p.off + p.n - cut}, rd.first+ids.Block(half), rd.count-half)
+	e.freeRead(rd)
 }
 
 // verified checks data that crossed a wire against its checksums. Data of the
@@ -94,14 +132,18 @@ func (e *Engine) verified(rd *read, rep *wire.Reply) bool {
 	if rd.req.Flags&wire.FlagEntries == 0 {
 		return true
 	}
-	return len(rep.Entries) == int(rd.count) && e.entriesMatch(rd.c.id, rep.Entries, rep.Data)
+	return len(rep.Entries) == int(rd.count) && e.entriesMatch(rd.c.id, rd.first, rep.Entries, rep.Data)
 }
 
-// entriesMatch checks blocks, one per entry, against the entries' checksums.
-func (e *Engine) entriesMatch(c ids.ChunkID, es []wire.Entry, data []byte) bool {
+// entriesMatch checks blocks from first on, one per entry, against the entries'
+// checksums, under the identity that was asked for: a block of another place
+// does not pass for this one.
+func (e *Engine) entriesMatch(c ids.ChunkID, first ids.Block, es []wire.Entry, data []byte) bool {
 	for i := range es {
 		b := data[i*ids.BlockSize : (i+1)*ids.BlockSize]
-		switch en := &es[i]; en.Kind {
+		en := &es[i]
+		en.Chunk, en.Block = c, first+ids.Block(i)
+		switch en.Kind {
 		case wire.EntryData:
 			if wire.BlockSum(e.volume, c, en.Layer, en.Block, en.Version, b) != en.Sum {
 				return false
@@ -119,10 +161,13 @@ func (e *Engine) entriesMatch(c ids.ChunkID, es []wire.Entry, data []byte) bool 
 func (e *Engine) readDone(rd *read, data []byte, k status.Kind) {
 	if rd.job != nil {
 		e.edgeRead(rd, data, k)
+		e.freeRead(rd)
 		return
 	}
 	if k != status.OK {
-		e.partDone(rd.op, k)
+		op := rd.op
+		e.freeRead(rd)
+		e.partDone(op, k)
 		return
 	}
 	dst := rd.piece.data()
@@ -138,35 +183,37 @@ func (e *Engine) readDone(rd *read, data []byte, k status.Kind) {
 // still in flight on these blocks: what it may have shown could yet be lost.
 func (e *Engine) answerRead(rd *read) {
 	for _, j := range rd.c.jobs {
-		if !j.merging && j.version.Counter() <= rd.until && j.overlaps(rd.first, rd.count) {
-			j.waiters = append(j.waiters, waiter{op: rd.op, read: rd})
+		if j.version != 0 && j.version.Counter() <= rd.until && j.overlaps(rd.first, rd.count) {
+			j.waiters = append(j.waiters, waiter{read: rd})
 			return
 		}
 	}
-	e.partDone(rd.op, status.OK)
+	op := rd.op
+	e.freeRead(rd)
+	e.partDone(op, status.OK)
 }
 
-// repair writes good blocks over the bad copies, at the version they have.
+// repair writes a good block over the bad copies, at the version it has: a bad
+// copy of that or an older version goes, a newer write stays. Only single
+// blocks come here (splitRead).
 func (e *Engine) repair(rd *read, rep *wire.Reply) {
-	var es []wire.Entry
-	var data []byte
-	for i, en := range rep.Entries {
-		if en.Kind == wire.EntryData {
-			es = append(es, en)
-			data = append(data, rep.Data[i*ids.BlockSize:(i+1)*ids.BlockSize]...)
-		}
+	en := rep.Entries[0]
+	if en.Version == 0 {
+		return // a hole has no version to go by
 	}
-	if len(es) == 0 {
-		return
+	var data []byte
+	if en.Kind == wire.EntryData {
+		data = append(data, rep.Data...)
 	}
 	for i, r := range rd.c.replicas {
-		if rd.bad&(1<<i) == 0 || !r.writable() || !r.inSync {
+		if rd.bad&(1<<i) == 0 || !r.readable() {
 			continue
 		}
-		q := &wire.Request{Kind: wire.Install, Flags: wire.FlagRepair, Chunk: rd.c.id, Entries: es, Data: data, Limit: ids.MakeVersion(e.epoch, e.counter)}
+		q := &wire.Request{Kind: wire.Install, Flags: wire.FlagRepair, Chunk: rd.c.id, Entries: []wire.Entry{en},
+			Data: data, Limit: en.Version + 1}
 		e.call(r, q, func(rep *wire.Reply) {
 			if rep.Status == status.OK {
-				e.stats.Repaired += uint64(len(es))
+				e.stats.Repaired++
 			}
 		})
 	}
@@ -178,108 +225,5 @@ func (e *Engine) retryStuck() {
 	e.stuck = nil
 	for _, rd := range stuck {
 		e.sendRead(rd)
-	}
-}
-
-// flushState groups flushes: one round at a time, all that come meanwhile
-// share the next.
-type flushState struct {
-	next, now []*Op // bounded by the operations in flight
-	wanted    bool  // a round without an operation: the floor is to move
-	running   bool
-	stale     bool // the members changed: the round is issued again
-	round     uint64
-	need      map[*replica]bool // false: not sent yet
-	target    ids.Version       // what the round makes durable
-	dirty     uint64            // bytes completed since the last round began
-	lastAt    time.Duration
-}
-
-func (e *Engine) dirty() bool { return e.flush.dirty > 0 }
-
-func (e *Engine) autoFlush() {
-	if e.flush.dirty > 0 && e.now-e.flush.lastAt >= e.cfg.Flush {
-		e.flush.wanted = true
-	}
-}
-
-// startFlush begins a round when one is wanted. Its target is what is complete
-// now: everything below the lowest version in flight.
-func (e *Engine) startFlush() {
-	f := &e.flush
-	if f.running || e.state == Attaching || (len(f.next) == 0 && !f.wanted) {
-		return
-	}
-	f.now, f.next, f.wanted = f.next, nil, false
-	if f.dirty == 0 {
-		e.flushed()
-		return
-	}
-	f.running, f.dirty = true, 0
-	e.beginRound()
-}
-
-func (e *Engine) beginRound() {
-	f := &e.flush
-	f.stale, f.round, f.lastAt = false, f.round+1, e.now
-	f.target = min(e.inFlight.lowest()-1, ids.MakeVersion(e.epoch, e.counter))
-	f.need = map[*replica]bool{}
-	for _, r := range e.replicas {
-		if r.required() {
-			f.need[r] = false
-		}
-	}
-	e.sendFlushes()
-}
-
-// sendFlushes sends the round to required replicas it has not reached yet.
-func (e *Engine) sendFlushes() {
-	f := &e.flush
-	if !f.running {
-		return
-	}
-	for _, r := range e.replicas {
-		if sent, ok := f.need[r]; !ok || sent || !r.writable() {
-			continue
-		}
-		f.need[r] = true
-		round := f.round
-		e.call(r, &wire.Request{Kind: wire.Flush, Floor: e.floor}, func(rep *wire.Reply) {
-			if !f.running || f.round != round {
-				return
-			}
-			switch rep.Status {
-			case status.OK:
-				delete(f.need, r)
-				e.roundDone()
-			case status.Unavailable:
-				f.need[r] = false
-			default:
-				e.replicaFailed(r, rep)
-			}
-		})
-	}
-}
-
-// roundDone ends the round once every required replica is durable.
-func (e *Engine) roundDone() {
-	f := &e.flush
-	if !f.running || len(f.need) > 0 {
-		return
-	}
-	if f.stale {
-		e.beginRound()
-		return
-	}
-	f.running = false
-	e.floor = max(e.floor, f.target)
-	e.flushed()
-}
-
-func (e *Engine) flushed() {
-	ops := e.flush.now
-	e.flush.now = nil
-	for _, op := range ops {
-		e.done(op, status.OK)
 	}
 }

@@ -12,7 +12,7 @@ import (
 
 // replica is one member store of the volume.
 //
-//	readable ⇔ inSync ∧ up ∧ sealed;  required ⇔ inSync ∨ join.required
+//	readable ⇔ inSync ∧ up ∧ sealed ∧ ¬excluding;  required ⇔ inSync ∨ join.required
 type replica struct {
 	index       int
 	store       ids.StoreID
@@ -27,10 +27,13 @@ type replica struct {
 	intact      bool // from the seal
 	floor       ids.Version
 	gen         uint64
+	doubt       bool // while in-sync it lost power, or failed a flush: it may lack what was accepted
 	excluding   bool // to be excluded as soon as the rules and metadata allow
 	why         string
+	bouncedAt   time.Duration // its connection was last given up on purpose
 	join        *join
 	joinAfter   time.Duration // not before: backs off
+	joinTries   int           // that failed since the last success
 	joinedBytes uint64
 
 	slots     []slot
@@ -50,6 +53,8 @@ type slot struct {
 	used bool
 }
 
+func (r *replica) readable() bool { return r.inSync && r.up && r.sealed && !r.excluding }
+
 func (r *replica) required() bool { return r.inSync || (r.join != nil && r.join.required) }
 
 // writable reports whether writes are to be sent to it now.
@@ -59,7 +64,7 @@ func (r *replica) writable() bool {
 
 func (r *replica) stateName() string {
 	switch {
-	case r.inSync && r.up && r.sealed && !r.excluding:
+	case r.readable():
 		return "in-sync"
 	case r.inSync:
 		return "lost"
@@ -166,7 +171,7 @@ func (e *Engine) linkUp(ev *Up) {
 		return
 	}
 	if r.up {
-		e.dropLink(r)
+		e.linkGone(r, "connected anew")
 	}
 	r.gen, r.up, r.lost, r.sealed, r.lastReply = ev.Gen, true, false, false, e.now
 	if r.inSync {
@@ -189,15 +194,60 @@ func (e *Engine) seal(r *replica) {
 			e.exclude(r, fmt.Sprintf("incarnation %d instead of %d: not the store that was in sync", rep.Incarnation, r.incarnation))
 			return
 		}
-		if e.state != Attaching && !r.intact {
-			e.exclude(r, "it lost power since the floor")
+		if e.state == Attaching {
+			r.sealed = true
+			if r.excluding && !e.inCall(r) {
+				r.excluding = false
+			}
+			return
+		}
+		if !r.intact || r.doubt {
+			e.lostPower(r)
 			return
 		}
 		r.sealed = true
-		if e.state != Attaching {
-			e.resume(r)
-		}
+		e.resume(r)
 	})
+}
+
+// lostPower deals with an in-sync replica that came back without something it
+// may have accepted. If everything acknowledged is durable it lacks nothing of
+// that, and gets the rest again; else it is excluded; and when that is true of
+// all, writes are lost that a client may rely on: it must be told.
+func (e *Engine) lostPower(r *replica) {
+	if !r.doubt && !e.dirty() && !e.flush.running {
+		for _, j := range e.inFlight.all() {
+			for pos, o := range j.c.replicas {
+				if o == r {
+					j.have &^= 1 << pos
+				}
+			}
+		}
+		e.call(r, &wire.Request{Kind: wire.Settle, Floor: e.floor}, func(rep *wire.Reply) {
+			switch {
+			case !r.inSync || rep.Status == status.Unavailable:
+			case rep.Status != status.OK:
+				e.replicaFailed(r, rep)
+			default:
+				r.intact, r.sealed = true, true
+				e.resume(r)
+			}
+		})
+		return
+	}
+	r.doubt = true
+	e.exclude(r, "it lost power, or a flush failed, since the floor")
+	for _, c := range e.chunks {
+		whole, any := false, false
+		for _, o := range c.replicas {
+			any = any || o.inSync
+			whole = whole || (o.inSync && !o.doubt)
+		}
+		if any && !whole {
+			e.end(fmt.Sprintf("every in-sync replica of chunk %d lost power before a flush was done: attach again to go on from what is durable", c.index))
+			return
+		}
+	}
 }
 
 // resume sends a returned in-sync replica what it has not answered.
@@ -219,27 +269,60 @@ func (e *Engine) resume(r *replica) {
 // linkDown: every outstanding request is unanswered.
 func (e *Engine) linkDown(ev *Down) {
 	r := e.replicas[ev.Replica]
-	if ev.Gen != r.gen || !r.up || e.state == Ended {
-		return
+	if ev.Gen == r.gen && r.up && e.state != Ended {
+		e.linkGone(r, ev.Why)
 	}
+}
+
+// linkGone forgets the connection, and what was built on it.
+func (e *Engine) linkGone(r *replica, why string) {
 	e.dropLink(r)
 	if r.join != nil {
-		e.abortJoin(r, ev.Why)
+		e.abortJoin(r, why)
 	}
 	if e.attach != nil && r.inSync && e.attach.phase > attachExclude {
 		e.attach.phase = attachSeal // also when it owed no answer: the list of members has changed
 	}
 }
 
-// dropLink forgets the connection and gives its requests back as Unavailable.
+// bounce gives the connection up and has the shell make another.
+func (e *Engine) bounce(r *replica, why string) {
+	r.bouncedAt, r.why = e.now, why
+	e.linkGone(r, why)
+	e.out.Links = append(e.out.Links, LinkAction{r.index, false}, LinkAction{r.index, true})
+}
+
+// bounceFailed gives replicas another chance that failed but cannot be excluded
+// now, because too few would be left or metadata does not answer: over a new
+// connection they are sealed and sent again what they did not accept.
+func (e *Engine) bounceFailed() {
+	for _, r := range e.replicas {
+		if r.excluding && r.up && !e.inCall(r) && e.now-r.bouncedAt >= bounceEvery {
+			e.bounce(r, r.why)
+		}
+	}
+}
+
+// dropLink forgets the connection. Writes wait for the next one, reads go to
+// another replica, calls get Unavailable.
 func (e *Engine) dropLink(r *replica) {
 	r.up, r.sealed = false, false
+	var reads []*read
 	for i := range r.slots {
 		if !r.slots[i].used {
 			continue
 		}
-		s := e.freeSlot(r, uint32(i))
-		e.answer(r, s, &wire.Reply{Status: status.Unavailable, Detail: "connection lost"})
+		switch s := e.freeSlot(r, uint32(i)); {
+		case s.job != nil:
+			e.orphaned(s.job, s.pos)
+		case s.read != nil:
+			reads = append(reads, s.read)
+		default:
+			s.on(&wire.Reply{Status: status.Unavailable, Detail: "connection lost"})
+		}
+	}
+	for _, rd := range reads {
+		e.resendRead(rd)
 	}
 }
 
@@ -256,20 +339,42 @@ func (e *Engine) lost(ev *Lost) {
 }
 
 // watchStalls excludes a replica that has made no progress for cfg.Stall while
-// another has: when all stand still, the gateway suspects itself.
+// another has: when all stand still, or this process did, the gateway suspects
+// itself. Those that owe nothing are asked for a sign of life.
 func (e *Engine) watchStalls() {
+	slept := e.now-e.lastTick > e.cfg.Stall/2
+	e.lastTick = e.now
+	var stalled []*replica
 	moving := false
 	for _, r := range e.replicas {
-		moving = moving || (r.inSync && r.up && r.sealed && !e.stalled(r))
-	}
-	for _, r := range e.replicas {
-		if !r.up || !e.stalled(r) {
-			continue
+		if slept {
+			r.lastReply = e.now
 		}
-		if r.join != nil {
+		if r.up && e.stalled(r) {
+			stalled = append(stalled, r)
+		}
+		moving = moving || (r.inSync && r.sealed && e.now-r.lastReply < e.cfg.Stall)
+	}
+	if len(stalled) > 0 && !moving {
+		for _, r := range e.replicas {
+			if r.inSync && r.sealed && r.busy == 0 {
+				e.call(r, &wire.Request{Kind: wire.Ping}, func(*wire.Reply) {})
+			}
+		}
+	}
+	for _, r := range stalled {
+		switch {
+		case !r.inSync && r.join != nil:
 			e.abortJoin(r, "no progress")
-		} else if r.inSync && moving && e.state != Attaching {
+		case !r.inSync || !moving && e.state != Attaching:
+		case e.state == Attaching:
+			if e.attach.phase > attachExclude {
+				e.bounce(r, fmt.Sprintf("no answer for %v", e.cfg.Stall))
+			}
+		case e.mayExclude([]*replica{r}):
 			e.exclude(r, fmt.Sprintf("no answer for %v", e.cfg.Stall))
+		case e.now-r.lastReply >= 2*e.cfg.Stall:
+			e.bounce(r, fmt.Sprintf("no answer for %v, and too few others to go on without it", 2*e.cfg.Stall))
 		}
 	}
 }

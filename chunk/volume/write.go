@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"math/bits"
 	"time"
 
 	"github.com/cairnstore/cairn/proto/ids"
@@ -12,9 +13,10 @@ import (
 const maxReplicas = 8
 
 // job is one write or zeroing of consecutive blocks of one chunk, from its
-// version to its last answer.
+// arrival to its last answer.
 //
-//	have ⊆ need ∪ joining;  done ⇔ need ⊆ have;  reusable ⇔ done ∧ unanswered = 0
+//	version ≠ 0 ⇔ issued;  have ⊆ need ∪ joining;  done ⇔ issued ∧ need ⊆ have
+//	reusable ⇔ done ∧ unanswered = 0 ∧ ¬orphan
 type job struct {
 	op         *Op
 	piece      piece
@@ -22,26 +24,28 @@ type job struct {
 	first      ids.Block
 	count      uint32
 	version    ids.Version
-	merging    bool   // reading its edges; exclusive on its blocks
-	merged     []byte // whole blocks of an unaligned write
+	merging    bool   // covers blocks in part, and is not issued
+	merged     []byte // whole blocks of such a write
+	after      int    // jobs that must finish before it begins
 	edges      int    // edge reads outstanding
 	need, have uint16 // bit i: c.replicas[i] must accept, has accepted
 	sent       uint16 // an answer is outstanding
 	unanswered int
 	done       bool
+	full       bool // listed in fullState
+	orphan     bool // a connection went with a request of it: it is never used again
 	startedAt  time.Duration
 	waiters    []waiter
 	sums       []uint32
-	reqs       [maxReplicas]wire.Request
+	reqs       []wire.Request // by position; whose they are says Send
 	prev, next *job
 }
 
-// waiter is what goes on when a job is complete: a piece that starts then, or
+// waiter is what goes on when a job is complete: a job that begins then, or
 // a read that has its data and may be answered then.
 type waiter struct {
-	op    *Op
-	piece piece
-	read  *read
+	job  *job
+	read *read
 }
 
 func (j *job) overlaps(first ids.Block, count uint32) bool {
@@ -97,16 +101,18 @@ func (e *Engine) newJob(c *chunk, p piece, first ids.Block, count uint32) *job {
 	} else {
 		j = &job{}
 	}
-	sums, waiters := j.sums[:0], j.waiters[:0]
-	*j = job{op: p.op, piece: p, c: c, first: first, count: count, startedAt: e.now, sums: sums, waiters: waiters}
+	sums, waiters, reqs := j.sums[:0], j.waiters[:0], j.reqs
+	if len(reqs) < len(c.replicas) {
+		reqs = make([]wire.Request, len(c.replicas))
+	}
+	*j = job{op: p.op, piece: p, c: c, first: first, count: count, startedAt: e.now, sums: sums, waiters: waiters, reqs: reqs}
 	c.jobs = append(c.jobs, j)
 	return j
 }
 
 // merge reads the partly covered blocks at the edges, and issues once it has
-// them. Everything overlapping waits meanwhile: a block is one register.
+// them. No overlapping write is under way meanwhile.
 func (e *Engine) merge(j *job) {
-	j.merging = true
 	j.merged = make([]byte, int(j.count)*ids.BlockSize)
 	chunkBytes := uint64(e.perChunk) * ids.BlockSize
 	begin := j.piece.off % chunkBytes
@@ -121,7 +127,9 @@ func (e *Engine) merge(j *job) {
 	}
 	j.edges = len(edges)
 	for _, b := range edges {
-		e.sendRead(&read{op: j.op, c: j.c, first: b, count: 1, job: j})
+		rd := e.newRead()
+		rd.op, rd.c, rd.first, rd.count, rd.job = j.op, j.c, b, 1, j
+		e.sendRead(rd)
 	}
 }
 
@@ -157,7 +165,6 @@ func (e *Engine) edgeRead(rd *read, data []byte, k status.Kind) {
 // exclusion, or grows when a joiner becomes required.
 func (e *Engine) issue(j *job) {
 	if e.counter >= ids.MaxCounter {
-		e.finish(j, status.Shutdown)
 		e.end("the epoch's versions are used up; attach again")
 		return
 	}
@@ -194,6 +201,9 @@ func (e *Engine) sendJob(j *job, pos int) {
 		return
 	}
 	q := &j.reqs[pos]
+	if j.orphan { // the old one may still be with the connection that went
+		q = new(wire.Request)
+	}
 	*q = wire.Request{Kind: wire.Write, Chunk: j.c.id, Block: j.first, Count: j.count, Version: j.version}
 	if j.zero() {
 		q.Kind = wire.Zero
@@ -219,10 +229,9 @@ func (e *Engine) accepted(r *replica, j *job, pos int, rep *wire.Reply) {
 		if !j.done {
 			e.check(j)
 		}
-	case status.Unavailable: // the link went; the next one sends it again
 	case status.NoSpace:
 		if r.inSync {
-			e.full(j)
+			e.isFull(j)
 		} else {
 			e.abortJoin(r, "no space")
 		}
@@ -230,6 +239,14 @@ func (e *Engine) accepted(r *replica, j *job, pos int, rep *wire.Reply) {
 		e.replicaFailed(r, rep)
 	}
 	e.recycle(j)
+}
+
+// orphaned: the connection went before the answer came. The next one brings
+// the job again (resume).
+func (e *Engine) orphaned(j *job, pos int) {
+	j.sent &^= 1 << pos
+	j.unanswered--
+	j.orphan = true
 }
 
 // check completes a job that every required replica has accepted.
@@ -258,47 +275,81 @@ func (e *Engine) finish(j *job, k status.Kind) {
 			break
 		}
 	}
-	waiters := j.waiters
-	j.waiters = nil
+	if j.full {
+		e.notFull(j)
+	}
 	e.partDone(j.op, k)
-	for _, w := range waiters {
-		if w.read != nil {
+	for i := 0; i < len(j.waiters); i++ {
+		switch w := j.waiters[i]; {
+		case w.read != nil:
 			e.answerRead(w.read)
-		} else {
-			e.start(w.piece)
+		default:
+			if w.job.after--; w.job.after == 0 && e.state != Ended {
+				e.begin(w.job)
+			}
 		}
 	}
+	clear(j.waiters)
+	j.waiters = j.waiters[:0]
 	e.recycle(j)
 }
 
+// freeMax bounds the jobs, and the reads, that are kept for later.
+const freeMax = 256
+
 // recycle keeps a finished job nobody refers to for the next one.
 func (e *Engine) recycle(j *job) {
-	if j.done && j.unanswered == 0 && j.c != nil && len(e.freeJobs) < 256 {
-		j.c, j.op = nil, nil
+	if j.done && j.unanswered == 0 && !j.orphan && j.c != nil && len(e.freeJobs) < freeMax {
+		j.c, j.op, j.merged, j.piece = nil, nil, nil, piece{}
 		e.freeJobs = append(e.freeJobs, j)
 	}
 }
 
-// full remembers that a replica had no room: new writes are refused from now
-// on, this one waits, because a write once sent never fails.
-func (e *Engine) full(j *job) {
-	e.fullAt = e.now
-	e.fullFor = append(e.fullFor, j)
+// fullState holds the writes that found a store full. While there are any, new
+// writes are refused, and so none of them is ever sent to fail; these wait,
+// because a write once sent does not fail. Bounded by the operations in flight.
+type fullState struct {
+	jobs []*job
+	at   time.Duration // they were sent last
 }
 
-// retryFull asks again whether there is room.
-func (e *Engine) retryFull() {
-	if e.fullAt == 0 || e.now-e.fullAt < spaceRetry {
+func (e *Engine) isFull(j *job) {
+	if j.done || j.full {
 		return
 	}
-	e.fullAt = 0
-	jobs := e.fullFor
-	e.fullFor = nil
-	for _, j := range jobs {
-		if !j.done {
-			for pos := range j.c.replicas {
-				e.sendJob(j, pos)
+	j.full = true
+	if len(e.full.jobs) == 0 {
+		e.full.at = e.now
+	}
+	e.full.jobs = append(e.full.jobs, j)
+}
+
+func (e *Engine) notFull(j *job) {
+	j.full = false
+	for i, o := range e.full.jobs {
+		if o == j {
+			e.full.jobs = append(e.full.jobs[:i], e.full.jobs[i+1:]...)
+			return
+		}
+	}
+}
+
+// retryFull asks again whether there is room. A store that alone has none for
+// long is excluded; when several have none, space has to come back.
+func (e *Engine) retryFull() {
+	if len(e.full.jobs) == 0 || e.now-e.full.at < spaceRetry {
+		return
+	}
+	e.full.at = e.now
+	for _, j := range append([]*job(nil), e.full.jobs...) {
+		if lacking := j.need &^ j.have; e.now-j.startedAt >= spacePatience && lacking != 0 && lacking&(lacking-1) == 0 {
+			r := j.c.replicas[bits.TrailingZeros16(lacking)]
+			if r.sealed && j.sent&lacking == 0 && e.mayExclude([]*replica{r}) {
+				e.exclude(r, "no space, and the others have")
 			}
+		}
+		for pos := range j.c.replicas {
+			e.sendJob(j, pos)
 		}
 	}
 }

@@ -1,0 +1,75 @@
+package volume
+
+import (
+	"github.com/cairnstore/cairn/proto/ids"
+)
+
+// Info is what people want to know about an engine.
+type Info struct {
+	State    State
+	Why      string
+	Epoch    ids.Epoch
+	Revision uint64
+	Size     uint64
+	Floor    ids.Version
+	InFlight int
+	Stats    Stats
+	Replicas []ReplicaInfo
+}
+
+// ReplicaInfo is the state of one member.
+type ReplicaInfo struct {
+	Index       int
+	Store       ids.StoreID
+	Host, Addr  string
+	State       string // in-sync, lost, joining, out
+	JoinedBytes uint64 // data sent by the running or last join
+}
+
+// Info returns a picture of the engine.
+func (e *Engine) Info() Info {
+	in := Info{State: e.state, Why: e.why, Epoch: e.epoch, Revision: e.revision, Size: e.size, Floor: e.floor,
+		InFlight: e.inFlight.len, Stats: e.stats}
+	for _, r := range e.replicas {
+		in.Replicas = append(in.Replicas, ReplicaInfo{Index: r.index, Store: r.store, Host: r.host, Addr: r.addr,
+			State: r.stateName(), JoinedBytes: r.joinedBytes})
+	}
+	return in
+}
+
+// State returns what the engine is doing.
+func (e *Engine) State() State { return e.state }
+
+// Size returns the volume's size in bytes.
+func (e *Engine) Size() uint64 { return e.size }
+
+// Replica returns the store, host and address of member i, for the shell that
+// connects to it.
+func (e *Engine) Replica(i int) ReplicaInfo {
+	r := e.replicas[i]
+	return ReplicaInfo{Index: i, Store: r.store, Host: r.host, Addr: r.addr, State: r.stateName()}
+}
+
+// Extent is a run of bytes that are all allocated or all not.
+type Extent struct {
+	Len  uint64
+	Hole bool
+}
+
+// Extents describes [off, off+n) by the thin map: a hole is what no chunk was
+// ever allocated for. It never claims "hole" for what a write may have filled.
+func (e *Engine) Extents(off, n uint64) []Extent {
+	var out []Extent
+	chunkBytes := uint64(e.perChunk) * ids.BlockSize
+	for n > 0 {
+		step := min(n, chunkBytes-off%chunkBytes)
+		_, ok := e.chunks[ids.ChunkIndex(off/chunkBytes)]
+		if k := len(out); k > 0 && out[k-1].Hole == !ok {
+			out[k-1].Len += step
+		} else {
+			out = append(out, Extent{step, !ok})
+		}
+		off, n = off+step, n-step
+	}
+	return out
+}
