@@ -25,6 +25,9 @@ const dieTimeout = 10 * time.Second
 // architecture Go runs on.
 const clockTicks = 100
 
+// maxPid is PID_MAX_LIMIT of 64-bit Linux.
+const maxPid = 1 << 22
+
 // Processes is a Cluster of processes on this machine, by the pid files and
 // hold files that `cairn up --processes` keeps: DIR/run/NAME.pid and
 // DIR/run/NAME.hold.
@@ -128,7 +131,7 @@ func (p Processes) open(name string) (int, error) {
 		return -1, fmt.Errorf("find %s: %w", name, err)
 	}
 	pid, err := strconv.Atoi(string(bytes.TrimSpace(text)))
-	if err != nil || pid <= 1 {
+	if err != nil || pid <= 1 || pid > maxPid {
 		// A supervisor that writes the file in two steps is seen between them.
 		return -1, status.Errorf(status.NotFound, "%s is not running: its pid file says %q", name, text)
 	}

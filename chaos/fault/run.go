@@ -148,6 +148,11 @@ func (r *runner) act(a Action) error {
 		}
 		r.holds[a.id] = d.Name
 		r.held[d.Name]++
+		if err := r.Cluster.Kill(d.Name); err != nil && !isAbsent(err) {
+			return fmt.Errorf("%v: %w", a, err)
+		}
+		r.log(d) // also when it was down already: now it stays down
+		return nil
 	}
 	return r.finish(d, r.Cluster.Kill(d.Name))
 }
