@@ -1,11 +1,11 @@
 package client_test
 
 import (
-	"bufio"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -36,32 +36,34 @@ func (s *sinkStore) Submit(reqs []*wire.Request, sink wire.Sink) {
 	sink.Replies(rs)
 }
 
-// TestMain turns the test binary into a chunk server for the benchmark, so that
-// both sides are processes of their own, as in a cluster.
+// serverEnv turns the test binary into a chunk server, so that both sides are
+// processes of their own, as in a cluster.
+const serverEnv = "CAIRN_TEST_SERVER"
+
 func TestMain(m *testing.M) {
-	if os.Getenv("CAIRN_BENCH_SERVER") != "" {
-		benchServer()
+	if os.Getenv(serverEnv) != "" {
+		serveProcess()
 		return
 	}
 	os.Exit(m.Run())
 }
 
-var benchStore = ids.StoreID{1, 2, 3}
+// processStore is the store of such a process.
+var processStore = ids.StoreID{1, 2, 3}
 
-func benchServer() {
+// serveProcess prints its address and serves until its input ends.
+func serveProcess() {
 	l, err := link.Listen(link.Config{Addr: "127.0.0.1:0"})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	s := server.New(server.Config{Cluster: cluster, Stores: []server.Store{&sinkStore{benchStore, make([]byte, 64<<20)}}})
-	go func() {
-		var b [1]byte
-		_, _ = os.Stdin.Read(b[:]) // ends with the benchmark
-		_ = s.Close()
-	}()
+	s := server.New(server.Config{Cluster: cluster, Stores: []server.Store{&sinkStore{processStore, make([]byte, 64<<20)}}})
+	ended := make(chan error, 1)
+	go func() { ended <- s.Serve(l) }()
 	fmt.Println(l.Addr())
-	if err := s.Serve(l); err != nil {
+	_, err = io.Copy(io.Discard, os.Stdin)
+	if err = errors.Join(err, s.Close(), <-ended); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -127,7 +129,7 @@ func (p *pump) start(slot int) {
 	p.open++
 	p.missing[slot] = len(p.links)
 	for i := range p.links {
-		q := &wire.Request{Kind: wire.Write, ID: uint64(slot), Store: benchStore, Volume: 1, Chunk: 1, Epoch: 1,
+		q := &wire.Request{Kind: wire.Write, ID: uint64(slot), Store: processStore, Volume: 1, Chunk: 1, Epoch: 1,
 			Block: ids.Block(slot * 37 % 1000), Count: 1, Version: 1, Sums: []uint32{1}, Data: p.data}
 		p.sends[i] = append(p.sends[i], q)
 	}
@@ -157,8 +159,7 @@ func benchWrite(b *testing.B, replicas, depth int) {
 	var cmds []*exec.Cmd
 	childBefore := cpu(b, syscall.RUSAGE_CHILDREN)
 	for i := range replicas {
-		cmd, addr, stop := startBenchServer(b)
-		defer stop()
+		cmd, addr := startProcess(b)
 		cmds = append(cmds, cmd)
 		p.links = append(p.links, client.Dial(client.Config{Addr: addr, Cluster: cluster}, &pumpEnd{p, i}))
 	}
@@ -184,39 +185,10 @@ func benchWrite(b *testing.B, replicas, depth int) {
 		l.Close()
 	}
 	for _, cmd := range cmds {
-		stopBenchServer(b, cmd)
+		kill(b, cmd, syscall.SIGKILL)
 	}
 	used += cpu(b, syscall.RUSAGE_CHILDREN) - childBefore
 	us := float64(used.Nanoseconds()) / 1000 / float64(b.N)
 	b.ReportMetric(us, "cpu-µs/op")
 	b.ReportMetric(us/float64(replicas), "cpu-µs/request")
-}
-
-func startBenchServer(b *testing.B) (*exec.Cmd, string, func()) {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "CAIRN_BENCH_SERVER=1")
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	addr, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		b.Fatal(err)
-	}
-	return cmd, strings.TrimSpace(addr), func() { _ = in.Close() }
-}
-
-func stopBenchServer(b *testing.B, cmd *exec.Cmd) {
-	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		b.Error(err)
-	}
-	_ = cmd.Wait() // ended by the signal, which is an error to it
 }

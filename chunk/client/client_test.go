@@ -337,7 +337,7 @@ func TestBeyondTheWindow(t *testing.T) {
 	l := dial(t, n.addr, p)
 	p.want(t, "up 1")
 	var wg sync.WaitGroup
-	const flushes = 100
+	const flushes = 24 // 24 reads of 4 MiB are 6 windows
 	var reqs []*wire.Request
 	for i := range uint64(flushes) {
 		wg.Add(2)
