@@ -87,7 +87,7 @@ func Start(ctx context.Context, spec Spec) (*Machine, error) {
 		return nil, err
 	}
 	if spec.Accel.Name == "" {
-		spec.Accel = choose(kvm.Probe(ctx))
+		spec.Accel = Choose(kvm.Probe(ctx))
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -260,6 +260,20 @@ func List(dir string) ([]string, error) {
 	return names, nil
 }
 
+// Volumes returns the names of the disks of a machine that was started in dir,
+// also when it has ended.
+func Volumes(dir, name string) ([]string, error) {
+	rec, err := loadRecord(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, d := range rec.Spec.Disks {
+		names = append(names, d.Name)
+	}
+	return names, nil
+}
+
 // newMachine begins to watch a process.
 func newMachine(rec record, f files, proc *process) *Machine {
 	m := &Machine{
@@ -296,8 +310,30 @@ func (m *Machine) tidy() {
 // Name returns the machine's name.
 func (m *Machine) Name() string { return m.spec.Name }
 
-// Disks returns how many disks the machine has.
-func (m *Machine) Disks() int { return len(m.spec.Disks) }
+// Spec returns what the machine was started from.
+func (m *Machine) Spec() Spec { return m.spec }
+
+// Forget removes the record of a machine that has ended, once its owner has
+// done what is to be done about the end; List and Find know it no more. Its
+// logs stay.
+func (m *Machine) Forget() error {
+	if m.Exit() == "" {
+		return status.Errorf(status.Conflict, "VM %s is running (pid %d)", m.spec.Name, m.proc.pid)
+	}
+	return Forget(m.spec.Dir, m.spec.Name)
+}
+
+// Forget is the method for a machine that ended while nobody watched: Find has
+// answered status.NotFound.
+func Forget(dir, name string) error {
+	f := filesOf(dir, name)
+	for _, file := range []string{f.record, f.pid, f.qmp, f.oob, f.console} {
+		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return status.Errorf(status.IO, "forget VM %s: %w", name, err)
+		}
+	}
+	return nil
+}
 
 // Done is closed when QEMU has ended; Exit says why.
 func (m *Machine) Done() <-chan struct{} { return m.done }

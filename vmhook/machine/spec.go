@@ -24,6 +24,7 @@ const (
 
 // Disk is one virtio disk, served over NBD.
 type Disk struct {
+	Name   string `json:"name"`   // the owner's name for it (a volume); QEMU and the guest never see it
 	URI    string `json:"uri"`    // nbd+unix:///NAME?socket=/PATH or nbd://HOST:PORT/NAME
 	Serial string `json:"serial"` // seen by the guest in /dev/disk/by-id; ≤ 20 bytes, may be empty
 }
@@ -58,8 +59,8 @@ func (a Accel) String() string {
 	return a.Name + ": " + a.Why
 }
 
-// choose is KVM where it truly works, else TCG.
-func choose(r kvm.Result) Accel {
+// Choose is KVM where it truly works, else TCG.
+func Choose(r kvm.Result) Accel {
 	if r.Usable {
 		return Accel{Name: "kvm"}
 	}
