@@ -37,7 +37,6 @@ var floors = map[string]int{
 
 	"chunk/gateway":    4,
 	"placement/driver": 4,
-	"vmhook/machine":   4,
 	"vmhook/agent":     4,
 
 	"meta/server":             3,
@@ -48,6 +47,7 @@ var floors = map[string]int{
 	"nbd/server":              3,
 	"netplane/bird":           3,
 	"netplane/kernel":         3,
+	"vmhook/machine":          3,
 
 	"meta/state":   2,
 	"chunk/store":  2,

@@ -3,7 +3,7 @@
 //
 // Duty: start and adopt (Start, Find), stop, pause, resume, grow a disk online,
 // and let a guest that was stopped by a lost disk go on once the disk is back.
-// Floor: F4. It attaches no volume and keeps no list of machines (vmhook/agent
+// Floor: F3. It attaches no volume and keeps no list of machines (vmhook/agent
 // does), and it never migrates one.
 //
 // The machine's files are in DIR/NAME: machine.json (how to find it again),
