@@ -46,6 +46,7 @@ var floors = map[string]int{
 	"chunk/client":            3,
 	"nbd/server":              3,
 	"netplane/bird":           3,
+	"nbd/client":              3,
 	"netplane/kernel":         3,
 	"vmhook/machine":          3,
 
@@ -59,6 +60,7 @@ var floors = map[string]int{
 
 	"chunk/disk":    1,
 	"chunk/stream":  1,
+	"nbd/socket":    1,
 	"netplane/link": 1,
 	"vmhook/kvm":    1,
 
