@@ -34,6 +34,9 @@ type conn struct {
 	used  int // sum of cost ≤ WindowBytes, or one request alone
 }
 
+// maxGreeting bounds the first frame, in bytes: a Hello and its longest name.
+const maxGreeting = 2 << 10
+
 // slot is one outstanding request.
 type slot struct {
 	id   uint64 // the client's
@@ -78,7 +81,9 @@ func (c *conn) greet() error {
 	if err := c.nc.SetDeadline(time.Now().Add(c.s.cfg.Handshake)); err != nil {
 		return fmt.Errorf("set the deadline of the greeting: %w", err)
 	}
+	c.in.Limit(maxGreeting)
 	f, err := c.frame()
+	c.in.Limit(stream.MaxFrame)
 	if err != nil {
 		return fmt.Errorf("no greeting: %w", err)
 	}

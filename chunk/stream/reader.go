@@ -26,13 +26,20 @@ type Reader struct {
 	src        io.Reader
 	buf        []byte
 	begin, end int
+	limit      int // bytes of the largest frame taken
 	want       int // bytes the frame at begin needs, once its header is known
 	small      int // fills in a row that used less than a quarter
 	full       bool
 }
 
 // NewReader returns a reader of src.
-func NewReader(src io.Reader) *Reader { return &Reader{src: src, buf: make([]byte, minBuffer)} }
+func NewReader(src io.Reader) *Reader {
+	return &Reader{src: src, buf: make([]byte, minBuffer), limit: MaxFrame}
+}
+
+// Limit makes frames over n bytes an error from now on, before room is made for
+// them: a stranger gets no more than his greeting needs.
+func (r *Reader) Limit(n int) { r.limit = n }
 
 // Frame is one frame. Body and Data are valid until the next Fill.
 type Frame struct {
@@ -52,6 +59,9 @@ func (r *Reader) Next() (Frame, bool, error) {
 		return Frame{}, false, err
 	}
 	n := wire.HeaderBytes + h.BodyLen + h.DataLen
+	if n > r.limit {
+		return Frame{}, false, status.Errorf(status.TooBig, "a frame of %d bytes where at most %d are taken", n, r.limit)
+	}
 	if len(b) < n {
 		r.want = n
 		return Frame{}, false, nil
