@@ -138,8 +138,7 @@ func (s *Server) prepareDetach(ctx context.Context, t *tenure, op *pb.Detach) er
 	return nil
 }
 
-// Renew implements pb.MetaServer. Every lease is recorded first, then the
-// leadership is verified, then the state is read: see leases.grant.
+// Renew implements pb.MetaServer.
 func (s *Server) Renew(_ context.Context, req *pb.RenewRequest) (*pb.RenewReply, error) {
 	rep, err := s.renew(req)
 	if err != nil {
@@ -148,25 +147,34 @@ func (s *Server) Renew(_ context.Context, req *pb.RenewRequest) (*pb.RenewReply,
 	return rep, nil
 }
 
+// renew takes the time, then verifies the leadership, then grants: a later
+// leader is elected after that time, and waits a lease from there. Against an
+// attach on this leader leases.grant decides.
 func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 	now := boottime() // not before the host sent the request
 	t, err := s.lead()
 	if err != nil {
 		return nil, err
 	}
+	if err := s.still(t); err != nil {
+		return nil, err
+	}
+	rep := &pb.RenewReply{LeaseMs: uint32(s.cfg.Lease.Milliseconds())}
 	var known bool
 	err = s.fsm.read(func(kv state.KV) {
 		if known = state.HostByName(kv, req.Host) != nil; !known {
 			return
 		}
-		for _, l := range req.Leases {
-			if holds(kv, req, l) != nil {
-				t.leases.grant(l.VolumeId, l.Epoch, req.Host, now)
-			}
-		}
 		for _, l := range req.Release {
 			if v := state.VolumeByID(kv, l.VolumeId); v != nil && v.Epoch == l.Epoch && v.HolderHost == req.Host {
 				t.leases.release(l.VolumeId, l.Epoch, req.Host)
+			}
+		}
+		for _, l := range req.Leases {
+			if v := holds(kv, req, l); v != nil && t.leases.grant(l.VolumeId, l.Epoch, req.Host, now) {
+				rep.Volumes = append(rep.Volumes, v)
+			} else {
+				rep.Refused = append(rep.Refused, l)
 			}
 		}
 	})
@@ -176,21 +184,8 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 	if !known {
 		return nil, status.Errorf(status.NotFound, "host %q is not registered: register it before it renews leases", req.Host)
 	}
-	if err := s.still(t); err != nil {
-		return nil, err
-	}
 	t.hear(req.Host, req.Usage, now)
-	rep := &pb.RenewReply{LeaseMs: uint32(s.cfg.Lease.Milliseconds())}
-	err = s.fsm.read(func(kv state.KV) {
-		for _, l := range req.Leases {
-			if v := holds(kv, req, l); v != nil && t.leases.grant(l.VolumeId, l.Epoch, req.Host, now) {
-				rep.Volumes = append(rep.Volumes, v)
-			} else {
-				rep.Refused = append(rep.Refused, l)
-			}
-		}
-	})
-	return rep, err
+	return rep, nil
 }
 
 // holds returns the volume if the caller is its holder at that epoch.

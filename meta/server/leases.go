@@ -49,9 +49,10 @@ func newLeases(since, length, drift time.Duration) *leases {
 func (l *leases) quiet() time.Duration { return l.since + l.length + l.drift }
 
 // grant records that the epoch may serve reads; false if a newer one has been
-// admitted. now is not before the renewal was sent. It must be called before
-// the state is checked: then either the check sees a newer epoch or the newer
-// epoch's attach sees this grant.
+// admitted. now is not before the renewal was sent. The caller has just found
+// the epoch to be the current one. If an attach is committed meanwhile, either
+// it has called attached, and the grant is refused, or it will, and waits for
+// this grant.
 func (l *leases) grant(volume uint64, epoch uint32, host string, now time.Duration) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -118,24 +119,22 @@ func (l *leases) clear(v *pb.Volume) time.Duration {
 	case ok && r.epoch >= v.Epoch:
 		return r.older
 	}
-	return l.after(r, ok, v.Epoch, "")
+	return l.after(r, ok, "")
 }
 
-// after is when the epochs older than epoch end, by what row r says; goneHost
+// after is when every epoch up to row r's has ended; without a row nothing is
+// known of them but that earlier leaders' grants end. A row needs no such doubt:
+// its epoch was seen in the state during this term, so every later epoch began
+// in this term, and its attach has made a row or was never answered. goneHost
 // is one all of whose older sessions are known to be dead.
-func (l *leases) after(r lease, ok bool, epoch uint32, goneHost string) time.Duration {
-	if !ok {
+func (l *leases) after(r lease, ok bool, goneHost string) time.Duration {
+	switch {
+	case !ok:
 		return l.quiet()
+	case r.until == 0 || goneHost != "" && r.host == goneHost:
+		return r.older
 	}
-	over := r.until == 0 || goneHost != "" && r.host == goneHost
-	end := r.older
-	if !over {
-		end = max(end, r.until+l.drift)
-	}
-	if !over || r.epoch+1 != epoch {
-		end = max(end, l.quiet()) // an earlier leader may have granted what is not in the row
-	}
-	return end
+	return max(r.older, r.until+l.drift)
 }
 
 // attached records a committed attach and says when it may be answered: when
@@ -157,9 +156,9 @@ func (l *leases) attached(v, prev *pb.Volume, gone bool, now time.Duration) time
 	case direct && prev.HolderSession == "": // detached: its leases and those before are over
 	case gone && !prev.Moved: // all since the last detach were this host's
 	case gone:
-		end = l.after(r, ok, v.Epoch, v.HolderHost)
+		end = l.after(r, ok, v.HolderHost)
 	default:
-		end = l.after(r, ok, v.Epoch, "")
+		end = l.after(r, ok, "")
 	}
 	l.rows[v.Id] = lease{epoch: v.Epoch, host: v.HolderHost, until: max(now, end) + l.length, older: end}
 	return end
