@@ -28,12 +28,13 @@ type memStore struct {
 
 	mu      sync.Mutex
 	blocks  map[ids.Block][]byte
+	version map[ids.Block]ids.Version // the highest wins, as in a real store
 	flushes []func()
 	wg      sync.WaitGroup
 }
 
 func newMemStore(async bool) *memStore {
-	return &memStore{id: ids.NewStoreID(), async: async, blocks: map[ids.Block][]byte{}}
+	return &memStore{id: ids.NewStoreID(), async: async, blocks: map[ids.Block][]byte{}, version: map[ids.Block]ids.Version{}}
 }
 
 func (m *memStore) ID() ids.StoreID { return m.id }
@@ -47,7 +48,11 @@ func (m *memStore) Submit(reqs []*wire.Request, sink wire.Sink) {
 		switch q.Kind {
 		case wire.Write:
 			for b := range q.Count {
-				m.blocks[q.Block+ids.Block(b)] = append([]byte(nil), q.Data[b*ids.BlockSize:(b+1)*ids.BlockSize]...)
+				at := q.Block + ids.Block(b)
+				if q.Version >= m.version[at] {
+					m.version[at] = q.Version
+					m.blocks[at] = append([]byte(nil), q.Data[b*ids.BlockSize:(b+1)*ids.BlockSize]...)
+				}
 			}
 		case wire.Read:
 			r.Data = make([]byte, int(q.Count)*ids.BlockSize)

@@ -112,9 +112,11 @@ func (c *conn) send(reqs []*wire.Request) {
 // fits reports whether a request may go out now.
 func (c *conn) fits(cost int) bool { return c.used == 0 || c.used+cost <= c.window }
 
+// charge enters a request that goes out. Should its number be in use, one of the
+// two answers will be one too many, and end the connection.
 func (c *conn) charge(id uint64, cost int) {
+	c.used += cost - c.costs[id]
 	c.costs[id] = cost
-	c.used += cost
 }
 
 // serve hands over replies until the connection ends, and returns why it did.

@@ -350,6 +350,41 @@ func TestPingsPassAFullWindow(t *testing.T) {
 	}
 }
 
+// A handler that takes its time is not a silent peer: bytes may be waiting that
+// nobody reads.
+func TestSlowHandlerIsNotASilentPeer(t *testing.T) {
+	noLeak(t)
+	addr, peers := listenByHand(t)
+	p := newProbe()
+	l := dialFast(t, addr, p)
+	by := next(t, peers)
+	by.greet(0)
+	p.want(t, "up 1")
+	entered, leave := make(chan struct{}), make(chan struct{})
+	p.expect(1, func(*wire.Reply) {
+		close(entered)
+		<-leave
+	})
+	l.Send(1, []*wire.Request{{Kind: wire.Flush, ID: 1}})
+	by.write(wire.AppendReply(nil, &wire.Reply{Kind: wire.Flush, ID: 1}))
+	<-entered
+	for pings := 0; pings < 12; {
+		if by.read().Kind == wire.Ping {
+			pings++
+		}
+	}
+	var wg sync.WaitGroup
+	wg.Add(1)
+	p.expect(2, func(*wire.Reply) { wg.Done() })
+	l.Send(1, []*wire.Request{{Kind: wire.Flush, ID: 2}})
+	by.write(wire.AppendReply(nil, &wire.Reply{Kind: wire.Flush, ID: 2}))
+	close(leave)
+	wait(t, &wg)
+	if len(p.events) > 0 {
+		t.Fatalf("unexpected: %s", <-p.events)
+	}
+}
+
 // A peer that reads nothing must not keep Close, nor Send, waiting; and what
 // waits in the link is bounded.
 func TestCloseWhileTheSocketIsFull(t *testing.T) {
