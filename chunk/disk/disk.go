@@ -35,6 +35,13 @@ type Disk interface {
 	Close() error
 }
 
+// Immediate is a Disk that can sometimes answer a read from memory.
+type Immediate interface {
+	// ReadNow fills b from off if that takes no waiting, and reports whether
+	// it did; if not, b may hold anything.
+	ReadNow(b []byte, off int64) bool
+}
+
 // do submits op and waits for it.
 func do(d Disk, op *Op) error {
 	ch := make(chan error, 1)

@@ -38,7 +38,10 @@ const (
 	laneRead
 )
 
-var _ Disk = (*File)(nil)
+var (
+	_ Disk      = (*File)(nil)
+	_ Immediate = (*File)(nil)
+)
 
 // Create makes a sparse file of size bytes and opens it. An existing file is
 // refused (errors.Is os.ErrExist).
@@ -110,10 +113,6 @@ func (d *File) Submit(op *Op) {
 	case Sync:
 		lane = laneSync
 	case Read:
-		if d.readCached(op) {
-			op.Done(nil)
-			return
-		}
 		lane = laneRead
 	}
 	d.mu.Lock()
@@ -128,10 +127,10 @@ func (d *File) Submit(op *Op) {
 	d.mu.Unlock()
 }
 
-// readCached reports whether the page cache had all of a small read.
-func (d *File) readCached(op *Op) bool {
-	n, err := unix.Preadv2(int(d.f.Fd()), op.Bufs, op.Off, unix.RWF_NOWAIT)
-	return err == nil && int64(n) == total(op.Bufs)
+// ReadNow reads if the page cache has all of it.
+func (d *File) ReadNow(b []byte, off int64) bool {
+	n, err := unix.Preadv2(int(d.f.Fd()), [][]byte{b}, off, unix.RWF_NOWAIT)
+	return err == nil && n == len(b)
 }
 
 func (d *File) work(lane int) {

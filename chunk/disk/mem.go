@@ -24,7 +24,10 @@ type Mem struct {
 	cutAt   int                // from this op on nothing takes effect and nothing is answered OK
 }
 
-var _ Disk = (*Mem)(nil)
+var (
+	_ Disk      = (*Mem)(nil)
+	_ Immediate = (*Mem)(nil)
+)
 
 // NewMem returns a zeroed disk of size bytes (a multiple of SectorBytes).
 func NewMem(size int64) *Mem {
@@ -88,6 +91,11 @@ func (m *Mem) Flip(off int64, bit uint) {
 	defer m.mu.Unlock()
 	m.data[off] ^= 1 << (bit % 8)
 	m.durable[off] ^= 1 << (bit % 8)
+}
+
+// ReadNow reads at once.
+func (m *Mem) ReadNow(b []byte, off int64) bool {
+	return m.run(&Op{Kind: Read, Off: off, Bufs: [][]byte{b}}) == nil
 }
 
 // Submit runs op at once.

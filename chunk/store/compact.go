@@ -1,0 +1,212 @@
+package store
+
+import (
+	"github.com/cairnstore/cairn/chunk/disk"
+	"github.com/cairnstore/cairn/proto/ids"
+)
+
+// The way of compaction, one segment at a time:
+//
+//  1. pick: the closed segment with the fewest live blocks.
+//  2. read: a window of it, one disk call.
+//  3. copy: what the index still points to is appended anew, at its version and
+//     with its checksum; the old place dies by that.
+//  4. When the copies are written, the next window; after the last one nothing
+//     points to the segment any more and releaseDead gives it up.
+//
+// A block whose checksum is wrong is copied as it is: it stays as unreadable as
+// it was until a good copy replaces it.
+
+const (
+	// windowBlocks holds the largest batch.
+	windowBlocks = 1 + maxRun + 25
+	// maxDrops is when compaction takes the oldest segment instead, because
+	// drops are remembered as long as segments older than them exist.
+	maxDrops = 4096
+)
+
+type compaction struct {
+	s       *Store
+	victim  *segment
+	at      uint32 // next block of it to look at
+	reading bool
+	staged  uint64 // LSN of the last copy; the next window waits for it
+	buf     []byte
+}
+
+func (c *compaction) busy() bool { return c.reading }
+
+// low reports whether free segments run out: from here on compaction is driven
+// by every request, not by the clock alone.
+func (s *Store) low() bool {
+	return len(s.free) <= max(reserveWrites+2, len(s.segs)/16)
+}
+
+// step goes on if it can. Without pressure only ticks of the clock drive it.
+func (c *compaction) step(out *outbox, tick bool) error {
+	s := c.s
+	if c.reading || s.closed || !tick && !s.low() {
+		return nil
+	}
+	if c.victim != nil && c.victim.state != segClosed {
+		c.end() // everything in it died by itself
+	}
+	if c.victim == nil {
+		if c.victim = c.pick(); c.victim == nil {
+			return nil
+		}
+		c.at, c.staged = 0, 0
+		c.victim.pins.Add(1)
+	}
+	if s.written < c.staged {
+		return nil
+	}
+	n := min(windowBlocks, c.victim.tail-c.at)
+	if c.buf == nil {
+		c.buf = make([]byte, min(windowBlocks, s.super.segBlocks)*blockBytes)
+	}
+	c.reading = true
+	buf := c.buf[:n*blockBytes]
+	out.ops = append(out.ops, &disk.Op{Kind: disk.Read, Off: offset(s.base(c.victim) + c.at), Bufs: [][]byte{buf},
+		Done: func(err error) { c.got(buf, err) }})
+	return nil
+}
+
+// end lets the victim go.
+func (c *compaction) end() {
+	c.victim.pins.Add(-1)
+	c.victim = nil
+}
+
+// weight is what moving a segment's live content costs, in blocks.
+func (g *segment) weight() uint32 { return g.live + g.live/60 + g.marks/32 + 2 }
+
+// pick returns the segment to empty: any that yields something when space is
+// low, else one that is three quarters empty.
+func (c *compaction) pick() *segment {
+	s := c.s
+	var best *segment
+	oldest := len(s.drops) > maxDrops
+	for _, g := range s.segs {
+		if g.state != segClosed || g.stuck || g.written != g.tail || g.live+g.marks == 0 {
+			continue
+		}
+		if best == nil || oldest && g.gen < best.gen || !oldest && g.weight() < best.weight() {
+			best = g
+		}
+	}
+	if best == nil || !s.roomFor(best.weight(), 0) {
+		return nil
+	}
+	if oldest || s.low() && best.weight() < best.tail || best.weight()*4 <= best.tail {
+		return best
+	}
+	return nil
+}
+
+// got copies what is live in a window.
+func (c *compaction) got(buf []byte, err error) {
+	var out outbox
+	s := c.s
+	s.mu.Lock()
+	c.reading = false
+	switch {
+	case s.failed != nil || s.closed:
+		c.end()
+	case err != nil:
+		c.victim.stuck = true
+		c.end()
+	default:
+		if err := c.copy(buf); err != nil {
+			s.fail(err, &out)
+		}
+	}
+	s.proceed(&out)
+	s.cond.Broadcast()
+	s.unlock(&out)
+}
+
+// copy goes through the batches of a window; the last one, if cut, begins the
+// next window.
+func (c *compaction) copy(buf []byte) error {
+	s, g := c.s, c.victim
+	pos := uint32(0)
+	blocks := uint32(len(buf) / blockBytes)
+	for pos < blocks {
+		b := buf[pos*blockBytes:]
+		h, ok := parseBatch(b)
+		if !ok || h.gen != g.gen || h.at != s.base(g)+c.at+pos {
+			pos++ // damage; what it held stays where it is
+			continue
+		}
+		if pos > 0 && pos+1+uint32(h.blocks) > blocks && c.at+blocks < g.tail {
+			break
+		}
+		err := eachRecord(b, &h, func(r *record, data uint32) error {
+			return c.copyRecord(r, h.at, data, b[blockBytes:])
+		})
+		if err != nil {
+			return err
+		}
+		pos += 1 + uint32(h.blocks)
+	}
+	c.at += pos
+	c.staged = s.lsn
+	if c.at >= g.tail {
+		g.stuck = g.live+g.marks > 0
+		c.end()
+	}
+	return nil
+}
+
+// copyRecord appends the parts of a record the index still points to. at is the
+// place of its batch and data that of its first block in blocks.
+func (c *compaction) copyRecord(r *record, at, data uint32, blocks []byte) error {
+	s := c.s
+	if r.kind > kindPoison {
+		return nil
+	}
+	v := s.vols[ids.VolumeID(r.volume)]
+	if v == nil {
+		return nil
+	}
+	ch := v.chunk(ids.ChunkID(r.chunk), ids.LayerID(r.layer), false)
+	if ch == nil {
+		return nil
+	}
+	live := func(i uint32) (bool, error) {
+		e, err := s.idx.get(ch, ids.Block(r.block+i))
+		want := at
+		if r.kind == kindData {
+			want = at + 1 + data + i
+		}
+		return e.loc == want && e.kind == r.kind && uint64(e.version) == r.version, err
+	}
+	for i := uint32(0); i < r.count; {
+		n := uint32(0)
+		for ; i+n < r.count; n++ {
+			ok, err := live(i + n)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				break
+			}
+		}
+		if n > 0 {
+			var sums []uint32
+			var run []byte
+			if r.kind == kindData {
+				for j := range n {
+					sums = append(sums, le.Uint32(r.payload[4*(i+j):]))
+				}
+				run = blocks[(data+i)*blockBytes : (data+i+n)*blockBytes]
+			}
+			if err := s.appendRun(ch, r.kind, ids.Block(r.block+i), n, ids.Version(r.version), sums, run); err != nil {
+				return err
+			}
+		}
+		i += max(n, 1)
+	}
+	return nil
+}

@@ -1,0 +1,342 @@
+package store
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cairnstore/cairn/chunk/disk"
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// The way of recovery:
+//
+//  1. findUses: the segments' first batches, and the heads among them.
+//  2. survey: the newest head and what follows it give the log's course; the
+//     batches there say up to where it must be whole (bound), and up to where
+//     it is (cut). A gap below bound is damage; the first one above is the end.
+//  3. replay, in LSN order: the newest record of a block wins.
+//  4. A new segment with a new head, durable before anything is answered: it
+//     says where the log was cut, so that the next recovery cuts it there too.
+//
+// A kill (same boot id) keeps all that was written, so bound is then the
+// highest written mark, after a power loss the highest durable one. Above
+// bound, a batch whose data does not match its checksums ends the log: it was
+// never promised, nor was anything behind it.
+//
+// Damage means that records are lost which may have been the newest of any
+// block, or a sealed epoch. They are not known by name, so the store takes a
+// new incarnation: gateways then do not count it as in sync and compare it,
+// block by block, with a good replica before they read from it.
+
+var errDone = errors.New("done")
+
+// course is what recovery knows of the log.
+type course struct {
+	w       window
+	uses    []use  // all, by gen
+	chain   []use  // those in the log, by gen
+	head    *head  // newest complete head below cut
+	bound   uint64 // up to here the log must be whole
+	cut     uint64 // first LSN that does not count
+	top     uint64 // highest LSN seen anywhere
+	life    uint32 // highest life seen anywhere
+	damage  string // the first damage found
+	clean   bool   // the log ends with a clean close
+	sameRun bool   // the system has not lost power since the newest head
+}
+
+// recover rebuilds the store from its log and makes it ready for requests.
+func (s *Store) recover() error {
+	c := &course{w: window{d: s.disk}, cut: 1<<64 - 1}
+	c.uses = s.findUses(&c.w)
+	if err := s.survey(c); err != nil {
+		return err
+	}
+	if err := s.replay(c); err != nil {
+		return err
+	}
+	// What is built on below has to stay: some of it may be in the page cache.
+	if err := disk.SyncAll(s.disk); err != nil {
+		return status.Errorf(status.IO, "sync the disk: %w", err)
+	}
+	s.adopt(c)
+	return s.firstHead()
+}
+
+// survey fixes chain, bound and cut.
+func (s *Store) survey(c *course) error {
+	for _, u := range c.uses {
+		c.life = max(c.life, u.life)
+	}
+	for {
+		if err := s.chooseHead(c); err != nil {
+			return err
+		}
+		gap, err := s.measure(c)
+		if err != nil {
+			return err
+		}
+		if gap >= c.cut {
+			return nil
+		}
+		// Once more, without what is behind the cut. If the head is, it was
+		// never durable, and what an older head names is still there.
+		c.cut = gap
+	}
+}
+
+// chooseHead takes the newest complete head below cut and lists the log's
+// segments: those the head names, its own, and those begun later.
+func (s *Store) chooseHead(c *course) error {
+	c.head, c.chain = nil, nil
+	for i := len(c.uses) - 1; i >= 0 && c.head == nil; i-- {
+		if c.uses[i].gen < c.cut {
+			c.head = s.readHead(&c.w, c.uses[i])
+		}
+	}
+	if c.head == nil {
+		return status.Errorf(status.Corrupt, "store %s has no readable segment head left: rebuild it from its peers", s.super.ID)
+	}
+	c.sameRun = c.head.boot == s.cfg.BootID
+	inUse := c.head.segments
+	later := []use{c.head.use}
+	for _, u := range c.uses {
+		if u.gen > c.head.gen && u.gen < c.cut {
+			later = append(later, u)
+		}
+	}
+	// What was given up behind the head may be reused or empty by now.
+	for _, u := range later {
+		err := s.scan(&c.w, u, func(h *batchHead, _ uint32, b []byte) error {
+			if h.lsn >= c.cut {
+				return errDone
+			}
+			return eachRecord(b, h, func(r *record, _ uint32) error {
+				if r.kind == kindFree {
+					if old, ok := inUse[r.block]; ok && old.gen == r.version {
+						delete(inUse, r.block)
+					}
+					later = slices.DeleteFunc(later, func(u use) bool { return u.seg.n == r.block && u.gen == r.version })
+				}
+				return nil
+			})
+		})
+		if err != nil && err != errDone {
+			return err
+		}
+	}
+	for _, u := range inUse {
+		c.chain = append(c.chain, u)
+	}
+	c.chain = append(c.chain, later...)
+	slices.SortFunc(c.chain, func(a, b use) int { return cmp.Compare(a.gen, b.gen) })
+	return nil
+}
+
+// tail is a batch above what is known to be whole.
+type tail struct {
+	seg *segment
+	lsn uint64
+	at  uint32
+}
+
+// measure sets bound from the marks in the log and returns the first LSN above
+// it that is missing or torn.
+func (s *Store) measure(c *course) (gap uint64, err error) {
+	var tails []tail
+	marks := uint64(0)
+	for _, u := range slices.Backward(c.chain) { // the newest knows the highest marks
+		if u.last > 0 && u.last <= marks {
+			continue // judged by replay
+		}
+		err := s.scan(&c.w, u, func(h *batchHead, at uint32, _ []byte) error {
+			if marks = max(marks, h.durable); c.sameRun {
+				marks = max(marks, h.written)
+			}
+			c.top = max(c.top, h.lsn)
+			tails = append(tails, tail{u.seg, h.lsn, at})
+			return nil
+		})
+		if err != nil {
+			return 0, err
+		}
+	}
+	c.bound = max(c.bound, marks)
+	slices.SortFunc(tails, func(a, b tail) int { return cmp.Compare(a.lsn, b.lsn) })
+	next := c.bound + 1
+	for _, t := range tails {
+		if t.lsn <= c.bound {
+			continue
+		}
+		c.w.count = 0
+		h, b, ok := s.valid(&c.w, t.seg, t.at)
+		if t.lsn != next || !ok || !s.intactData(&c.w, t.seg, t.at, b, &h) {
+			break
+		}
+		next++
+	}
+	return next, nil
+}
+
+// replay applies the log to the empty index.
+func (s *Store) replay(c *course) error {
+	for k, lsn := range c.head.drops {
+		s.drops[k] = lsn
+	}
+	s.incarnation = max(c.head.incarnation, s.super.Incarnation)
+	s.gaps = c.head.gaps
+	for i, u := range c.chain {
+		if u.gen == c.head.gen {
+			for j := range c.head.volumes {
+				s.applyVolume(&c.head.volumes[j])
+			}
+		}
+		last := u.last
+		if last == 0 && i+1 < len(c.chain) {
+			last = c.chain[i+1].gen - 1
+		}
+		expect := u.gen
+		err := s.scan(&c.w, use{u.seg, u.gen, u.life, last, true}, func(h *batchHead, at uint32, b []byte) error {
+			if h.lsn >= c.cut {
+				return errDone
+			}
+			s.missing(c, expect, h.lsn-1, u)
+			expect = h.lsn + 1
+			u.seg.tail = at + 1 + uint32(h.blocks)
+			return s.replayBatch(c, u, h, at, b)
+		})
+		if err != nil && err != errDone {
+			return err
+		}
+		if last == 0 {
+			last = c.bound
+		}
+		s.missing(c, expect, min(last, c.cut-1), u)
+		u.seg.gen, u.seg.life, u.seg.last, u.seg.state = u.gen, u.life, min(last, c.cut-1), segClosed
+		if u.last == 0 && i+1 == len(c.chain) {
+			u.seg.last = c.cut - 1
+		}
+		if err := s.idx.trim(); err != nil {
+			return err
+		}
+	}
+	for len(s.leaving) > 0 {
+		if err := s.forget(1 << 20); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// gap is a range of LSNs of the segment begun at gen that is known to be lost.
+type gap struct{ gen, from, to uint64 }
+
+// missing notes a gap in what was to be whole, once: a new one is damage.
+func (s *Store) missing(c *course, from, to uint64, u use) {
+	g := gap{u.gen, from, to}
+	if from > to || slices.Contains(s.gaps, g) {
+		return
+	}
+	s.gaps = append(s.gaps, g)
+	if c.damage == "" {
+		c.damage = fmt.Sprintf("batches %d to %d of segment %d are damaged", from, to, u.seg.n)
+	}
+}
+
+// replayBatch applies the records of one batch.
+func (s *Store) replayBatch(c *course, u use, h *batchHead, at uint32, b []byte) error {
+	c.clean = false
+	return eachRecord(b, h, func(r *record, data uint32) error {
+		v, ch := ids.VolumeID(r.volume), ids.ChunkID(r.chunk)
+		switch {
+		case r.kind <= kindPoison:
+			if s.dropped(v, ch, h.lsn) {
+				return nil
+			}
+			e := entry{version: ids.Version(r.version), loc: h.at, kind: r.kind}
+			if r.kind == kindData {
+				e.loc = h.at + 1 + data
+			}
+			return s.index(s.vol(v).chunk(ch, ids.LayerID(r.layer), true), ids.Block(r.block), r.count, e,
+				func(i uint32) uint32 { return le.Uint32(r.payload[4*i:]) })
+		case r.kind == kindVolume && !s.dropped(v, 0, h.lsn):
+			s.applyVolume(r)
+		case r.kind == kindDrop:
+			s.applyDrop(dropKey{v, ch}, h.lsn)
+		case r.kind == kindClean:
+			c.clean = true
+		}
+		return nil
+	})
+}
+
+// applyVolume enters what the log says of a volume; epochs and floors only
+// rise.
+func (s *Store) applyVolume(r *record) {
+	v := s.vol(ids.VolumeID(r.volume))
+	v.epoch = max(v.epoch, ids.Epoch(r.layer))
+	v.floor = max(v.floor, ids.Version(r.version))
+	v.logged = v.floor
+	v.intact = r.flags&flagIntact != 0
+}
+
+// adopt takes what recovery found as the store's state.
+func (s *Store) adopt(c *course) {
+	s.lsn = max(c.top, c.bound, c.cut-1)
+	s.written, s.durable = s.lsn, s.lsn // true once firstHead is durable
+	s.life = c.life + 1
+	lost := !c.sameRun && !c.clean
+	if c.damage != "" {
+		s.note, lost = c.damage+": the store takes a new incarnation and has to be compared with its peers", true
+		s.incarnation++
+	}
+	for _, v := range s.vols {
+		v.intact = v.intact && !lost
+	}
+	s.free, s.dead, s.pinned = nil, nil, nil
+	for _, g := range s.segs {
+		g.written = g.tail
+		switch {
+		case g.state == segFree && g.stale:
+			g.stale, g.state, g.tail = false, segLeaving, s.super.segBlocks
+			s.pinned = append(s.pinned, g) // discarded once the head is durable
+		case g.state == segFree:
+			s.free = append(s.free, g)
+		case g.live+g.marks == 0:
+			s.dead = append(s.dead, g)
+		}
+	}
+	if n := len(s.pinned); len(s.free) == 0 && n > 0 {
+		s.free, s.pinned = s.pinned[n-1:], s.pinned[:n-1]
+	}
+}
+
+// firstHead opens a segment and waits until its head is durable.
+func (s *Store) firstHead() error {
+	var out outbox
+	s.mu.Lock()
+	err := s.openSegment()
+	done := false
+	if err == nil {
+		s.syncs = append(s.syncs, syncWait{lsn: s.lsn, then: func(out *outbox) {
+			done = true
+			stale := s.pinned
+			s.pinned = nil
+			s.discard(stale, out)
+		}})
+		s.pump(&out)
+	}
+	s.unlock(&out)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for err == nil && s.failed == nil && !done {
+		s.cond.Wait()
+	}
+	if err != nil {
+		return err
+	}
+	return s.failed
+}
