@@ -14,7 +14,7 @@ import (
 // attach is the way from a committed epoch to serving:
 //
 //	seal → exclude who was not reached → reconcile what was written since the
-//	floor → flush and settle → serve
+//	floor → flush → settle → serve
 //
 // Any failure on the way goes back to seal; nothing was read or written for a
 // client yet.
@@ -37,6 +37,7 @@ const (
 	attachList
 	attachCopy
 	attachFlush
+	attachSettle
 )
 
 // attachTransfers bounds the transfers under way.
@@ -93,7 +94,7 @@ func (e *Engine) insufficient(reached int) string {
 	if reached == 0 {
 		return "waiting for a member: none can be reached"
 	}
-	for _, c := range e.chunks {
+	for _, c := range e.sortedChunks() {
 		whole, all := false, true
 		for _, r := range c.replicas {
 			sealed := r.inSync && r.up && r.sealed && !r.excluding
@@ -262,30 +263,43 @@ func (e *Engine) nextTransfers() {
 	}
 }
 
-// flushAttach makes the equal state durable and tells every member so.
+// flushAttach makes the equal state durable everywhere, and only then tells the
+// members so: a floor that one of them logged before all are durable would hide
+// from the next attach what the others lack.
 func (e *Engine) flushAttach() {
-	a := e.attach
-	a.phase, a.pending = attachFlush, 0
-	try := a.try
-	floor := ids.MakeVersion(e.epoch, 0)
-	for r := range a.has {
-		a.pending++
-		e.call(r, &wire.Request{Kind: wire.Settle, Floor: floor}, func(rep *wire.Reply) {
-			if e.attach != a || a.try != try || a.phase != attachFlush {
+	e.attach.phase = attachFlush
+	e.askAll(wire.Request{Kind: wire.Flush, Floor: e.attach.floor}, attachFlush, func() {
+		floor := ids.MakeVersion(e.epoch, 0)
+		e.attach.phase = attachSettle
+		e.askAll(wire.Request{Kind: wire.Settle, Floor: floor}, attachSettle, func() { e.serve(floor) })
+	})
+}
+
+// askAll asks every member the same and goes on when all have answered OK.
+func (e *Engine) askAll(q wire.Request, phase attachPhase, then func()) {
+	a, try := e.attach, e.attach.try
+	a.pending = len(a.has)
+	if a.pending == 0 {
+		then()
+		return
+	}
+	for _, r := range e.replicas {
+		if a.has[r] == nil {
+			continue
+		}
+		e.call(r, &wire.Request{Kind: q.Kind, Floor: q.Floor}, func(rep *wire.Reply) {
+			if e.attach != a || a.try != try || a.phase != phase {
 				return
 			}
 			if rep.Status != status.OK {
 				e.attachFailed(r, rep)
 				return
 			}
-			r.intact = true
+			r.intact = r.intact || q.Kind == wire.Settle
 			if a.pending--; a.pending == 0 {
-				e.serve(floor)
+				then()
 			}
 		})
-	}
-	if a.pending == 0 {
-		e.serve(floor)
 	}
 }
 

@@ -29,7 +29,7 @@ func TestTheEndAnswersEveryOperationOnce(t *testing.T) {
 		w.attach()
 		w.until("serving", func() bool { return w.e.Info().State == Serving })
 		w.write(0, 1)
-		w.until("a first chunk", func() bool { return len(w.done) == 0 })
+		w.until("a first chunk", w.idle)
 		answers := map[*Op][]status.Kind{}
 		for i := range uint64(12) {
 			op := &Op{Off: i * ids.BlockSize, Len: ids.BlockSize, Data: make([]byte, ids.BlockSize)}

@@ -23,6 +23,8 @@ package volume
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/cairnstore/cairn/proto/ids"
@@ -118,6 +120,16 @@ type chunk struct {
 	id       ids.ChunkID // 0 while being allocated
 	replicas []*replica  // position = bit in job.need and job.have
 	jobs     []*job      // in flight or merging; bounded by the operations in flight
+}
+
+// sortedChunks lists the chunks by index: what an engine does never depends on
+// the order of a map.
+func (e *Engine) sortedChunks() []*chunk {
+	out := make([]*chunk, 0, len(e.chunks))
+	for _, i := range slices.Sorted(maps.Keys(e.chunks)) {
+		out = append(out, e.chunks[i])
+	}
+	return out
 }
 
 // New returns an engine that has begun to attach: its links are to be opened.
@@ -260,7 +272,7 @@ func (e *Engine) unfinished() []*Op {
 	for op := e.waiting.head; op != nil; op = op.next {
 		add(op)
 	}
-	for _, c := range e.chunks {
+	for _, c := range e.sortedChunks() {
 		for _, j := range c.jobs {
 			add(j.op)
 			for _, w := range j.waiters {
@@ -270,8 +282,8 @@ func (e *Engine) unfinished() []*Op {
 			}
 		}
 	}
-	for _, ps := range e.alloc.pieces {
-		for _, p := range ps {
+	for _, i := range slices.Sorted(maps.Keys(e.alloc.pieces)) {
+		for _, p := range e.alloc.pieces[i] {
 			add(p.op)
 		}
 	}
@@ -315,7 +327,7 @@ func (e *Engine) detachCall() *MetaCall {
 
 // stepDetach lets go once nothing is in flight and all is durable.
 func (e *Engine) stepDetach() {
-	if e.state != Draining || len(e.unfinished()) > 0 || e.flush.running || e.flush.wanted || e.dirty() || e.member.call != nil || e.alloc.call != nil {
+	if e.state != Draining || e.flush.running || len(e.unfinished()) > 0 || e.flush.running || e.flush.wanted || e.dirty() || e.member.call != nil || e.alloc.call != nil {
 		return
 	}
 	e.out.Meta = append(e.out.Meta, e.detachCall())

@@ -78,12 +78,11 @@ func (e *Engine) beginJoin(r *replica) {
 		r.incarnation = rep.Incarnation
 		r.sealed = true
 		jn.phase, jn.from = joinCopy, ids.MakeVersion(e.epoch, e.counter+1)
-		for _, c := range e.chunks { // later ones have nothing below from
+		for _, c := range e.sortedChunks() { // later ones have nothing below from
 			if slices.Contains(c.replicas, r) {
 				jn.queue = append(jn.queue, c)
 			}
 		}
-		slices.SortFunc(jn.queue, func(a, b *chunk) int { return int(a.index) - int(b.index) })
 	})
 }
 

@@ -94,28 +94,32 @@ func (e *Engine) startChange() {
 	}
 }
 
-// mayExclude reports whether every chunk keeps MinInSync replicas without out,
-// and the volume a member.
+// mayExclude reports whether, without out, every chunk keeps MinInSync replicas
+// that serve now, and the volume a member that does: one that is away itself may
+// come back without what only those that are to go still have. Of replicas in
+// doubt, which have to go one after the other, those that stay for now count
+// too, as long as one serves: an attach would not rely on them either.
 func (e *Engine) mayExclude(out []*replica) bool {
-	members := 0
-	for _, r := range e.replicas {
-		if r.inSync && !slices.Contains(out, r) {
-			members++
-		}
-	}
-	if members == 0 {
+	doubtful := !slices.ContainsFunc(out, func(r *replica) bool { return !r.doubt })
+	serves := func(r *replica) bool { return r.readable() && !slices.Contains(out, r) }
+	if !slices.ContainsFunc(e.replicas, serves) {
 		return false
 	}
 	for _, c := range e.chunks {
-		left, hit := 0, false
+		left, whole, hit := 0, 0, false
 		for _, r := range c.replicas {
 			gone := slices.Contains(out, r)
-			hit = hit || gone && r.inSync
-			if r.inSync && !gone {
+			switch {
+			case gone:
+				hit = hit || r.inSync
+			case serves(r):
+				left++
+				whole++
+			case doubtful && r.inSync && r.doubt:
 				left++
 			}
 		}
-		if hit && left < MinInSync(len(c.replicas)) {
+		if hit && (left < MinInSync(len(c.replicas)) || whole == 0) {
 			return false
 		}
 	}

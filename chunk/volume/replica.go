@@ -237,7 +237,7 @@ func (e *Engine) lostPower(r *replica) {
 	}
 	r.doubt = true
 	e.exclude(r, "it lost power, or a flush failed, since the floor")
-	for _, c := range e.chunks {
+	for _, c := range e.sortedChunks() {
 		whole, any := false, false
 		for _, o := range c.replicas {
 			any = any || o.inSync

@@ -1,0 +1,159 @@
+package volume
+
+import (
+	"bytes"
+	"slices"
+
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+func (w *world) block(b uint64) *register {
+	r := w.blocks[b]
+	if r == nil {
+		r = &register{may: map[byte]bool{0: true}, hist: []byte{0}}
+		w.blocks[b] = r
+	}
+	return r
+}
+
+// do submits an operation and tells how it ended.
+func (w *world) do(op *Op, then func(status.Kind)) *Op {
+	w.done[op] = then
+	w.step(&Submit{[]*Op{op}})
+	return op
+}
+
+// ok is how an operation has to end.
+func (w *world) ok(what string) func(status.Kind) {
+	return func(k status.Kind) {
+		if k != status.OK && w.e.State() != Ended {
+			w.fail("%s: %v", what, k)
+		}
+	}
+}
+
+// write writes one value all over a block; one write of a block at a time.
+func (w *world) write(block uint64, val byte) *Op {
+	r := w.block(block)
+	r.may[val], r.busy, r.shaken, r.life = true, true, false, w.life
+	r.hist, r.all = append(r.hist, val), append(r.all, val)
+	op := &Op{Kind: OpWrite, FUA: w.rng.IntN(4) == 0, Off: block * ids.BlockSize, Len: ids.BlockSize, Data: bytes.Repeat([]byte{val}, ids.BlockSize)}
+	if val == 0 {
+		op.Kind, op.Data = OpZero, nil
+	}
+	return w.do(op, func(k status.Kind) {
+		r.busy = false
+		if w.e.State() == Ended {
+			return // unanswered: it may have happened or not
+		}
+		if k == status.NoSpace { // refused before anything was sent
+			delete(r.may, val)
+			r.hist = slices.DeleteFunc(r.hist, func(v byte) bool { return v == val })
+			return
+		}
+		if k != status.OK {
+			w.fail("write of block %d failed: %v", block, k)
+		}
+		if r.over++; r.shaken { // what had accepted it may have lost it before it was answered
+			r.shaken = false
+			return
+		}
+		clear(r.may)
+		r.may[val] = true
+		if op.FUA {
+			r.hist = []byte{val}
+		}
+	})
+}
+
+// flush makes what is complete when it begins the least a power loss may leave.
+func (w *world) flush() *Op {
+	mark := map[*register]int{}
+	last := map[*register]byte{}
+	for _, r := range w.blocks {
+		if !r.busy && len(r.may) == 1 {
+			for v := range r.may {
+				mark[r], last[r] = r.over, v
+			}
+		}
+	}
+	return w.do(&Op{Kind: OpFlush}, func(k status.Kind) {
+		if w.ok("flush")(k); k != status.OK {
+			return
+		}
+		for r, over := range mark {
+			if i := slices.Index(r.hist, last[r]); i >= 0 && r.over >= over {
+				r.hist = r.hist[i:]
+			}
+		}
+	})
+}
+
+func (w *world) read(block uint64) *Op {
+	r := w.block(block)
+	over, since := r.over, len(r.all)
+	op := &Op{Kind: OpRead, Off: block * ids.BlockSize, Len: ids.BlockSize, Data: make([]byte, ids.BlockSize)}
+	was := map[byte]bool{}
+	for v := range r.may {
+		was[v] = true
+	}
+	return w.do(op, func(k status.Kind) {
+		if w.ok("read")(k); k != status.OK {
+			return
+		}
+		val := op.Data[0]
+		if !r.may[val] && !was[val] && !slices.Contains(r.all[since:], val) || !bytes.Equal(op.Data, bytes.Repeat([]byte{val}, ids.BlockSize)) {
+			w.fail("block %d reads %d, allowed %v, at first %v, written meanwhile %v", block, val, r.may, was, r.all[since:])
+		}
+		if r.over == over && since == len(r.all) {
+			clear(r.may)
+			r.may[val] = true // stable from the first read on
+			if r.life < w.life {
+				r.hist = []byte{val} // the attach made it durable
+			}
+		}
+	})
+}
+
+// readAll reads every block that was used.
+func (w *world) readAll() {
+	for b := range uint64(testHot) {
+		if !w.block(b).busy {
+			w.read(b)
+		}
+	}
+}
+
+// lostPower: from now on a block may hold what a power loss may leave.
+func (w *world) lostPower() {
+	for _, r := range w.blocks {
+		for _, v := range r.hist {
+			r.may[v] = true
+		}
+		r.all = append(r.all, r.hist...) // for reads under way
+		r.shaken = r.busy
+	}
+}
+
+// someLoad submits a few random operations; val is the last value used.
+func (w *world) someLoad(val byte) byte {
+	for range 1 + w.rng.IntN(6) {
+		b := uint64(w.rng.IntN(testHot))
+		if w.block(b).busy {
+			continue
+		}
+		switch w.rng.IntN(8) {
+		case 0, 1:
+			w.read(b)
+		case 2:
+			w.write(b, 0)
+		case 3:
+			w.flush()
+		default:
+			val = val%250 + 1
+			w.write(b, val)
+		}
+	}
+	return val
+}

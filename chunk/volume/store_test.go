@@ -1,0 +1,200 @@
+package volume
+
+import (
+	"bytes"
+	"cmp"
+	"maps"
+	"slices"
+
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/status"
+	"github.com/cairnstore/cairn/proto/wire"
+)
+
+// memStore is a reference store: the semantics of proto/wire over a map, and
+// what can go wrong with it.
+type memStore struct {
+	id          ids.StoreID
+	incarnation ids.Incarnation
+	epoch       ids.Epoch
+	floor       ids.Version
+	blocks      map[blockKey]memBlock // as reads see them
+	durable     map[blockKey]memBlock // as of the last flush
+	bad         map[blockKey]bool     // a bit of it flipped on disk
+	intact      bool
+	page        int // entries of one Newer reply
+
+	up      bool
+	hung    bool // takes requests and does not answer
+	full    bool // no room for data
+	gen     uint64
+	session uint64 // connection that sealed last: requests of earlier ones are refused
+	held    []func()
+	log     []wire.Request // what it was asked, without data
+	tamper  func(q *wire.Request, r *wire.Reply)
+}
+
+type memBlock struct {
+	en   wire.Entry
+	data []byte
+}
+
+func newMemStore(i int) *memStore {
+	return &memStore{id: ids.StoreID{byte(i + 1)}, incarnation: 1, blocks: map[blockKey]memBlock{}, durable: map[blockKey]memBlock{},
+		bad: map[blockKey]bool{}, intact: true, page: 3, up: true}
+}
+
+// loseVolatile is a power loss: of each block that was not flushed some state
+// since then is left.
+func (s *memStore) loseVolatile(keep func() bool) {
+	for _, k := range slices.SortedFunc(maps.Keys(s.blocks), compareKeys) {
+		b := s.blocks[k]
+		if d, ok := s.durable[k]; (d.en != b.en || !ok) && !keep() {
+			if ok {
+				s.blocks[k] = d
+			} else {
+				delete(s.blocks, k)
+			}
+		}
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(s.durable), compareKeys) {
+		d := s.durable[k]
+		if _, ok := s.blocks[k]; !ok && !keep() {
+			s.blocks[k] = d // an Install that made it a hole was lost
+		}
+	}
+	s.intact = false
+}
+
+func (s *memStore) put(k blockKey, b memBlock) {
+	delete(s.bad, k)
+	if b.en.Kind == wire.EntryHole {
+		delete(s.blocks, k)
+	} else {
+		s.blocks[k] = b
+	}
+}
+
+func (s *memStore) do(q *wire.Request) *wire.Reply {
+	r := &wire.Reply{Kind: q.Kind, ID: q.ID}
+	lean := *q
+	lean.Data = nil
+	s.log = append(s.log, lean)
+	if q.Epoch < s.epoch && q.Kind != wire.Ping {
+		r.Status, r.Epoch = status.Fenced, s.epoch
+		return r
+	}
+	switch q.Kind {
+	case wire.Seal:
+		s.epoch = q.Epoch
+		r.Floor, r.Incarnation = s.floor, s.incarnation
+		if s.intact {
+			r.Flags = wire.FlagIntact
+		}
+	case wire.Flush, wire.Settle:
+		s.floor = max(s.floor, q.Floor)
+		s.durable = maps.Clone(s.blocks)
+		s.intact = s.intact || q.Kind == wire.Settle
+	case wire.Write, wire.Zero:
+		s.write(q, r)
+	case wire.Read:
+		s.read(q, r)
+	case wire.Newer, wire.List:
+		s.list(q, r)
+	case wire.Digest:
+		r.Digests = make([]uint64, (q.Count+wire.DigestBlocks-1)/wire.DigestBlocks)
+		for k, b := range s.blocks {
+			if k.chunk == q.Chunk && b.en.Version < q.Limit {
+				r.Digests[k.block/wire.DigestBlocks] += wire.EntryDigest(b.en)
+			}
+		}
+	case wire.Install:
+		s.install(q, r)
+	}
+	if s.tamper != nil {
+		s.tamper(q, r)
+	}
+	return r
+}
+
+func (s *memStore) write(q *wire.Request, r *wire.Reply) {
+	if s.full && q.Kind == wire.Write {
+		r.Status = status.NoSpace
+		return
+	}
+	for i := range q.Count {
+		en := wire.Entry{Chunk: q.Chunk, Block: q.Block + ids.Block(i), Version: q.Version, Kind: wire.EntryZero}
+		b := memBlock{en: en}
+		if q.Kind == wire.Write {
+			b.en.Kind, b.en.Sum = wire.EntryData, q.Sums[i]
+			b.data = bytes.Clone(q.Data[i*ids.BlockSize : (i+1)*ids.BlockSize])
+			if wire.BlockSum(q.Volume, q.Chunk, 0, en.Block, q.Version, b.data) != b.en.Sum {
+				r.Status = status.Corrupt
+				return
+			}
+		}
+		if k := (blockKey{q.Chunk, 0, en.Block}); q.Version >= s.blocks[k].en.Version {
+			s.put(k, b)
+		}
+	}
+}
+
+func (s *memStore) read(q *wire.Request, r *wire.Reply) {
+	data := make([]byte, int(q.Count)*ids.BlockSize)
+	for i := range q.Count {
+		k := blockKey{q.Chunk, 0, q.Block + ids.Block(i)}
+		b := s.blocks[k]
+		if s.bad[k] || b.en.Kind == wire.EntryPoison {
+			r.Status, r.Block, r.Entries = status.Corrupt, k.block, nil
+			if !s.bad[k] {
+				r.Status = status.Poison
+			}
+			return
+		}
+		copy(data[i*ids.BlockSize:], b.data)
+		b.en.Chunk, b.en.Block = q.Chunk, k.block
+		r.Entries = append(r.Entries, b.en)
+	}
+	r.Data = data
+}
+
+func (s *memStore) list(q *wire.Request, r *wire.Reply) {
+	from := blockKey{q.Chunk, q.Layer, q.Block}
+	for k, b := range s.blocks {
+		if q.Kind == wire.Newer && b.en.Version > q.Version && compareKeys(k, from) >= 0 ||
+			q.Kind == wire.List && k.chunk == q.Chunk && k.block >= q.Block && k.block < q.Block+ids.Block(q.Count) {
+			r.Entries = append(r.Entries, b.en)
+		}
+	}
+	slices.SortFunc(r.Entries, func(a, b wire.Entry) int {
+		return compareKeys(blockKey{a.Chunk, a.Layer, a.Block}, blockKey{b.Chunk, b.Layer, b.Block})
+	})
+	if q.Kind == wire.Newer && len(r.Entries) > s.page {
+		r.Entries, r.Flags = r.Entries[:s.page], wire.FlagMore
+	}
+}
+
+func compareKeys(a, b blockKey) int {
+	return cmp.Or(cmp.Compare(a.chunk, b.chunk), cmp.Compare(a.layer, b.layer), cmp.Compare(a.block, b.block))
+}
+
+func (s *memStore) install(q *wire.Request, r *wire.Reply) {
+	data := q.Data
+	if s.full && len(data) > 0 {
+		r.Status = status.NoSpace
+		return
+	}
+	for _, en := range q.Entries {
+		b := memBlock{en: en}
+		if en.Kind == wire.EntryData {
+			b.data, data = bytes.Clone(data[:ids.BlockSize]), data[ids.BlockSize:]
+			if wire.BlockSum(q.Volume, en.Chunk, 0, en.Block, en.Version, b.data) != en.Sum {
+				r.Status = status.Corrupt
+				return
+			}
+		}
+		if k := (blockKey{en.Chunk, 0, en.Block}); s.blocks[k].en.Version < q.Limit {
+			s.put(k, b)
+		}
+	}
+}
