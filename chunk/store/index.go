@@ -15,6 +15,9 @@ const (
 	pageBlocks     = 128
 	pageBytes      = pageBlocks * (8 + 4 + 4 + 1)
 	pageEncoded    = pageBytes + 4
+
+	// SpillPageBytes is the size of every page a Spill is given.
+	SpillPageBytes = pageEncoded
 )
 
 // Spill keeps index pages that do not fit into memory. It is a scratch pad:

@@ -39,7 +39,6 @@ type segment struct {
 	pins    atomic.Int32 // reads in flight
 	stuck   bool         // compaction could not read it
 	stale   bool         // recovery: not in the log, but not empty
-	dirty   bool         // not discarded since it was written
 }
 
 // segOf returns the segment that holds a block of the disk.
