@@ -67,7 +67,7 @@ func mustOK(t testing.TB, r *wire.Reply) *wire.Reply {
 func formatMem(t testing.TB) *disk.Mem {
 	t.Helper()
 	d := disk.NewMem(testSize)
-	if err := Format(d, FormatConfig{ID: testID, Incarnation: 1, Cluster: "c", SegmentBytes: testSeg}); err != nil {
+	if err := Make(d, Format{ID: testID, Incarnation: 1, Cluster: "c", SegmentBytes: testSeg}); err != nil {
 		t.Fatal(err)
 	}
 	return d

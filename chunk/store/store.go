@@ -18,8 +18,8 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-// FormatConfig is the identity a disk gets when a store is made on it.
-type FormatConfig struct {
+// Format is the identity a disk gets when a store is made on it.
+type Format struct {
 	ID           ids.StoreID
 	Incarnation  ids.Incarnation
 	Cluster      string // name of the cluster it belongs to, ≤ 128 bytes
@@ -107,9 +107,9 @@ type Store struct {
 
 const defaultIndexBytes = 64 << 20
 
-// Format formats d as an empty store. A disk that holds one is refused
+// Make formats d as an empty store. A disk that holds one is refused
 // (status.Exists): nothing is lost by formatting twice.
-func Format(d disk.Disk, f FormatConfig) error {
+func Make(d disk.Disk, f Format) error {
 	p, err := f.super(d)
 	if err != nil {
 		return err
@@ -134,7 +134,7 @@ func Format(d disk.Disk, f FormatConfig) error {
 }
 
 // super checks f and lays the disk out.
-func (f *FormatConfig) super(d disk.Disk) (*super, error) {
+func (f *Format) super(d disk.Disk) (*super, error) {
 	if f.ID.IsZero() || f.Incarnation == 0 || len(f.Cluster) > maxCluster {
 		return nil, status.Errorf(status.Invalid, "a store needs an id, an incarnation and a cluster name of at most %d bytes", maxCluster)
 	}

@@ -73,7 +73,7 @@ func (s *sink) Replies(rs []*wire.Reply) { s.r = rs[0] }
 func TestStoreOverBadger(t *testing.T) {
 	dir := t.TempDir()
 	d := disk.NewMem(64 << 20)
-	if err := store.Format(d, store.FormatConfig{ID: ids.NewStoreID(), Incarnation: 1}); err != nil {
+	if err := store.Make(d, store.Format{ID: ids.NewStoreID(), Incarnation: 1}); err != nil {
 		t.Fatal(err)
 	}
 	for life := range 2 {
