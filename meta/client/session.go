@@ -27,11 +27,9 @@ type session struct {
 // known unless the error's kind is Unknown; ctx bounds how long it is asked
 // for. cmd is not changed.
 func (c *Client) Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
-	var s *session
-	select {
-	case s = <-c.sessions:
-	case <-ctx.Done():
-		return nil, status.Errorf(status.Unavailable, "the command was not sent: %d others of this client are unanswered (%w)", maxSessions, ctx.Err())
+	s, err := c.take(ctx)
+	if err != nil {
+		return nil, err
 	}
 	defer func() { c.sessions <- s }()
 	cmd = proto.Clone(cmd).(*pb.Command)
@@ -52,6 +50,21 @@ func (c *Client) Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 			return nil, err
 		}
 		// It was not done: a new session may do it.
+	}
+}
+
+// take waits for a free session.
+func (c *Client) take(ctx context.Context) (*session, error) {
+	select {
+	case s := <-c.sessions:
+		return s, nil
+	default:
+	}
+	select {
+	case s := <-c.sessions:
+		return s, nil
+	case <-ctx.Done():
+		return nil, status.Errorf(status.Unavailable, "the command was not sent: %d others of this client are unanswered (%w)", maxSessions, ctx.Err())
 	}
 }
 

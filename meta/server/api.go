@@ -296,7 +296,7 @@ func (s *Server) node() *pb.NodeReply {
 	rep.Applied, rep.StateHash = s.fsm.at()
 	r := s.raft.Load()
 	if r == nil {
-		rep.State, rep.LastIndex, rep.Term = s.phase, s.oldIndex, s.oldTerm
+		rep.State, rep.LastIndex, rep.Term = *s.phase.Load(), s.oldIndex, s.oldTerm
 		return rep
 	}
 	rep.Term, rep.LastIndex, rep.LeaderAddr = r.CurrentTerm(), r.LastIndex(), s.leaderAPI()

@@ -97,8 +97,12 @@ func TestStateOutsideTheLogIsWiped(t *testing.T) {
 	}
 }
 
-// TestMain is also the child that opens a state which may end its process.
+// TestMain is also the child that opens a state which may end its process, and
+// the child that is a node.
 func TestMain(m *testing.M) {
+	if conf := os.Getenv("CAIRN_TEST_NODE"); conf != "" {
+		childNode(conf)
+	}
 	dir := os.Getenv("CAIRN_TEST_STATE")
 	if dir == "" {
 		os.Exit(m.Run())

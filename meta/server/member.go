@@ -85,48 +85,79 @@ func (s *Server) askPeers(ctx context.Context) []*pb.NodeReply {
 	return out
 }
 
-// enter brings a node with a new directory into the cluster, once its peers
-// have said which of the two cases it is. It returns when the node runs or the
-// server is closed.
+// phaseNew and phaseStarting are what a node calls itself before raft runs:
+// undecided, and decided.
+const (
+	phaseNew      = "new"
+	phaseStarting = "starting"
+)
+
+func phaseOf(r record) string {
+	if r.Joined {
+		return phaseStarting
+	}
+	return phaseNew
+}
+
+func (s *Server) say(phase string) { s.phase.Store(&phase) }
+
+// enter brings a node with a new directory into the cluster. It returns when
+// the node runs or the server is closed.
+//
+// In a new cluster nobody starts raft before all have decided: else two could
+// elect a leader, and the third would take its own new directory for a loss.
 func (s *Server) enter() {
-	for told := time.Duration(0); ; told += askEvery {
-		replies := s.askPeers(s.ctx)
-		missing, index, term := "", uint64(0), uint64(0)
-		for i, r := range replies {
-			if r == nil {
-				missing = s.peers[i].ID + " at " + s.peers[i].APIAddr
-				continue
-			}
-			index, term = max(index, r.LastIndex), max(term, r.Term)
-		}
-		if s.ctx.Err() != nil {
-			return
-		}
-		if missing == "" {
-			if err := s.join(index, term); err != nil {
-				s.fail(fmt.Errorf("joining the metadata cluster: %w", err))
-			}
-			return
-		}
-		if told%(10*time.Second) == 0 && told > 0 {
-			s.log.Warn("this metadata node's directory is new: it waits to hear from every peer before it takes part", "missing", missing)
-		}
-		select {
-		case <-s.ctx.Done():
-			return
-		case <-time.After(askEvery):
-		}
+	err := s.decide()
+	if err == nil && s.dir.rec.NeedIndex == 0 {
+		s.waitForPeers("that it has decided", func(r *pb.NodeReply) bool { return r.State != phaseNew })
+	}
+	if err == nil && s.ctx.Err() == nil {
+		err = s.start()
+	}
+	if err != nil {
+		s.fail(fmt.Errorf("joining the metadata cluster: %w", err))
 	}
 }
 
-// join records what the peers said and starts raft. Crash points: before the
-// record the next start asks again; after it, it knows.
-func (s *Server) join(index, term uint64) error {
-	rec := &s.dir.rec
-	rec.AboveTerm = term
+// waitForPeers asks until every peer's answer will do, or the server is closed.
+func (s *Server) waitForPeers(what string, do func(r *pb.NodeReply) bool) (replies []*pb.NodeReply) {
+	for told := time.Duration(0); s.ctx.Err() == nil; told += askEvery {
+		missing := ""
+		replies = s.askPeers(s.ctx)
+		for i, r := range replies {
+			if r == nil || !do(r) {
+				missing = s.peers[i].ID + " at " + s.peers[i].APIAddr
+			}
+		}
+		if missing == "" {
+			break
+		}
+		if told > 0 && told%(10*time.Second) == 0 {
+			s.log.Warn("this metadata node's directory is new: before it takes part, every peer must say "+what, "missing", missing)
+		}
+		select {
+		case <-s.ctx.Done():
+		case <-time.After(askEvery):
+		}
+	}
+	return replies
+}
+
+// decide finds out whether the cluster is new or this node's memory lost, and
+// records it. Crash points: before the record the next start asks again; after
+// it, it knows.
+func (s *Server) decide() error {
+	replies := s.waitForPeers("how far it is", func(*pb.NodeReply) bool { return true })
+	if s.ctx.Err() != nil {
+		return nil
+	}
+	index, rec := uint64(0), &s.dir.rec
+	for _, r := range replies {
+		index, rec.AboveTerm = max(index, r.LastIndex), max(rec.AboveTerm, r.Term)
+	}
 	if index > 1 {
 		rec.NeedIndex = index
-		s.log.Warn("this metadata node's directory is new but the cluster is not: it votes once it has caught up", "index", index, "term", term)
+		s.log.Warn("this metadata node's directory is new but the cluster is not: it votes once it has caught up", "index", index, "term", rec.AboveTerm)
 	} else if has, err := raft.HasExistingState(s.bolt, s.bolt, s.snaps); err != nil {
 		return err
 	} else if !has {
@@ -138,5 +169,6 @@ func (s *Server) join(index, term uint64) error {
 	if err := s.dir.save(); err != nil {
 		return err
 	}
-	return s.start()
+	s.say(phaseStarting)
+	return nil
 }

@@ -16,6 +16,7 @@ import (
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
@@ -64,8 +65,8 @@ type Server struct {
 	kept  bool // the state in Badger needs no restoring
 
 	// What a node says of itself before raft runs.
-	phase             string // new or starting
-	oldIndex, oldTerm uint64 // in its directory
+	phase             atomic.Pointer[string] // new or starting
+	oldIndex, oldTerm uint64                 // in its directory
 
 	grpc   *grpc.Server
 	ctx    context.Context // ends when Close begins
@@ -178,8 +179,9 @@ func begin(cfg Config) (s *Server, err error) {
 			s.wg.Go(s.enter)
 			return s, nil
 		}
-		err = s.join(0, 0)
-	} else {
+		err = s.decide()
+	}
+	if err == nil {
 		err = s.start()
 	}
 	if err != nil {
@@ -224,10 +226,7 @@ func (s *Server) openFiles() (err error) {
 	if s.oldTerm, err = s.bolt.GetUint64([]byte("CurrentTerm")); err != nil && !errors.Is(err, raftboltdb.ErrKeyNotFound) {
 		return fmt.Errorf("reading the metadata log: %w", err)
 	}
-	s.phase = "starting"
-	if !s.dir.rec.Joined {
-		s.phase = "new"
-	}
+	s.say(phaseOf(s.dir.rec))
 	if s.fsm, s.kept, err = openFSM(s.dir.file("state"), newest, last); err != nil {
 		return err
 	}
@@ -273,7 +272,9 @@ func (s *Server) dialPeers() error {
 		if p.ID == s.cfg.ID {
 			continue
 		}
-		c, err := grpc.NewClient("passthrough:///"+p.APIAddr, grpc.WithTransportCredentials(creds))
+		c, err := grpc.NewClient("passthrough:///"+p.APIAddr, grpc.WithTransportCredentials(creds),
+			grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second,
+				Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}}))
 		if err != nil {
 			return status.Errorf(status.Invalid, "metadata peer %s has no usable address %q: %w", p.ID, p.APIAddr, err)
 		}
