@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -19,41 +20,56 @@ const (
 )
 
 // File is a Disk in a regular file or a block device, buffered by the page
-// cache. Writes, syncs and reads have goroutines of their own; a read the page
-// cache can answer runs inline.
+// cache. Writes, syncs, discards and reads have goroutines of their own, so
+// that none waits for another kind; ReadNow answers from the page cache.
 type File struct {
 	f    *os.File
+	fd   int
 	size int64
 	wg   sync.WaitGroup
 
 	mu     sync.Mutex // guards the fields below
-	cond   [3]*sync.Cond
-	queue  [3][]*Op // by lane; write and sync lanes are bounded by the store: one of each
+	cond   [lanes]*sync.Cond
+	queue  [lanes][]*Op // writes and syncs: bounded by the store, one of each
 	closed bool
 }
 
 const (
 	laneWrite = iota
 	laneSync
+	laneDiscard
 	laneRead
+	lanes
 )
+
+// workers is how many goroutines serve each lane. One writer keeps the order.
+var workers = [lanes]int{laneWrite: 1, laneSync: 1, laneDiscard: 1, laneRead: readers}
 
 var (
 	_ Disk      = (*File)(nil)
 	_ Immediate = (*File)(nil)
 )
 
-// Create makes a sparse file of size bytes and opens it. An existing file is
-// refused (errors.Is os.ErrExist).
+// Create makes a sparse file of size bytes, durably, and opens it. An existing
+// file is refused (errors.Is os.ErrExist).
 func Create(path string, size int64) (*File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("create store file: %w", err)
 	}
-	if err := f.Truncate(size); err != nil {
+	if err := errors.Join(f.Truncate(size), f.Sync(), syncDir(filepath.Dir(path))); err != nil {
 		return nil, errors.Join(fmt.Errorf("size store file %s: %w", path, err), f.Close(), os.Remove(path))
 	}
 	return start(f, path)
+}
+
+// syncDir makes the names in a directory survive a power loss.
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // Open opens an existing file or block device. Held by another process or
@@ -75,8 +91,7 @@ func start(f *os.File, path string) (*File, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("size of %s: %w", path, err), f.Close())
 	}
-	d := &File{f: f, size: size}
-	workers := [3]int{laneWrite: 1, laneSync: 1, laneRead: readers}
+	d := &File{f: f, fd: int(f.Fd()), size: size}
 	for lane, n := range workers {
 		d.cond[lane] = sync.NewCond(&d.mu)
 		for range n {
@@ -108,13 +123,7 @@ func (d *File) Submit(op *Op) {
 		op.Done(status.Errorf(status.Invalid, "disk access at %d is beyond the end at %d", op.Off, d.size))
 		return
 	}
-	lane := laneWrite
-	switch op.Kind {
-	case Sync:
-		lane = laneSync
-	case Read:
-		lane = laneRead
-	}
+	lane := [...]int{Read: laneRead, Write: laneWrite, Sync: laneSync, Discard: laneDiscard}[op.Kind]
 	d.mu.Lock()
 	full := lane == laneRead && len(d.queue[lane]) >= maxReads
 	if d.closed || full {
@@ -129,7 +138,7 @@ func (d *File) Submit(op *Op) {
 
 // ReadNow reads if the page cache has all of it.
 func (d *File) ReadNow(b []byte, off int64) bool {
-	n, err := unix.Preadv2(int(d.f.Fd()), [][]byte{b}, off, unix.RWF_NOWAIT)
+	n, err := unix.Preadv2(d.fd, [][]byte{b}, off, unix.RWF_NOWAIT)
 	return err == nil && n == len(b)
 }
 
@@ -147,21 +156,33 @@ func (d *File) work(lane int) {
 		op := d.queue[lane][0]
 		d.queue[lane] = append(d.queue[lane][:0], d.queue[lane][1:]...)
 		d.mu.Unlock()
-		op.Done(d.run(op))
+		op.Done(explain(op, d.run(op)))
+	}
+}
+
+// explain gives a system's error a kind and a place.
+func explain(op *Op, err error) error {
+	what := [...]string{Read: "read", Write: "write", Sync: "sync", Discard: "discard"}[op.Kind]
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return status.Errorf(status.NoSpace, "%s at %d: the file system under the store is full: %w", what, op.Off, err)
+	default:
+		return status.Errorf(status.IO, "%s at %d: %w", what, op.Off, err)
 	}
 }
 
 func (d *File) run(op *Op) error {
-	fd := int(d.f.Fd())
 	switch op.Kind {
 	case Sync:
 		for {
-			if err := unix.Fdatasync(fd); !errors.Is(err, unix.EINTR) {
+			if err := unix.Fdatasync(d.fd); !errors.Is(err, unix.EINTR) {
 				return err
 			}
 		}
 	case Discard:
-		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, op.Off, op.Len)
+		return unix.Fallocate(d.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, op.Off, op.Len)
 	case Read:
 		return d.transfer(op, unix.Preadv)
 	default:
@@ -173,7 +194,7 @@ func (d *File) run(op *Op) error {
 func (d *File) transfer(op *Op, call func(int, [][]byte, int64) (int, error)) error {
 	bufs, off := append([][]byte(nil), op.Bufs...), op.Off
 	for len(bufs) > 0 {
-		n, err := call(int(d.f.Fd()), bufs[:min(len(bufs), maxIOVector)], off)
+		n, err := call(d.fd, bufs[:min(len(bufs), maxIOVector)], off)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
