@@ -45,23 +45,20 @@ type Config struct {
 
 // Client is safe for concurrent use. It holds no goroutine of its own.
 type Client struct {
-	cfg      Config
-	sessions chan *session // the free ones; cap maxSessions
+	cfg   Config
+	slots chan struct{} // one per command in flight; cap maxSessions
 
 	mu     sync.Mutex // guards all below
 	conns  map[string]*grpc.ClientConn
 	order  []string // asked in this order, after the leader
 	leader string   // the address that answered last
 	closed bool
+	free   []*session // the last used comes first, so that few are ever opened
 }
 
 // New returns a client. It connects when it is first asked something.
 func New(cfg Config) *Client {
-	c := &Client{cfg: cfg, sessions: make(chan *session, maxSessions), conns: map[string]*grpc.ClientConn{}, order: slices.Clone(cfg.Addrs)}
-	for range maxSessions {
-		c.sessions <- &session{}
-	}
-	return c
+	return &Client{cfg: cfg, slots: make(chan struct{}, maxSessions), conns: map[string]*grpc.ClientConn{}, order: slices.Clone(cfg.Addrs)}
 }
 
 // Close ends all connections. Calls in flight fail.
@@ -108,9 +105,10 @@ func (c *Client) conn(addr string) (*grpc.ClientConn, error) {
 type walk struct {
 	c     *Client
 	hint  string
-	turn  int   // into order
-	inRow int   // nodes asked since the last pause
-	last  error // of the last node that answered
+	turn  int    // into order
+	inRow int    // nodes asked since the last pause
+	last  error  // of the last node that answered
+	slow  string // a node that did not answer in time
 }
 
 func (c *Client) walk() *walk {
@@ -148,6 +146,9 @@ func (w *walk) next(ctx context.Context) (string, error) {
 func (w *walk) answered(addr string, err error, kind status.Kind, detail, leader string) bool {
 	if err != nil {
 		kind = status.Unavailable
+		if status.Of(err) == status.Timeout {
+			w.slow = addr
+		}
 	} else if kind != status.OK {
 		w.last = status.New(kind, detail)
 	}
@@ -171,6 +172,9 @@ func (w *walk) answered(addr string, err error, kind status.Kind, detail, leader
 func (w *walk) gaveUp(cause error) error {
 	if w.last != nil {
 		return &status.Error{Kind: status.Unavailable, Text: "the metadata service gives no answer: " + w.last.Error(), Err: cause}
+	}
+	if w.slow != "" {
+		return &status.Error{Kind: status.Unavailable, Text: "metadata node " + w.slow + " did not answer in time: it may hang, or be unreachable", Err: cause}
 	}
 	return &status.Error{Kind: status.Unavailable, Text: "no metadata node of " + strings.Join(w.c.order, ", ") + " answers: is the cluster up?", Err: cause}
 }

@@ -31,7 +31,7 @@ func (c *Client) Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() { c.sessions <- s }()
+	defer c.give(s)
 	cmd = proto.Clone(cmd).(*pb.Command)
 	if cmd.Who == "" {
 		cmd.Who = c.cfg.Who
@@ -53,19 +53,33 @@ func (c *Client) Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	}
 }
 
-// take waits for a free session.
+// take waits for its turn and a session nobody else uses.
 func (c *Client) take(ctx context.Context) (*session, error) {
 	select {
-	case s := <-c.sessions:
-		return s, nil
+	case c.slots <- struct{}{}:
 	default:
+		select {
+		case c.slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil, status.Errorf(status.Unavailable, "the command was not sent: %d others of this client are unanswered (%w)", maxSessions, ctx.Err())
+		}
 	}
-	select {
-	case s := <-c.sessions:
-		return s, nil
-	case <-ctx.Done():
-		return nil, status.Errorf(status.Unavailable, "the command was not sent: %d others of this client are unanswered (%w)", maxSessions, ctx.Err())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := len(c.free)
+	if n == 0 {
+		return &session{}, nil
 	}
+	s := c.free[n-1]
+	c.free = c.free[:n-1]
+	return s, nil
+}
+
+func (c *Client) give(s *session) {
+	c.mu.Lock()
+	c.free = append(c.free, s)
+	c.mu.Unlock()
+	<-c.slots
 }
 
 // ready opens a session that is not open, and settles a doubtful number: a

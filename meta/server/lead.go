@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -279,8 +280,17 @@ func (s *Server) commit(b []byte) (*pb.Result, error) {
 	return f.Response().(*pb.Result), nil
 }
 
-// waitUntil waits for a moment of CLOCK_BOOTTIME.
+// answerTime is kept of a caller's deadline to tell it why.
+const answerTime = 50 * time.Millisecond
+
+// waitUntil waits for a moment of CLOCK_BOOTTIME, or says why not: the caller's
+// time is nearly up, or this node is closing.
 func (s *Server) waitUntil(ctx context.Context, end time.Duration) error {
+	if d, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, d.Add(-answerTime))
+		defer cancel()
+	}
 	for {
 		left := end - boottime()
 		if left <= 0 {
@@ -291,10 +301,10 @@ func (s *Server) waitUntil(ctx context.Context, end time.Duration) error {
 		case <-t.C:
 		case <-ctx.Done():
 			t.Stop()
-			return ctx.Err()
+			return fmt.Errorf("%v are left of it", (end - boottime()).Round(time.Millisecond))
 		case <-s.ctx.Done():
 			t.Stop()
-			return status.Shutdown
+			return status.Errorf(status.Shutdown, "this node is closing")
 		}
 	}
 }

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -41,6 +42,8 @@ type voter struct {
 	above   uint64 // it votes only in higher terms
 	header  raft.RPCHeader
 	applied func() uint64
+
+	refusals atomic.Int64 // of others' requests
 }
 
 // may says whether this node may take part in an election of that term, and

@@ -72,6 +72,7 @@ func (t *transport) filter() {
 			return
 		case rpc := <-t.NetworkTransport.Consumer():
 			if t.refuse(rpc) {
+				t.vote.refusals.Add(1)
 				continue
 			}
 			select {

@@ -149,11 +149,11 @@ func freeBytes(dir string) (uint64, error) {
 	return st.Bavail * uint64(st.Bsize), nil
 }
 
-func begin(cfg Config) (s *Server, err error) {
+func begin(cfg Config) (_ *Server, err error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	s = &Server{cfg: cfg, log: cfg.Log.With("node", cfg.ID), addrs: map[raft.ServerID]Peer{}, done: make(chan struct{})}
+	s := &Server{cfg: cfg, log: cfg.Log.With("node", cfg.ID), addrs: map[raft.ServerID]Peer{}, done: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for _, p := range cfg.Peers {
 		s.addrs[raft.ServerID(p.ID)] = p
