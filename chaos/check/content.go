@@ -34,7 +34,7 @@ const partShift = 56
 // span is one register's place on the device.
 type span struct {
 	register uint64
-	off      int64 // from the device's start
+	off      int64 // from the area's start
 	n        int
 }
 

@@ -39,7 +39,8 @@ type Device interface {
 type Config struct {
 	Dial    func(ctx context.Context) (Device, error)
 	Seed    uint64
-	Blocks  uint64        // size of the area under test in blocks, from offset 0 (4096)
+	Base    int64         // where the area under test begins on the device, in bytes (0)
+	Blocks  uint64        // size of the area in blocks (4096)
 	Conns   int           // connections (2)
 	Depth   int           // operations in flight on each (16)
 	Rate    int           // operations a second over all, so that the checker keeps up (4000)

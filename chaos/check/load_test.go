@@ -168,8 +168,9 @@ func linearizable(t *testing.T, l *Load) error {
 
 func TestLoadPassesOnACorrectDisk(t *testing.T) {
 	for _, breakEvery := range []int{0, 311} {
-		m := newMemory("", testBlocks)
-		l := testLoad(m, 1, breakEvery)
+		const base = 3 * BlockBytes
+		m := newMemory("", 3+testBlocks)
+		l := NewLoad(Config{Dial: m.dial(breakEvery), Seed: 1, Base: base, Blocks: testBlocks, Rate: 1_000_000, Ops: 6000})
 		if err := l.Run(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -182,6 +183,9 @@ func TestLoadPassesOnACorrectDisk(t *testing.T) {
 		}
 		if err := linearizable(t, l); err != nil {
 			t.Fatal(err)
+		}
+		if identify(m.now[:base], 1, 0) != 0 {
+			t.Error("the load wrote before its base")
 		}
 		st := l.Stats()
 		if (st.Reconnects > 0) != (breakEvery > 0) {

@@ -42,7 +42,8 @@ func (a action) String() string {
 // shares are percentages and add up to 100.
 var shares = [actionCount]int{read: 44, write: 44, writeFUA: 3, trim: 3, writeZeroes: 3, flush: 3}
 
-// request is one device call; bytes [off, off+n) begin and end at registers.
+// request is one device call; bytes [off, off+n) of the area begin and end at
+// registers.
 type request struct {
 	action action
 	off    int64
@@ -201,20 +202,20 @@ func (w *worker) enter(r request, spans []span, values []Value) []int {
 }
 
 func (w *worker) call(dev Device, r request) error {
-	p := w.buf[:r.n]
+	p, at := w.buf[:r.n], w.load.cfg.Base+r.off
 	var n int
 	var err error
 	switch r.action {
 	case read:
-		n, err = dev.ReadAt(p, r.off)
+		n, err = dev.ReadAt(p, at)
 	case write:
-		n, err = dev.WriteAt(p, r.off)
+		n, err = dev.WriteAt(p, at)
 	case writeFUA:
-		n, err = r.n, dev.WriteFUA(p, r.off)
+		n, err = r.n, dev.WriteFUA(p, at)
 	case trim:
-		n, err = r.n, dev.Trim(r.off, int64(r.n))
+		n, err = r.n, dev.Trim(at, int64(r.n))
 	case writeZeroes:
-		n, err = r.n, dev.WriteZeroes(r.off, int64(r.n))
+		n, err = r.n, dev.WriteZeroes(at, int64(r.n))
 	default:
 		n, err = r.n, dev.Flush()
 	}
@@ -249,7 +250,7 @@ func (w *worker) broken(c *conn, dev Device, r request, start time.Time, err err
 		c.drop(dev, err)
 		return err
 	}
-	return fmt.Errorf("%s of %d bytes at %d was answered with an error: %w", r.action, r.n, r.off, err)
+	return fmt.Errorf("%s of %d bytes at %d was answered with an error: %w", r.action, r.n, w.load.cfg.Base+r.off, err)
 }
 
 func (l *Load) count(a action, start, epoch time.Time, err error) {

@@ -18,7 +18,6 @@ import (
 	"sort"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -40,13 +39,12 @@ const (
 )
 
 // Cluster is a running cluster. Its methods may be called from several
-// goroutines; Start and Close from one.
+// goroutines; Start, Up, Down and Close from one.
 type Cluster struct {
 	cfg Config
 	own bool // the directory is ours to remove
 
-	up     *upProcess
-	timers sync.WaitGroup // pauses to be ended
+	up *upProcess // nil: not up
 }
 
 // Start starts a cluster, or starts again one that was stopped, and returns
@@ -58,9 +56,13 @@ func Start(ctx context.Context, cfg Config) (*Cluster, error) {
 	if cfg.Bin == "" {
 		return nil, errors.New("no cairn binary named: set CAIRN_BIN, as `make test-int` does")
 	}
-	bin, err := filepath.Abs(cfg.Bin)
+	// As /proc shows it, which is how a node's process is known again.
+	bin, err := filepath.EvalSymlinks(cfg.Bin)
+	if err == nil {
+		bin, err = filepath.Abs(bin)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("the cairn binary's path cannot be made absolute: %w", err)
+		return nil, fmt.Errorf("there is no cairn binary: %w; `make build` makes bin/cairn", err)
 	}
 	cfg.Bin = bin
 	if cfg.Hosts == 0 {
@@ -115,7 +117,6 @@ func (c *Cluster) Up(ctx context.Context) error {
 // Down runs `cairn down` and waits until no process of the cluster is left.
 // What is left is killed, and that is an error.
 func (c *Cluster) Down() error {
-	c.timers.Wait()
 	if c.up == nil {
 		return nil
 	}
