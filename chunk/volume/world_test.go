@@ -37,10 +37,12 @@ type world struct {
 	life    int
 	blocks  map[uint64]*register
 	done    map[*Op]func(status.Kind)
-	flaky   bool                 // metadata answers Unknown and Unavailable
-	hold    func(*MetaCall) bool // true: no answer now
-	metas   []*pb.MemberChange   // that were committed
-	lease   time.Duration        // of each attach; 0: for ever
+	flaky   bool                              // metadata answers Unknown and Unavailable
+	hold    func(*MetaCall) bool              // true: no answer now
+	metas   []*pb.MemberChange                // that were committed
+	lease   time.Duration                     // of each attach; 0: for ever
+	keep    func(i int, q *wire.Request) bool // true: the request does not arrive, now
+	kept    []func()
 }
 
 // register is what one block may hold.
@@ -172,6 +174,10 @@ func (w *world) send(s Send) {
 	arrive = func() {
 		if st.hung {
 			st.held = append(st.held, arrive)
+			return
+		}
+		if w.keep != nil && w.keep(i, &q) {
+			w.kept = append(w.kept, arrive)
 			return
 		}
 		if !st.up || s.Gen < st.session && life == w.life {
@@ -354,6 +360,13 @@ func (w *world) hang(i int) {
 	s.hung = !s.hung
 	w.pending = append(w.pending, s.held...)
 	s.held = nil
+}
+
+// release lets what was kept arrive.
+func (w *world) release() {
+	w.keep = nil
+	w.pending = append(w.pending, w.kept...)
+	w.kept = nil
 }
 
 // heal brings every store back.
