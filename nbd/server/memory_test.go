@@ -16,8 +16,6 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
-const memoryBlock = 4096
-
 // memory is a volume in memory, thin by 64 KiB. It answers inline; held makes
 // it keep operations back until let go.
 type memory struct {
@@ -139,6 +137,24 @@ func (m *memory) at(off, n int) []byte {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return append([]byte(nil), m.data[off:off+n]...)
+}
+
+// write changes the content behind the server's back.
+func (m *memory) write(p []byte, off int) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	op := volume.Op{Kind: volume.OpWrite, Off: uint64(off), Len: uint64(len(p)), Data: p}
+	if k := m.do(&op); k != status.OK {
+		return 0, k
+	}
+	return len(p), nil
+}
+
+// counts says how many FUA operations and flushes have come.
+func (m *memory) counts() (fua, flushes int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.fua, m.flushes
 }
 
 // hold makes the volume keep operations back.
