@@ -1,0 +1,377 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/cairnstore/cairn/chunk/client"
+	"github.com/cairnstore/cairn/chunk/disk"
+	"github.com/cairnstore/cairn/chunk/gateway"
+	chunkserver "github.com/cairnstore/cairn/chunk/server"
+	"github.com/cairnstore/cairn/chunk/server/checkpoint"
+	"github.com/cairnstore/cairn/chunk/store"
+	metaclient "github.com/cairnstore/cairn/meta/client"
+	nbdserver "github.com/cairnstore/cairn/nbd/server"
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+	"github.com/cairnstore/cairn/vmhook/agent"
+)
+
+const (
+	defaultStoreSize = 64 << 30 // of a store file whose size nobody gave; sparse
+	stepEvery        = 100 * time.Millisecond
+	sweepEvery       = 20 * time.Second
+	closeWait        = 20 * time.Second
+	chunksWait       = 2 * time.Second
+)
+
+// hostd is one running host: stores and chunk server, gateway and NBD server,
+// VM launcher, control service.
+type hostd struct {
+	cfg    *hostConfig
+	log    *slog.Logger
+	lock   *os.File
+	meta   *metaclient.Client
+	stores []*hostStore
+	chunks *chunkserver.Server
+	gw     *gateway.Gateway
+	nbd    *nbdserver.Server
+	vms    *agent.Agent
+	grpc   *grpc.Server
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	undo   []func() error // what close has to do, last first
+}
+
+// hostStore is an open store with its disk and the pages it spills.
+type hostStore struct {
+	*store.Store
+	disk  *disk.File
+	spill *checkpoint.Pages
+}
+
+func (s *hostStore) close() error {
+	return errors.Join(s.Store.Close(), s.disk.Close(), s.spill.Close())
+}
+
+// startHost brings a host up. It returns once the host is registered and
+// serves; volumes it held before are attached again in the background.
+func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd, err error) {
+	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, h.close())
+		}
+	}()
+	if err := os.MkdirAll(cfg.Dir, 0o755); err != nil {
+		return h, fmt.Errorf("cannot make the host's directory: %w", err)
+	}
+	if h.lock, err = lockFile(filepath.Join(cfg.Dir, "lock")); err != nil {
+		return h, err
+	}
+	h.undo = append(h.undo, h.lock.Close)
+	if err := h.openStores(); err != nil {
+		return h, err
+	}
+	h.meta = metaclient.New(metaclient.Config{Addrs: cfg.Meta, Who: cfg.Name})
+	h.undo = append(h.undo, h.meta.Close)
+	dataL, err := listenPatiently(cfg.Data)
+	if err != nil {
+		return h, err
+	}
+	if err := h.serveChunks(dataL); err != nil {
+		return h, err
+	}
+	if err := h.register(ctx); err != nil {
+		return h, err
+	}
+	if err := h.startGateway(); err != nil {
+		return h, err
+	}
+	return h, h.serveControl(ctx)
+}
+
+// openStores opens every store, making those that do not exist.
+func (h *hostd) openStores() error {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return fmt.Errorf("cannot tell whether the machine lost power: %w", err)
+	}
+	for i, sc := range h.cfg.Stores {
+		s, err := openStore(sc, h.cfg.Cluster, string(bytes.TrimSpace(boot)), filepath.Join(h.cfg.Dir, fmt.Sprintf("pages-%d", i+1)))
+		if err != nil {
+			return fmt.Errorf("store %s: %w", sc.Path, err)
+		}
+		h.stores = append(h.stores, s)
+		h.undo = append(h.undo, s.close)
+	}
+	return nil
+}
+
+func openStore(sc storeConfig, cluster, boot, pages string) (*hostStore, error) {
+	d, err := disk.Open(sc.Path)
+	if errors.Is(err, os.ErrNotExist) {
+		d, err = createStore(sc, cluster)
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := checkpoint.Open(pages)
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	s, err := store.Open(store.Config{Disk: d, Cluster: cluster, BootID: boot, Spill: p})
+	if err != nil {
+		return nil, errors.Join(err, d.Close(), p.Close())
+	}
+	return &hostStore{s, d, p}, nil
+}
+
+// createStore makes a store file under another name first: a crash leaves no
+// half-made store behind.
+func createStore(sc storeConfig, cluster string) (*disk.File, error) {
+	size := sc.size
+	if size == 0 {
+		size = defaultStoreSize
+	}
+	tmp := sc.Path + ".new"
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	d, err := disk.Create(tmp, int64(size))
+	if err != nil {
+		return nil, err
+	}
+	if err := store.Make(d, store.Format{ID: ids.NewStoreID(), Incarnation: 1, Cluster: cluster}); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, os.Rename(tmp, sc.Path)
+}
+
+func (h *hostd) serveChunks(l net.Listener) error {
+	sc := chunkserver.Config{Cluster: h.cfg.Cluster, Log: h.log}
+	for _, s := range h.stores {
+		sc.Stores = append(sc.Stores, s)
+	}
+	h.chunks = chunkserver.New(sc)
+	h.undo = append(h.undo, h.closeChunks)
+	h.background(func(ctx context.Context) { // compaction and the like
+		t := time.NewTicker(stepEvery)
+		defer t.Stop()
+		start := time.Now()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+				for _, s := range h.stores {
+					s.Step(time.Since(start))
+				}
+			}
+		}
+	})
+	go h.served("chunk server", func() error { return h.chunks.Serve(l) })
+	return nil
+}
+
+// closeChunks gives other hosts' gateways a moment to let go first: when a whole
+// cluster stops at once, none of them then loses a replica on its way out.
+func (h *hostd) closeChunks() error {
+	t := time.NewTicker(5 * time.Millisecond)
+	defer t.Stop()
+	for end := time.Now().Add(chunksWait); h.chunks.Conns() > 0 && time.Now().Before(end); {
+		<-t.C
+	}
+	return h.chunks.Close()
+}
+
+// served logs why a server that should serve for ever has stopped.
+func (h *hostd) served(what string, serve func() error) {
+	if err := serve(); err != nil && !errors.Is(err, net.ErrClosed) {
+		h.log.Error(what+" stopped", "err", err)
+	}
+}
+
+// background runs f until the host closes.
+func (h *hostd) background(f func(ctx context.Context)) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); f(ctx) }()
+	h.undo = append(h.undo, func() error { cancel(); <-done; return nil })
+}
+
+// register tells metadata who this host is and which stores it has. A cluster
+// without an identity gets the configured one.
+func (h *hostd) register(ctx context.Context) error {
+	_, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_InitCluster{InitCluster: &pb.InitCluster{ClusterId: h.cfg.Cluster}}})
+	if err != nil && status.Of(err) != status.Exists {
+		return err
+	}
+	q, err := h.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Cluster{Cluster: true}})
+	if err != nil {
+		return err
+	}
+	if q.ClusterId != h.cfg.Cluster {
+		return status.Errorf(status.Conflict, "host %s is configured for cluster %s and its metadata nodes belong to cluster %s: correct one of them", h.cfg.Name, h.cfg.Cluster, q.ClusterId)
+	}
+	labels := map[string]string{"host": h.cfg.Name}
+	for k, v := range h.cfg.Labels {
+		labels[k] = v
+	}
+	host := &pb.Host{Name: h.cfg.Name, DataAddr: h.cfg.Data, ControlAddr: h.cfg.Control, Labels: labels,
+		Cpus: uint32(h.cfg.CPUs), MemoryBytes: h.cfg.memory}
+	if host.Cpus == 0 {
+		host.Cpus = uint32(runtime.NumCPU())
+	}
+	if host.MemoryBytes == 0 {
+		var si unix.Sysinfo_t
+		if err := unix.Sysinfo(&si); err != nil {
+			return fmt.Errorf("cannot tell this machine's memory: %w", err)
+		}
+		host.MemoryBytes = uint64(si.Totalram) * uint64(si.Unit)
+	}
+	if _, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_RegisterHost{RegisterHost: &pb.RegisterHost{Host: host}}}); err != nil {
+		return err
+	}
+	for _, s := range h.stores {
+		id := s.ID()
+		st := &pb.Store{Id: id[:], Incarnation: uint64(s.Incarnation()), Host: h.cfg.Name, CapacityBytes: s.Usage().CapacityBytes}
+		if _, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: st}}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *hostd) startGateway() error {
+	local := map[ids.StoreID]client.Submitter{}
+	for _, s := range h.stores {
+		local[s.ID()] = s
+	}
+	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage,
+		Gone: func(name string) { h.nbd.Drop(name) }, Alone: true, Log: h.log})
+	h.nbd = nbdserver.New(nbdserver.Config{Exports: h.gw.Exports(), Log: h.log})
+	h.undo = append(h.undo, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), closeWait)
+		defer cancel()
+		return errors.Join(h.nbd.Close(ctx), h.gw.Close(ctx))
+	})
+	l, err := nbdserver.ListenUnix(nbdserver.Socket{Path: h.cfg.NBD})
+	if err != nil {
+		return err
+	}
+	go h.served("NBD server", func() error { return h.nbd.Serve(l) })
+	return nil
+}
+
+// usage is what the heartbeat says of the stores.
+func (h *hostd) usage() []*pb.StoreUsage {
+	var out []*pb.StoreUsage
+	for _, s := range h.stores {
+		u, id := s.Usage(), s.ID()
+		out = append(out, &pb.StoreUsage{Store: id[:], CapacityBytes: u.CapacityBytes, UsedBytes: u.UsedBytes, LiveBytes: u.LiveBytes, State: u.State})
+	}
+	return out
+}
+
+func (h *hostd) serveControl(ctx context.Context) error {
+	l, err := listenPatiently(h.cfg.Control)
+	if err != nil {
+		return err
+	}
+	h.vms = agent.New(agent.Config{Dir: filepath.Join(h.cfg.Dir, "vm"), Volumes: vmVolumes{h}, Log: h.log})
+	h.grpc = grpc.NewServer()
+	pb.RegisterHostControlServer(h.grpc, &control{h: h})
+	h.undo = append(h.undo, func() error { h.vms.Close(); return nil }, func() error { h.grpc.Stop(); return nil })
+	go h.served("control service", func() error { return h.grpc.Serve(l) })
+	h.background(func(ctx context.Context) {
+		if err := h.gw.Recover(ctx); err != nil && ctx.Err() == nil {
+			h.log.Error("volumes not attached again", "err", err)
+		}
+		found, err := h.vms.Adopt(ctx)
+		if err != nil && ctx.Err() == nil {
+			h.log.Error("VMs not found again", "err", err)
+		}
+		if len(found) > 0 {
+			h.log.Info("VMs found running", "vms", found)
+		}
+	})
+	h.background(h.sweep)
+	return nil
+}
+
+// sweep drops what the stores hold of volumes that no longer exist. Ids are
+// never used again, so a volume metadata does not know is gone for good.
+func (h *hostd) sweep(ctx context.Context) {
+	t := time.NewTicker(sweepEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		for _, s := range h.stores {
+			if err := sweepStore(ctx, h.meta, s); err != nil && ctx.Err() == nil {
+				h.log.Warn("removed volumes not swept", "store", s.ID().Short(), "err", err)
+			}
+		}
+	}
+}
+
+// uri is the NBD URI of a volume attached here.
+func (h *hostd) uri(volume string) string {
+	return "nbd+unix:///" + volume + "?socket=" + h.cfg.NBD
+}
+
+// close undoes what was started, last first.
+func (h *hostd) close() error {
+	var errs []error
+	for i := len(h.undo) - 1; i >= 0; i-- {
+		errs = append(errs, ignoreClosed(h.undo[i]()))
+	}
+	h.undo = nil
+	return errors.Join(errs...)
+}
+
+func hostCommand(c *cli) *cobra.Command {
+	cmd := &cobra.Command{Use: "host", Short: "Hosts: chunk server, gateway and VM launcher"}
+	var config string
+	run := &cobra.Command{
+		Use:     "run --config FILE",
+		Short:   "Run one host until it is told to stop",
+		Example: "  cairn host run --config /etc/cairn/host.toml",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := loadHostConfig(config)
+			if err != nil {
+				return err
+			}
+			h, err := startHost(cmd.Context(), cfg, daemonLog())
+			if err != nil {
+				return err
+			}
+			fmt.Println("ready")
+			<-cmd.Context().Done()
+			return h.close()
+		},
+	}
+	run.Flags().StringVar(&config, "config", "", "configuration file")
+	must(run.MarkFlagRequired("config"))
+	cmd.AddCommand(run, hostListCommand(c))
+	return cmd
+}

@@ -1,0 +1,117 @@
+// Command cairn is all of cairn in one binary: the daemons of a cluster and the
+// command line that admins, VM hosts and chaos suites use.
+//
+// Duty: wiring, flags, signals, tables. Floor: F5. It decides nothing about
+// data: volumes are chunk/volume's, configuration is meta/state's.
+//
+// Files by what they are for:
+//
+//	main, output          the command tree, exit status, tables and JSON
+//	config, cluster       configuration files; the directory of a local cluster
+//	metad, hostd, control one metadata node; one host; what the CLI asks of a host
+//	up, supervise         a whole cluster in one process, or one process each
+//	connect               finding the metadata service and a host from the CLI
+//	volume, image, vm     commands on volumes, their contents, and VMs
+//	status                status, hosts, stores, metadata nodes, events
+//	demo, bench, chaos    the main job shown, measured, and attacked
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// Exit statuses: scripts depend on them.
+const (
+	exitOK     = 0
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+// usageError marks what the user typed wrong.
+type usageError struct{ error }
+
+func (u usageError) Unwrap() error { return u.error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := rootCommand().ExecuteContext(ctx)
+	stop()
+	os.Exit(report(err))
+}
+
+// report prints an error as one sentence and returns the exit status.
+func report(err error) int {
+	if err == nil {
+		return exitOK
+	}
+	fmt.Fprintln(os.Stderr, "cairn: "+err.Error())
+	var u usageError
+	if errors.As(err, &u) || status.Of(err) == status.Invalid {
+		return exitUsage
+	}
+	return exitFailed
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "cairn",
+		Short: "Distributed block storage for virtual machines",
+		Long: `cairn keeps thin volumes replicated over several hosts and exports them over NBD.
+
+Start here:
+  cairn up                                a whole cluster in this terminal, in one process
+  cairn volume create v --size 1G         a thin volume
+  cairn volume attach v                   prints its NBD URI, for qemu-img, nbdcopy, fio, …`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return usagef("%w: see `%s --help`", err, c.CommandPath())
+	})
+	c := &cli{}
+	f := root.PersistentFlags()
+	f.StringVar(&c.dir, "dir", os.Getenv("CAIRN_DIR"), "directory of a local cluster (CAIRN_DIR; default "+defaultDir()+")")
+	f.StringVar(&c.meta, "meta", os.Getenv("CAIRN_META"), "metadata nodes of a remote cluster, host:port[,host:port…] (CAIRN_META)")
+	root.AddCommand(upCommand(c), downCommand(c), metaCommand(c), hostCommand(c), configCommand(),
+		volumeCommand(c), vmCommand(c), storeCommand(c), statusCommand(c), eventsCommand(c), placeCommand(c),
+		demoCommand(), benchCommand())
+	asUsage(root)
+	return root
+}
+
+// asUsage makes wrong arguments and missing flags of every command usage
+// errors, and an unknown subcommand too.
+func asUsage(c *cobra.Command) {
+	if args := c.Args; args != nil {
+		c.Args = func(cmd *cobra.Command, a []string) error {
+			if err := cmp.Or(args(cmd, a), cmd.ValidateRequiredFlags()); err != nil {
+				return usagef("%w: see `%s --help`", err, cmd.CommandPath())
+			}
+			return nil
+		}
+	}
+	if c.HasSubCommands() && c.RunE == nil {
+		c.Args = cobra.ArbitraryArgs
+		c.RunE = func(cmd *cobra.Command, a []string) error {
+			if len(a) > 0 {
+				return usagef("%s has no command %q: see `%s --help`", cmd.CommandPath(), a[0], cmd.CommandPath())
+			}
+			return cmd.Help()
+		}
+	}
+	for _, s := range c.Commands() {
+		asUsage(s)
+	}
+}

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cairnstore/cairn/meta/server"
+	"github.com/cairnstore/cairn/netplane/link"
+	"github.com/cairnstore/cairn/placement/driver"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// metad is one running metadata node.
+type metad struct{ srv *server.Server }
+
+func startMeta(cfg *metaConfig, log *slog.Logger) (*metad, error) {
+	raftL, err := listenPatiently(cfg.Raft)
+	if err != nil {
+		return nil, err
+	}
+	apiL, err := listenPatiently(cfg.API)
+	if err != nil {
+		return nil, errors.Join(err, raftL.Close())
+	}
+	sc := server.Config{ID: cfg.ID, Dir: cfg.Dir, RaftListener: raftL, APIListener: apiL, Placer: driver.New(),
+		Timeout: time.Duration(cfg.TimeoutMs) * time.Millisecond, Log: log}
+	for _, p := range cfg.Peers {
+		sc.Peers = append(sc.Peers, server.Peer{ID: p.ID, RaftAddr: p.Raft, APIAddr: p.API})
+	}
+	srv, err := server.New(sc)
+	if err != nil {
+		return nil, errors.Join(err, ignoreClosed(raftL.Close()), ignoreClosed(apiL.Close()))
+	}
+	return &metad{srv}, nil
+}
+
+func (m *metad) close() error { return m.srv.Close() }
+
+// listenPatiently listens on an address that a predecessor may be just letting
+// go of.
+func listenPatiently(addr string) (net.Listener, error) {
+	deadline := time.Now().Add(3 * time.Second)
+	for {
+		l, err := link.Listen(link.Config{Addr: addr})
+		if err == nil || time.Now().After(deadline) {
+			return l, err
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+func daemonLog() *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo}))
+}
+
+func metaCommand(c *cli) *cobra.Command {
+	cmd := &cobra.Command{Use: "meta", Short: "Metadata nodes"}
+	var config string
+	run := &cobra.Command{
+		Use:     "run --config FILE",
+		Short:   "Run one metadata node until it is told to stop",
+		Example: "  cairn meta run --config /etc/cairn/meta.toml",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := loadMetaConfig(config)
+			if err != nil {
+				return err
+			}
+			m, err := startMeta(cfg, daemonLog())
+			if err != nil {
+				return err
+			}
+			fmt.Println("ready")
+			return waitMeta(cmd.Context(), m)
+		},
+	}
+	run.Flags().StringVar(&config, "config", "", "configuration file")
+	must(run.MarkFlagRequired("config"))
+	cmd.AddCommand(run, metaListCommand(c))
+	return cmd
+}
+
+// waitMeta waits for the end, asked for or not.
+func waitMeta(ctx context.Context, m *metad) error {
+	select {
+	case <-ctx.Done():
+		return m.close()
+	case <-m.srv.Done():
+		return errors.Join(status.Errorf(status.Internal, "the metadata node stopped by itself: its log says why"), m.close())
+	}
+}
+
+func must(err error) {
+	if err != nil {
+		panic(err) // a flag that does not exist: a mistake in this program
+	}
+}

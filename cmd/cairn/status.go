@@ -1,0 +1,312 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cairnstore/cairn/proto/pb"
+)
+
+// clusterView is the cluster as `cairn status -o json` shows it.
+type clusterView struct {
+	Cluster  string       `json:"cluster"`
+	Problems []string     `json:"problems"`
+	Meta     []metaView   `json:"meta"`
+	Hosts    []hostView   `json:"hosts"`
+	Volumes  []volumeView `json:"volumes"`
+}
+
+type metaView struct {
+	ID        string `json:"id"`
+	Addr      string `json:"addr"`
+	State     string `json:"state"`
+	Leader    bool   `json:"leader"`
+	Term      uint64 `json:"term"`
+	Applied   uint64 `json:"applied"`
+	StateHash string `json:"stateHash"`
+}
+
+type hostView struct {
+	Name       string      `json:"name"`
+	Up         bool        `json:"up"`
+	LastSeenMs int64       `json:"lastSeenMs"`
+	Data       string      `json:"dataAddr"`
+	Control    string      `json:"controlAddr"`
+	CPUs       uint32      `json:"cpus"`
+	Memory     uint64      `json:"memoryBytes"`
+	Stores     []storeView `json:"stores"`
+}
+
+type storeView struct {
+	ID          string `json:"id"`
+	Host        string `json:"host"`
+	Incarnation uint64 `json:"incarnation"`
+	Capacity    uint64 `json:"capacityBytes"`
+	Used        uint64 `json:"usedBytes"` // segments in use
+	Live        uint64 `json:"liveBytes"` // blocks that can still be read
+	State       string `json:"state"`
+}
+
+func (s *session) metaViews(ctx context.Context) []metaView {
+	var out []metaView
+	for _, n := range s.meta.Nodes(ctx) {
+		out = append(out, metaView{ID: n.Id, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
+			StateHash: fmt.Sprintf("%016x", n.StateHash)})
+	}
+	return out
+}
+
+func (s *session) hostViews(ctx context.Context) ([]hostView, error) {
+	hosts, err := s.hosts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := []hostView{}
+	for _, h := range hosts {
+		w := hostView{Name: h.Host.Name, Up: h.Up, LastSeenMs: h.LastSeenMs, Data: h.Host.DataAddr, Control: h.Host.ControlAddr,
+			CPUs: h.Host.Cpus, Memory: h.Host.MemoryBytes, Stores: []storeView{}}
+		for _, st := range h.Stores {
+			v := storeView{ID: fmt.Sprintf("%x", st.Store.Id), Host: st.Store.Host, Incarnation: st.Store.Incarnation,
+				Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState()}
+			switch {
+			case !st.Up:
+				v.State = "down"
+			case v.State == "":
+				v.State = "ok"
+			}
+			w.Stores = append(w.Stores, v)
+		}
+		out = append(out, w)
+	}
+	return out, nil
+}
+
+func seen(h hostView) string {
+	switch {
+	case h.Up:
+		return "up"
+	case h.LastSeenMs < 0:
+		return "down: not heard of since the metadata leader began"
+	}
+	return fmt.Sprintf("down for %v", (time.Duration(h.LastSeenMs) * time.Millisecond).Round(time.Second))
+}
+
+// cluster gathers everything `cairn status` shows.
+func (s *session) cluster(ctx context.Context) (*clusterView, error) {
+	w := &clusterView{Problems: []string{}, Volumes: []volumeView{}, Meta: s.metaViews(ctx)}
+	rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
+	if err != nil {
+		return nil, err
+	}
+	w.Cluster = rep.ClusterId
+	if w.Hosts, err = s.hostViews(ctx); err != nil {
+		return nil, err
+	}
+	for _, v := range rep.Volumes {
+		w.Volumes = append(w.Volumes, viewVolume(v))
+	}
+	w.findProblems()
+	return w, nil
+}
+
+// findProblems says what is wrong and what it means.
+func (w *clusterView) findProblems() {
+	say := func(format string, args ...any) { w.Problems = append(w.Problems, fmt.Sprintf(format, args...)) }
+	down := 0
+	for _, m := range w.Meta {
+		if m.State == "unreachable" {
+			down++
+			say("metadata node %s does not answer", m.Addr)
+		}
+	}
+	if left := len(w.Meta) - down; down > 0 {
+		say("metadata: %d of %d nodes answer; %d more may fail before nothing can be changed", left, len(w.Meta), max(0, left-len(w.Meta)/2-1))
+	}
+	for _, h := range w.Hosts {
+		if !h.Up {
+			say("host %s is %s: its copies catch up by themselves when it is back", h.Name, seen(h))
+		}
+		for _, s := range h.Stores {
+			if h.Up && s.State != "ok" {
+				say("store %s on host %s: %s", s.ID[:8], h.Name, s.State)
+			}
+			if s.Capacity > 0 && s.Used*100 >= s.Capacity*85 {
+				say("store %s on host %s is %d %% full: add stores or remove data", s.ID[:8], h.Name, s.Used*100/s.Capacity)
+			}
+		}
+	}
+	for _, v := range w.Volumes {
+		good := 0
+		for _, m := range v.Members {
+			if m.InSync {
+				good++
+			}
+		}
+		if out := len(v.Members) - good; out > 0 {
+			say("volume %s: %d of its %d stores are out of sync and catch up when their hosts are up and the volume is attached", v.Name, out, len(v.Members))
+		}
+	}
+}
+
+func statusCommand(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "status", Short: "What the cluster is, and what is wrong with it", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				w, err := s.cluster(ctx)
+				if err != nil {
+					return err
+				}
+				if out.format != "table" {
+					return out.show(w, nil, nil)
+				}
+				return printStatus(w)
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func printStatus(w *clusterView) error {
+	if len(w.Problems) == 0 {
+		fmt.Println("healthy")
+	}
+	for _, p := range w.Problems {
+		fmt.Println("! " + p)
+	}
+	fmt.Println()
+	if err := printTable(metaTable(w.Meta)); err != nil {
+		return err
+	}
+	fmt.Println()
+	var hosts [][]string
+	for _, h := range w.Hosts {
+		for _, s := range h.Stores {
+			hosts = append(hosts, []string{h.Name, seen(h), s.ID[:8], formatSize(s.Used), formatSize(s.Live), formatSize(s.Capacity), s.State})
+		}
+	}
+	if err := printTable([]string{"HOST", "IS", "STORE", "USED", "LIVE", "CAPACITY", "STATE"}, hosts); err != nil {
+		return err
+	}
+	if len(w.Volumes) == 0 {
+		return nil
+	}
+	fmt.Println()
+	var vols [][]string
+	for _, v := range w.Volumes {
+		vols = append(vols, []string{v.Name, formatSize(v.SizeBytes), formatSize(v.Allocated), v.State, dash(v.Holder)})
+	}
+	return printTable([]string{"VOLUME", "SIZE", "ALLOCATED", "STATE", "ATTACHED ON"}, vols)
+}
+
+func metaTable(ms []metaView) ([]string, [][]string) {
+	var rows [][]string
+	for _, m := range ms {
+		rows = append(rows, []string{dash(m.ID), m.Addr, m.State, fmt.Sprint(m.Term), fmt.Sprint(m.Applied), m.StateHash})
+	}
+	return []string{"META", "ADDRESS", "STATE", "TERM", "APPLIED", "STATE HASH"}, rows
+}
+
+func metaListCommand(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "ls", Short: "List the metadata nodes and who leads", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				ms := s.metaViews(ctx)
+				header, rows := metaTable(ms)
+				return out.show(ms, header, rows)
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func hostListCommand(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "ls", Short: "List the hosts", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				hs, err := s.hostViews(ctx)
+				if err != nil {
+					return err
+				}
+				var rows [][]string
+				for _, h := range hs {
+					rows = append(rows, []string{h.Name, seen(h), fmt.Sprint(len(h.Stores)), fmt.Sprint(h.CPUs), formatSize(h.Memory), h.Data, h.Control})
+				}
+				return out.show(hs, []string{"HOST", "IS", "STORES", "CPUS", "MEMORY", "DATA", "CONTROL"}, rows)
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func storeCommand(c *cli) *cobra.Command {
+	cmd := &cobra.Command{Use: "store", Short: "Stores: the disks of chunk servers"}
+	var out outputFlag
+	ls := &cobra.Command{
+		Use: "ls", Short: "List the stores", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				hs, err := s.hostViews(ctx)
+				if err != nil {
+					return err
+				}
+				all, rows := []storeView{}, [][]string{}
+				for _, h := range hs {
+					for _, st := range h.Stores {
+						all = append(all, st)
+						rows = append(rows, []string{st.ID, st.Host, formatSize(st.Used), formatSize(st.Live), formatSize(st.Capacity), fmt.Sprint(st.Incarnation), st.State})
+					}
+				}
+				return out.show(all, []string{"STORE", "HOST", "USED", "LIVE", "CAPACITY", "INCARNATION", "STATE"}, rows)
+			})
+		},
+	}
+	out.register(ls)
+	cmd.AddCommand(ls)
+	return cmd
+}
+
+// eventView is one event as `-o json` shows it.
+type eventView struct {
+	Seq  uint64 `json:"seq"`
+	Time string `json:"time"`
+	Who  string `json:"who"`
+	What string `json:"what"`
+}
+
+func eventsCommand(c *cli) *cobra.Command {
+	var out outputFlag
+	var after uint64
+	cmd := &cobra.Command{
+		Use: "events", Short: "Who did what, when", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Events{Events: &pb.Events{After: after, Limit: 1000}}})
+				if err != nil {
+					return err
+				}
+				evs, rows := []eventView{}, [][]string{}
+				for _, e := range rep.Events {
+					v := eventView{e.Seq, formatTime(e.TimeUnixNs), e.Who, e.What}
+					evs = append(evs, v)
+					rows = append(rows, []string{fmt.Sprint(v.Seq), v.Time, v.Who, v.What})
+				}
+				return out.show(evs, []string{"SEQ", "TIME", "WHO", "WHAT"}, rows)
+			})
+		},
+	}
+	cmd.Flags().Uint64Var(&after, "after", 0, "only events with a higher number")
+	out.register(cmd)
+	return cmd
+}

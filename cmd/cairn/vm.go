@@ -1,0 +1,299 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// vmView is a VM as `-o json` shows it.
+type vmView struct {
+	Name    string   `json:"name"`
+	State   string   `json:"state"`   // what it does: running, paused, stopped, …
+	Desired string   `json:"desired"` // what it is meant to do
+	Host    string   `json:"host,omitempty"`
+	CPUs    uint32   `json:"cpus"`
+	Memory  uint64   `json:"memoryBytes"`
+	Disks   []string `json:"disks"`
+	Accel   string   `json:"accel,omitempty"`
+	Pid     int64    `json:"pid,omitempty"`
+	Console string   `json:"console,omitempty"`
+	Log     string   `json:"log,omitempty"`
+}
+
+func vmCommand(c *cli) *cobra.Command {
+	cmd := &cobra.Command{Use: "vm", Short: "Virtual machines whose disks are volumes"}
+	cmd.AddCommand(vmCreate(c), vmList(c), vmShow(c), vmStart(c), vmStop(c), vmRemove(c), vmConsole(c),
+		vmSimple(c, "pause", "Halt a VM's processors; its memory stays", "paused", pb.HostControlClient.PauseVM),
+		vmSimple(c, "resume", "Let a paused VM go on", "running", pb.HostControlClient.ResumeVM))
+	return cmd
+}
+
+func vmCreate(c *cli) *cobra.Command {
+	vm := &pb.VM{Desired: "stopped"}
+	var memory string
+	cmd := &cobra.Command{
+		Use: "create NAME --volume VOLUME", Short: "Define a VM", Args: cobra.ExactArgs(1),
+		Example: "  cairn vm create web --volume web-root --memory 512M --cpus 2\n  cairn vm create tiny --volume v --kernel vmlinuz --initrd initrd.img --append console=ttyS0",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := parseSize(memory)
+			if err != nil {
+				return err
+			}
+			vm.Name, vm.MemoryBytes = args[0], n
+			for _, p := range []*string{&vm.Kernel, &vm.Initrd} {
+				if *p != "" {
+					if *p, err = filepath.Abs(*p); err != nil {
+						return err
+					}
+				}
+			}
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { return s.createVM(ctx, vm) })
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&vm.Volume, "volume", "", "volume that is its first disk")
+	f.StringArrayVar(&vm.Disks, "disk", nil, "further volume; may be repeated")
+	f.StringVar(&memory, "memory", "512M", "memory")
+	f.Uint32Var(&vm.Cpus, "cpus", 1, "processors")
+	f.StringVar(&vm.Kernel, "kernel", "", "kernel to boot directly, a file on the host (default: boot from the disk)")
+	f.StringVar(&vm.Initrd, "initrd", "", "initial RAM disk for --kernel")
+	f.StringVar(&vm.Append, "append", "", "command line for --kernel")
+	must(cmd.MarkFlagRequired("volume"))
+	return cmd
+}
+
+func (s *session) createVM(ctx context.Context, vm *pb.VM) error {
+	for _, v := range append([]string{vm.Volume}, vm.Disks...) {
+		if _, err := s.volume(ctx, v); err != nil {
+			return err
+		}
+	}
+	_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_PutVm{PutVm: &pb.PutVM{Vm: vm, Create: true}}})
+	return err
+}
+
+func (s *session) vm(ctx context.Context, name string) (*pb.VM, error) {
+	rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vm{Vm: name}})
+	if err != nil {
+		return nil, err
+	}
+	if len(rep.Vms) != 1 {
+		return nil, status.Errorf(status.NotFound, "there is no VM %q: `cairn vm ls` lists them", name)
+	}
+	return rep.Vms[0], nil
+}
+
+// want changes what a VM is meant to do, and where.
+func (s *session) want(ctx context.Context, vm *pb.VM, desired, host string) error {
+	vm.Desired, vm.Host = desired, host
+	_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_PutVm{PutVm: &pb.PutVM{Vm: vm}}})
+	return err
+}
+
+func vmStart(c *cli) *cobra.Command {
+	var host string
+	cmd := &cobra.Command{
+		Use: "start NAME", Short: "Start a VM on the best host, or on the one named", Args: cobra.ExactArgs(1),
+		Example: "  cairn vm start web\n  cairn vm start web --host host-2",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), 2*cliWait, func(ctx context.Context, s *session) error {
+				return s.startVM(ctx, args[0], host)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&host, "host", "", "host (default: where most of its data is and it fits)")
+	return cmd
+}
+
+func (s *session) startVM(ctx context.Context, name, host string) error {
+	vm, err := s.vm(ctx, name)
+	if err != nil {
+		return err
+	}
+	if vm.Host != "" && vm.Desired != "stopped" {
+		if host != "" && host != vm.Host {
+			return status.Errorf(status.Held, "VM %s is %s on host %s: stop it first", name, vm.Desired, vm.Host)
+		}
+		host = vm.Host
+	}
+	if host == "" {
+		rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_PlaceVm{PlaceVm: &pb.PlaceVM{Vm: name}}})
+		if err != nil {
+			return err
+		}
+		host = rep.PlaceHost
+		say("on %s: %s", host, rep.PlaceReason)
+	}
+	before := vm.Desired
+	if err := s.want(ctx, vm, "running", host); err != nil {
+		return err
+	}
+	err = hostDone(onHost(ctx, s, host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+		return hc.StartVM(ctx, &pb.VMRef{Vm: name})
+	}))
+	if err == nil || before == "running" {
+		return err
+	}
+	if werr := s.want(ctx, vm, before, vm.Host); werr != nil {
+		return fmt.Errorf("%w (and it is still marked as running: %v)", err, werr)
+	}
+	return err
+}
+
+func vmStop(c *cli) *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use: "stop NAME", Short: "Shut a VM down and let its volumes go", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), 4*cliWait, func(ctx context.Context, s *session) error { return s.stopVM(ctx, args[0], force) })
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "pull the plug instead of asking the guest")
+	return cmd
+}
+
+func (s *session) stopVM(ctx context.Context, name string, force bool) error {
+	vm, err := s.vm(ctx, name)
+	if err != nil {
+		return err
+	}
+	if vm.Host == "" {
+		say("VM %s is stopped", name)
+		return nil
+	}
+	err = hostDone(onHost(ctx, s, vm.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+		return hc.StopVM(ctx, &pb.VMRef{Vm: name, Force: force})
+	}))
+	if err != nil && status.Of(err) != status.NotFound {
+		return err
+	}
+	return s.want(ctx, vm, "stopped", "")
+}
+
+type vmCall func(pb.HostControlClient, context.Context, *pb.VMRef, ...grpc.CallOption) (*pb.HostReply, error)
+
+func vmSimple(c *cli, use, short, desired string, call vmCall) *cobra.Command {
+	return &cobra.Command{
+		Use: use + " NAME", Short: short, Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				vm, err := s.vm(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				if vm.Host == "" {
+					return status.Errorf(status.Conflict, "VM %s is stopped: `cairn vm start %s` starts it", vm.Name, vm.Name)
+				}
+				err = hostDone(onHost(ctx, s, vm.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+					return call(hc, ctx, &pb.VMRef{Vm: vm.Name})
+				}))
+				if err != nil {
+					return err
+				}
+				return s.want(ctx, vm, desired, vm.Host)
+			})
+		},
+	}
+}
+
+func vmRemove(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "rm NAME", Short: "Remove a VM's definition; its volumes stay", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVm{DeleteVm: &pb.DeleteVM{Name: args[0]}}})
+				return err
+			})
+		},
+	}
+}
+
+func (s *session) vmView(ctx context.Context, vm *pb.VM) vmView {
+	w := vmView{Name: vm.Name, State: "stopped", Desired: vm.Desired, Host: vm.Host, CPUs: vm.Cpus, Memory: vm.MemoryBytes,
+		Disks: append([]string{vm.Volume}, vm.Disks...)}
+	if vm.Host == "" {
+		return w
+	}
+	rep, err := onHost(ctx, s, vm.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.VMReply, error) {
+		return hc.ShowVM(ctx, &pb.VMRef{Vm: vm.Name})
+	})
+	switch {
+	case err != nil:
+		w.State = "unknown: " + err.Error()
+	case rep.Status != 0 && status.Kind(rep.Status) != status.NotFound:
+		w.State = "unknown: " + rep.Detail
+	case rep.Status == 0:
+		w.State, w.Accel, w.Pid, w.Console, w.Log = rep.State, rep.Accel, rep.Pid, rep.Console, rep.Log
+	}
+	return w
+}
+
+func vmList(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "ls", Short: "List the VMs", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vms{Vms: true}})
+				if err != nil {
+					return err
+				}
+				views, rows := []vmView{}, [][]string{}
+				for _, vm := range rep.Vms {
+					w := s.vmView(ctx, vm)
+					views = append(views, w)
+					rows = append(rows, []string{w.Name, w.State, dash(w.Host), fmt.Sprint(w.CPUs), formatSize(w.Memory), fmt.Sprint(w.Disks)})
+				}
+				return out.show(views, []string{"VM", "STATE", "HOST", "CPUS", "MEMORY", "DISKS"}, rows)
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func vmShow(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "show NAME", Short: "Show a VM", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				vm, err := s.vm(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				w := s.vmView(ctx, vm)
+				return out.show(w, nil, [][]string{{"name", w.Name}, {"state", w.State}, {"desired", w.Desired}, {"host", dash(w.Host)},
+					{"cpus", fmt.Sprint(w.CPUs)}, {"memory", formatSize(w.Memory)}, {"disks", fmt.Sprint(w.Disks)}, {"accelerator", dash(w.Accel)},
+					{"process", fmt.Sprint(w.Pid)}, {"console", dash(w.Console)}, {"console log", dash(w.Log)}})
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func placeCommand(c *cli) *cobra.Command {
+	cmd := &cobra.Command{Use: "place", Short: "Placement: why something goes where"}
+	cmd.AddCommand(&cobra.Command{
+		Use: "explain VM", Short: "Say where a VM would be started now, and why", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_PlaceVm{PlaceVm: &pb.PlaceVM{Vm: args[0]}}})
+				if err != nil {
+					return err
+				}
+				fmt.Printf("%s\n%s\n", rep.PlaceHost, rep.PlaceReason)
+				return nil
+			})
+		},
+	})
+	return cmd
+}

@@ -1,0 +1,374 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sort"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+func volumeCommand(c *cli) *cobra.Command {
+	cmd := &cobra.Command{Use: "volume", Aliases: []string{"vol"}, Short: "Thin, replicated volumes"}
+	cmd.AddCommand(volumeCreate(c), volumeList(c), volumeShow(c), volumeRename(c), volumeResize(c), volumeRemove(c),
+		volumeAttach(c), volumeDetach(c), volumeImport(c), volumeExport(c))
+	for _, s := range cmd.Commands() {
+		if s.ValidArgsFunction == nil && strings.Contains(s.Use, "NAME") && s.Name() != "create" && s.Name() != "import" {
+			s.ValidArgsFunction = c.completeVolumes
+		}
+	}
+	return cmd
+}
+
+// completeVolumes completes the name of a volume.
+func (c *cli) completeVolumes(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	var names []string
+	if len(args) == 0 {
+		_ = c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { // no completion without a cluster
+			rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
+			for _, v := range rep.GetVolumes() {
+				names = append(names, v.Name)
+			}
+			return err
+		})
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// volumeView is a volume as `-o json` shows it.
+type volumeView struct {
+	ID        uint64       `json:"id"`
+	Name      string       `json:"name"`
+	SizeBytes uint64       `json:"sizeBytes"`
+	Allocated uint64       `json:"allocatedBytes"` // of chunks that exist, one copy
+	Replicas  uint32       `json:"replicas"`
+	Domain    string       `json:"failureDomain"`
+	Epoch     uint32       `json:"epoch"`
+	Revision  uint64       `json:"revision"`
+	Holder    string       `json:"attachedOn,omitempty"`
+	State     string       `json:"state"`
+	URI       string       `json:"uri,omitempty"`
+	Created   string       `json:"created"`
+	StallUs   uint64       `json:"maxWriteStallUs"` // longest a write has waited since the attach
+	Members   []memberView `json:"members"`
+}
+
+type memberView struct {
+	Store       string `json:"store"`
+	Host        string `json:"host"`
+	InSync      bool   `json:"inSync"`
+	State       string `json:"state"`
+	JoinedBytes uint64 `json:"joinedBytes"` // sent by the running or last catch-up
+	LiveBytes   uint64 `json:"liveBytes"`
+}
+
+func viewVolume(v *pb.Volume) volumeView {
+	w := volumeView{ID: v.Id, Name: v.Name, SizeBytes: v.SizeBytes, Allocated: min(v.ChunkCount*v.ChunkBytes, v.SizeBytes), Replicas: v.Replicas, Domain: v.Domain,
+		Epoch: v.Epoch, Revision: v.Revision, Holder: v.HolderHost, State: "free", Created: formatTime(v.CreatedUnixNs), Members: []memberView{}}
+	if v.HolderHost != "" {
+		w.State = "attached"
+	}
+	for _, m := range v.Members {
+		mv := memberView{Store: fmt.Sprintf("%x", m.Store), Host: m.Host, InSync: m.InSync, State: "in-sync"}
+		if !m.InSync {
+			mv.State, w.State = "out", w.State+", degraded"
+		}
+		w.Members = append(w.Members, mv)
+	}
+	if strings.Count(w.State, ", degraded") > 1 {
+		w.State = strings.Replace(w.State, ", degraded", "", strings.Count(w.State, ", degraded")-1)
+	}
+	return w
+}
+
+func volumeCreate(c *cli) *cobra.Command {
+	var size, domain string
+	var replicas uint32
+	cmd := &cobra.Command{
+		Use:     "create NAME --size SIZE",
+		Short:   "Create a thin volume",
+		Example: "  cairn volume create db --size 100G\n  cairn volume create scratch --size 1T --replicas 2",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := parseSize(size)
+			if err != nil {
+				return err
+			}
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				op := &pb.CreateVolume{Name: args[0], SizeBytes: n, Replicas: replicas, Domain: domain}
+				res, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: op}})
+				if err != nil {
+					return err
+				}
+				say("volume %s: %s, %d replicas, one per %s", res.Volume.Name, formatSize(n), res.Volume.Replicas, res.Volume.Domain)
+				return nil
+			})
+		},
+	}
+	cmd.Flags().StringVar(&size, "size", "", "size: 512M, 10G, 1T")
+	cmd.Flags().Uint32Var(&replicas, "replicas", 0, "copies, 1 to 5 (default 3, or as many as there are failure domains)")
+	cmd.Flags().StringVar(&domain, "domain", "host", "no two copies in the same host, rack or zone")
+	must(cmd.MarkFlagRequired("size"))
+	return cmd
+}
+
+func volumeList(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "ls", Aliases: []string{"list"}, Short: "List the volumes", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
+				if err != nil {
+					return err
+				}
+				views, rows := []volumeView{}, [][]string{}
+				for _, v := range rep.Volumes {
+					w := viewVolume(v)
+					views = append(views, w)
+					rows = append(rows, []string{w.Name, formatSize(w.SizeBytes), formatSize(w.Allocated), fmt.Sprint(w.Replicas), w.State, dash(w.Holder)})
+				}
+				return out.show(views, []string{"NAME", "SIZE", "ALLOCATED", "REPLICAS", "STATE", "ATTACHED ON"}, rows)
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func volumeShow(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "show NAME", Short: "Show a volume, its replicas and their state", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				w, err := s.volumeView(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				rows := [][]string{{"name", w.Name}, {"size", formatSize(w.SizeBytes)}, {"allocated", formatSize(w.Allocated)},
+					{"replicas", fmt.Sprintf("%d, one per %s", w.Replicas, w.Domain)}, {"state", w.State}, {"attached on", dash(w.Holder)},
+					{"uri", dash(w.URI)}, {"epoch, revision", fmt.Sprintf("%d, %d", w.Epoch, w.Revision)}, {"created", w.Created}}
+				for _, m := range w.Members {
+					rows = append(rows, []string{"replica on " + m.Host, fmt.Sprintf("%s  store %s, %s live", m.State, m.Store[:8], formatSize(m.LiveBytes))})
+				}
+				return out.show(w, nil, rows)
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+// volumeView joins what metadata, the gateway and the stores' hosts say.
+func (s *session) volumeView(ctx context.Context, name string) (*volumeView, error) {
+	v, err := s.volume(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	w := viewVolume(v)
+	hosts, err := s.hosts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, h := range hosts {
+		if !h.Up {
+			continue
+		}
+		st, err := callHost(ctx, h.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostStatusReply, error) {
+			return hc.HostStatus(ctx, &pb.HostStatusRequest{})
+		})
+		if err != nil {
+			continue // shown as metadata has it
+		}
+		w.merge(v, st)
+	}
+	return &w, nil
+}
+
+// merge adds what one host says of the volume.
+func (w *volumeView) merge(v *pb.Volume, st *pb.HostStatusReply) {
+	for _, u := range st.Volumes {
+		for i := range w.Members {
+			if u.VolumeId == v.Id && w.Members[i].Host == st.Host {
+				w.Members[i].LiveBytes = u.LiveBytes
+			}
+		}
+	}
+	for _, a := range st.Attachments {
+		if a.VolumeId != v.Id || st.Host != v.HolderHost {
+			continue
+		}
+		w.URI, w.StallUs = a.Uri, a.MaxWriteStallUs
+		if a.State != "serving" {
+			w.State = a.State
+		}
+		for _, r := range a.Replicas {
+			for i := range w.Members {
+				if w.Members[i].Store == fmt.Sprintf("%x", r.Store) {
+					w.Members[i].State, w.Members[i].JoinedBytes = r.State, r.JoinedBytes
+				}
+			}
+		}
+	}
+}
+
+func volumeRename(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "rename NAME NEW", Short: "Give a volume another name", Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_RenameVolume{RenameVolume: &pb.RenameVolume{Volume: args[0], Name: args[1]}}})
+				return err
+			})
+		},
+	}
+}
+
+func volumeResize(c *cli) *cobra.Command {
+	var size string
+	cmd := &cobra.Command{
+		Use: "resize NAME --size SIZE", Short: "Grow a volume; a running VM sees it at once", Args: cobra.ExactArgs(1),
+		Example: "  cairn volume resize db --size 200G",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := parseSize(size)
+			if err != nil {
+				return err
+			}
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { return s.resize(ctx, args[0], n) })
+		},
+	}
+	cmd.Flags().StringVar(&size, "size", "", "the new size")
+	must(cmd.MarkFlagRequired("size"))
+	return cmd
+}
+
+func (s *session) resize(ctx context.Context, name string, bytes uint64) error {
+	res, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_ResizeVolume{ResizeVolume: &pb.ResizeVolume{Volume: name, SizeBytes: bytes}}})
+	if err != nil {
+		return err
+	}
+	if res.Volume.HolderHost == "" {
+		return nil
+	}
+	err = hostDone(onHost(ctx, s, res.Volume.HolderHost, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+		return hc.RefreshVolume(ctx, &pb.VolumeRef{Volume: name})
+	}))
+	if err != nil {
+		return fmt.Errorf("volume %s has its new size, but its user on host %s does not see it yet: %w", name, res.Volume.HolderHost, err)
+	}
+	return nil
+}
+
+func volumeRemove(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "rm NAME", Short: "Remove a volume and its data", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: args[0]}}})
+				return err
+			})
+		},
+	}
+}
+
+func volumeAttach(c *cli) *cobra.Command {
+	var host string
+	var takeover bool
+	cmd := &cobra.Command{
+		Use:   "attach NAME",
+		Short: "Attach a volume on a host and print its NBD URI",
+		Long: `Attach a volume on a host and print its NBD URI, alone, on standard output.
+A volume that is attached already is attached where it is.`,
+		Example: "  qemu-img info $(cairn volume attach v)\n  nbdcopy disk.img $(cairn volume attach v)",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				uri, err := s.attach(ctx, args[0], host, takeover)
+				if err == nil {
+					fmt.Println(uri)
+				}
+				return err
+			})
+		},
+	}
+	cmd.Flags().StringVar(&host, "host", "", "host (default: where it is attached, else where most of it is)")
+	cmd.Flags().BoolVar(&takeover, "takeover", false, "even when another host holds it: that host is fenced")
+	return cmd
+}
+
+// attach attaches a volume and returns its URI.
+func (s *session) attach(ctx context.Context, name, host string, takeover bool) (string, error) {
+	v, err := s.volume(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	if host == "" {
+		if host, err = s.chooseHost(ctx, v, takeover); err != nil {
+			return "", err
+		}
+	}
+	rep, err := onHost(ctx, s, host, func(ctx context.Context, hc pb.HostControlClient) (*pb.AttachVolumeReply, error) {
+		return hc.AttachVolume(ctx, &pb.AttachVolumeRequest{Volume: name, Takeover: takeover})
+	})
+	if err != nil {
+		return "", err
+	}
+	return rep.Uri, status.New(status.Kind(rep.Status), rep.Detail)
+}
+
+// chooseHost picks where a volume is attached: where it is already, unless that
+// host is gone and may be overruled; else a host that is up and holds a copy.
+func (s *session) chooseHost(ctx context.Context, v *pb.Volume, takeover bool) (string, error) {
+	hosts, err := s.hosts(ctx)
+	if err != nil {
+		return "", err
+	}
+	up := map[string]bool{}
+	var names []string
+	for _, h := range hosts {
+		if up[h.Host.Name] = h.Up && !h.Host.Drained; up[h.Host.Name] {
+			names = append(names, h.Host.Name)
+		}
+	}
+	if v.HolderHost != "" && (up[v.HolderHost] || !takeover) {
+		return v.HolderHost, nil
+	}
+	for _, m := range v.Members {
+		if m.InSync && up[m.Host] {
+			return m.Host, nil
+		}
+	}
+	if len(names) == 0 {
+		return "", status.Errorf(status.Unavailable, "no host is up: `cairn host ls` shows since when")
+	}
+	sort.Strings(names)
+	return names[int(v.Id)%len(names)], nil
+}
+
+func volumeDetach(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "detach NAME", Short: "Flush a volume and let it go", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { return s.detach(ctx, args[0]) })
+		},
+	}
+}
+
+func (s *session) detach(ctx context.Context, name string) error {
+	v, err := s.volume(ctx, name)
+	if err != nil {
+		return err
+	}
+	if v.HolderHost == "" {
+		say("volume %s is not attached", name)
+		return nil
+	}
+	return hostDone(onHost(ctx, s, v.HolderHost, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+		return hc.DetachVolume(ctx, &pb.VolumeRef{Volume: name})
+	}))
+}
