@@ -17,11 +17,13 @@ type object map[string]any
 // where the kernel has no seccomp (start tries again without).
 const sandboxArg = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
-// rawNode and nbdNode are the two block nodes under each disk. The guest's
-// device sits on the raw node, which stays; the NBD node below it has a
-// generation and is replaced when the disk grows (an NBD node cannot).
-func rawNode(disk int) string        { return fmt.Sprintf("disk%d", disk) }
+// rawNode and nbdNode are the two block nodes under each disk: a raw node,
+// which can take a new size, over an NBD node, which cannot. Both have a
+// generation: the guest's device moves to the next one when the disk grows or
+// its connection is dead.
+func rawNode(disk, gen int) string   { return rawPrefix(disk) + strconv.Itoa(gen) }
 func nbdNode(disk, gen int) string   { return nbdPrefix(disk) + strconv.Itoa(gen) }
+func rawPrefix(disk int) string      { return fmt.Sprintf("disk%d-raw", disk) }
 func nbdPrefix(disk int) string      { return fmt.Sprintf("disk%d-nbd", disk) }
 func nodeCache() object              { return object{"direct": true, "no-flush": false} }
 func qdevOf(disk int) string         { return fmt.Sprintf("vd%d", disk) }
@@ -42,9 +44,9 @@ func nbdBlockdev(node string, s server) object {
 }
 
 // rawBlockdev is the node the guest's device sits on.
-func rawBlockdev(disk int, below string) object {
+func rawBlockdev(node, below string) object {
 	return object{
-		"driver": "raw", "node-name": rawNode(disk), "file": below,
+		"driver": "raw", "node-name": node, "file": below,
 		"discard": "unmap", "detect-zeroes": "off", "cache": nodeCache(),
 	}
 }
@@ -60,9 +62,9 @@ func argv(s *Spec, f files, accel Accel, sandbox bool) ([]string, error) {
 		"-chardev", socketChardev("console", f.console) + ",logfile=" + chardevPath(f.consoleLog) + ",logappend=on",
 		"-serial", "chardev:console",
 	}
-	// Two monitors: a command that waits for a dead server holds up the first,
-	// and yank over the second frees it.
-	for _, m := range [][2]string{{"qmp", f.qmp}, {"oob", f.oob}} {
+	// Two monitors, as each serves one program at a time: ours, and one for
+	// people and other tools.
+	for _, m := range [][2]string{{"monitor", f.monitor}, {"qmp", f.qmp}} {
 		args = append(args, "-chardev", socketChardev(m[0], m[1]), "-mon", "mode=control,chardev="+m[0])
 	}
 	if sandbox {
@@ -104,7 +106,7 @@ func diskArgs(i int, d Disk, boot bool) ([]string, error) {
 		return nil, err
 	}
 	device := object{
-		"driver": "virtio-blk-pci", "id": qdevOf(i), "drive": rawNode(i),
+		"driver": "virtio-blk-pci", "id": qdevOf(i), "drive": rawNode(i, 0),
 		"werror": "stop", "rerror": "stop", "write-cache": "on", "discard": true,
 	}
 	if d.Serial != "" {
@@ -119,7 +121,7 @@ func diskArgs(i int, d Disk, boot bool) ([]string, error) {
 		obj  object
 	}{
 		{"-blockdev", nbdBlockdev(nbdNode(i, 0), s)},
-		{"-blockdev", rawBlockdev(i, nbdNode(i, 0))},
+		{"-blockdev", rawBlockdev(rawNode(i, 0), nbdNode(i, 0))},
 		{"-device", device},
 	} {
 		text, err := json.Marshal(o.obj)

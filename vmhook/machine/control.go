@@ -112,9 +112,13 @@ func (m *Machine) setPaused(p bool) error {
 	return m.rec.save(m.files)
 }
 
-// Pause stops the guest's CPUs. When QEMU waits for a disk whose server does
-// not answer, that wait is broken; the guest sees nothing of it, its requests
-// are sent again after Resume.
+// Pause stops the guest's CPUs. QEMU then waits for the requests under way,
+// which takes as long as their server does; the guest stands still meanwhile,
+// and that is all Pause promises.
+//
+// That wait could be broken off (yank), but it is not: a request cut off so is
+// sent again on a new connection, and a server that was only slow may still
+// carry out the first copy, over something newer.
 func (m *Machine) Pause(ctx context.Context) error {
 	m.ops.Lock()
 	defer m.ops.Unlock()
@@ -124,15 +128,18 @@ func (m *Machine) Pause(ctx context.Context) error {
 	quick, cancel := context.WithTimeout(ctx, hangTimeout)
 	err := m.do(quick, "stop", nil, nil)
 	cancel()
-	if errors.Is(err, status.Unknown) && ctx.Err() == nil {
-		if err = m.yank(ctx, ""); err == nil {
-			err = m.do(ctx, "query-status", nil, nil) // answered once stop is done
-		}
+	if err == nil {
+		return m.refresh(ctx)
 	}
-	if err != nil {
+	if !errors.Is(err, status.Unknown) || ctx.Err() != nil {
 		return err
 	}
-	return m.refresh(ctx)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.state == "running" {
+		return status.Errorf(status.Timeout, "VM %s does not stop: %w", m.spec.Name, err)
+	}
+	return nil
 }
 
 // Resume lets a paused guest go on. QEMU refuses while a request of before is
@@ -158,22 +165,16 @@ func (m *Machine) Resume(ctx context.Context) error {
 	}
 }
 
-// resume is one attempt: nodes that are dead, or all of them, are replaced,
-// then the guest goes on. Called with ops held.
+// resume is one attempt; replace gives every disk a new connection first.
+// Called with ops held.
 func (m *Machine) resume(ctx context.Context, replace bool) error {
 	for i := range m.spec.Disks {
-		m.mu.Lock()
-		stale := m.stale[i]
-		m.mu.Unlock()
-		if !stale && !replace {
-			continue
+		if !replace {
+			break
 		}
 		if err := m.replaceNode(ctx, i, 0); err != nil {
 			return err
 		}
-		m.mu.Lock()
-		delete(m.stale, i)
-		m.mu.Unlock()
 	}
 	if err := m.do(ctx, "cont", nil, nil); err != nil {
 		return err
@@ -232,11 +233,7 @@ func (m *Machine) healOnce(attempt int) error {
 	}
 	ctx, cancel := context.WithTimeout(m.ctx, 2*hangTimeout)
 	defer cancel()
-	if err := m.resume(ctx, attempt > 0); err != nil {
-		return err
-	}
-	m.note("")
-	return nil
+	return m.resume(ctx, attempt > 0)
 }
 
 // reachable reports whether somebody listens for a disk.

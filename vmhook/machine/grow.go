@@ -11,26 +11,33 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
-// Growing a disk online, and replacing a dead NBD node, are one sequence,
-// because an NBD node keeps the size it was opened with:
+// Growing a disk online, and replacing a dead connection, are one sequence,
+// because an NBD node keeps the size it was opened with and, once it has given
+// up, never connects again:
 //
-//	1 find the nodes of this disk             query-named-block-nodes
-//	2 open the export once more               blockdev-add      diskN-nbdG+1
+//	1 find the device's nodes                 query-block, query-named-block-nodes
+//	2 open the export once more               blockdev-add  diskN-nbdG+1
 //	3 check that the server has the new size
-//	4 move the raw node onto the new node     blockdev-reopen   diskN
-//	5 tell the guest the size                 block_resize      diskN
-//	6 drop the old nodes                      blockdev-del      diskN-nbdG
+//	4 put a raw node over it                  blockdev-add  diskN-rawG+1
+//	5 move the guest's device onto that       qom-set       vdN drive
+//	6 tell the guest the size                 block_resize  diskN-rawG+1
+//	7 drop the old nodes                      blockdev-del
 //
-// Which generation is in use is not remembered anywhere: a node in use cannot
-// be dropped, so step 6 drops what it can, and a sequence cut short by a crash
-// of the host process is cleaned up by the next one.
+// Step 5 could be a blockdev-reopen of one raw node that stays; but that
+// flushes the old connection first, and fails when it is dead. Nothing is lost
+// without: a cairn export's flush covers every connection (multi-conn), so the
+// guest's next one covers what went over the old connection.
+//
+// A node in use cannot be dropped, so step 7 drops what it can, and a sequence
+// cut short by a crash of the host process is cleaned up by the next one.
 
 // replaceTimeout bounds the sequence when the caller's context does not; a
 // server that accepts and then says nothing would hold QEMU up for ever.
 const replaceTimeout = 10 * time.Second
 
 // Grow makes the guest see that disk (an index into Spec.Disks) has sizeBytes
-// now. The disk's server must export that size already.
+// now. The disk's server must export that size already. The size the guest
+// sees already is fine, a smaller one is refused.
 func (m *Machine) Grow(ctx context.Context, disk int, sizeBytes uint64) error {
 	if disk < 0 || disk >= len(m.spec.Disks) {
 		return status.Errorf(status.Invalid, "VM %s has no disk %d", m.spec.Name, disk)
@@ -45,15 +52,24 @@ func (m *Machine) Grow(ctx context.Context, disk int, sizeBytes uint64) error {
 
 // SizeBytes returns the size the guest sees of a disk.
 func (m *Machine) SizeBytes(ctx context.Context, disk int) (uint64, error) {
-	nodes, err := m.blockNodes(ctx)
-	if err != nil {
+	var list []struct {
+		QDev     string `json:"qdev"`
+		Inserted struct {
+			Image struct {
+				Size uint64 `json:"virtual-size"`
+			} `json:"image"`
+		} `json:"inserted"`
+	}
+	if err := m.do(ctx, "query-block", nil, &list); err != nil {
 		return 0, err
 	}
-	size, ok := nodes[rawNode(disk)]
-	if !ok {
-		return 0, status.Errorf(status.NotFound, "VM %s has no disk %d", m.spec.Name, disk)
+	for _, d := range list {
+		// The device is named by its path, /machine/peripheral/vdN/…
+		if strings.Contains(d.QDev+"/", "/"+qdevOf(disk)+"/") {
+			return d.Inserted.Image.Size, nil
+		}
 	}
-	return size, nil
+	return 0, status.Errorf(status.NotFound, "VM %s has no disk %d", m.spec.Name, disk)
 }
 
 // replaceNode runs the sequence; sizeBytes 0 keeps the size. Called with ops
@@ -61,11 +77,14 @@ func (m *Machine) SizeBytes(ctx context.Context, disk int) (uint64, error) {
 func (m *Machine) replaceNode(ctx context.Context, disk int, sizeBytes uint64) error {
 	ctx, cancel := context.WithTimeout(ctx, replaceTimeout)
 	defer cancel()
+	now, err := m.SizeBytes(ctx, disk)
+	if err != nil {
+		return err
+	}
 	nodes, err := m.blockNodes(ctx)
 	if err != nil {
 		return err
 	}
-	now := nodes[rawNode(disk)]
 	if sizeBytes == now {
 		return nil // asked twice
 	}
@@ -75,29 +94,30 @@ func (m *Machine) replaceNode(ctx context.Context, disk int, sizeBytes uint64) e
 	if sizeBytes < now {
 		return status.Errorf(status.Invalid, "disk %d of VM %s has %d bytes; a running guest's disk cannot shrink to %d", disk, m.spec.Name, now, sizeBytes)
 	}
-	node := nbdNode(disk, nextGen(nodes, disk))
-	if err := m.openNode(ctx, disk, node, sizeBytes); err != nil {
-		return errors.Join(err, m.dropNodes(disk, node, nodes))
+	gen := nextGen(nodes, disk)
+	if err := m.moveTo(ctx, disk, gen, sizeBytes); err != nil {
+		return errors.Join(err, m.dropNodes(rawNode(disk, gen), nbdNode(disk, gen)))
 	}
 	if sizeBytes != now {
-		if err := m.do(ctx, "block_resize", object{"node-name": rawNode(disk), "size": sizeBytes}, nil); err != nil {
+		if err := m.do(ctx, "block_resize", object{"node-name": rawNode(disk, gen), "size": sizeBytes}, nil); err != nil {
 			return err
 		}
 	}
-	return m.dropNodes(disk, "", nodes)
+	return m.dropNodes(oldNodes(nodes, disk)...)
 }
 
-// openNode is steps 2 to 4. After an error the disk still uses its old node.
-func (m *Machine) openNode(ctx context.Context, disk int, node string, sizeBytes uint64) error {
+// moveTo is steps 2 to 5. After an error the disk still uses its old nodes.
+func (m *Machine) moveTo(ctx context.Context, disk, gen int, sizeBytes uint64) error {
 	server, err := parseURI(m.spec.Disks[disk].URI)
 	if err != nil {
 		return err
 	}
-	if err := m.do(ctx, "blockdev-add", nbdBlockdev(node, server), nil); err != nil {
+	nbd, raw := nbdNode(disk, gen), rawNode(disk, gen)
+	if err := m.do(ctx, "blockdev-add", nbdBlockdev(nbd, server), nil); err != nil {
 		if errors.Is(err, status.Unknown) {
 			free, cancel := context.WithTimeout(m.ctx, hangTimeout)
 			defer cancel()
-			err = errors.Join(err, m.yank(free, node))
+			err = errors.Join(err, m.yank(free, nbd))
 		}
 		return err
 	}
@@ -105,35 +125,43 @@ func (m *Machine) openNode(ctx context.Context, disk int, node string, sizeBytes
 	if err != nil {
 		return err
 	}
-	if nodes[node] < sizeBytes {
-		return status.Errorf(status.Conflict, "disk %d of VM %s: its server exports %d bytes, not %d; grow the volume first", disk, m.spec.Name, nodes[node], sizeBytes)
+	if nodes[nbd] < sizeBytes {
+		return status.Errorf(status.Conflict, "disk %d of VM %s: its server exports %d bytes, not %d; grow the volume first", disk, m.spec.Name, nodes[nbd], sizeBytes)
 	}
-	return m.do(ctx, "blockdev-reopen", object{"options": []any{rawBlockdev(disk, node)}}, nil)
+	if err := m.do(ctx, "blockdev-add", rawBlockdev(raw, nbd), nil); err != nil {
+		return err
+	}
+	return m.do(ctx, "qom-set", object{"path": qdevOf(disk), "property": "drive", "value": raw}, nil)
 }
 
-// dropNodes deletes the given node, or every node of the disk in nodes.
-// Those in use stay.
-func (m *Machine) dropNodes(disk int, node string, nodes map[string]uint64) error {
+// dropNodes deletes nodes; those in use stay.
+func (m *Machine) dropNodes(nodes ...string) error {
 	ctx, cancel := context.WithTimeout(m.ctx, hangTimeout)
 	defer cancel()
-	drop := []string{node}
-	if node == "" {
-		drop = nil
-		for n := range nodes {
-			if strings.HasPrefix(n, nbdPrefix(disk)) {
-				drop = append(drop, n)
-			}
-		}
-	}
 	var failed error
-	for _, n := range drop {
+	for _, n := range nodes {
 		err := m.do(ctx, "blockdev-del", object{"node-name": n}, nil)
 		// Refused (Invalid): in use, or never opened. It does no harm there.
 		if err != nil && !errors.Is(err, status.Invalid) {
-			failed = errors.Join(failed, fmt.Errorf("drop the old connection of disk %d: %w", disk, err))
+			failed = errors.Join(failed, fmt.Errorf("drop the block node %s: %w", n, err))
 		}
 	}
 	return failed
+}
+
+// oldNodes lists a disk's nodes, those on top first: they keep the others in
+// use.
+func oldNodes(nodes map[string]uint64, disk int) []string {
+	var raws, nbds []string
+	for n := range nodes {
+		switch {
+		case strings.HasPrefix(n, rawPrefix(disk)):
+			raws = append(raws, n)
+		case strings.HasPrefix(n, nbdPrefix(disk)):
+			nbds = append(nbds, n)
+		}
+	}
+	return append(raws, nbds...)
 }
 
 // blockNodes returns the size of every block node by name.
@@ -154,11 +182,15 @@ func (m *Machine) blockNodes(ctx context.Context) (map[string]uint64, error) {
 	return nodes, nil
 }
 
-// nextGen is above every generation of the disk's NBD node in sight.
+// nextGen is above every generation of the disk's nodes in sight.
 func nextGen(nodes map[string]uint64, disk int) int {
 	next := 0
 	for n := range nodes {
-		if g, ok := strings.CutPrefix(n, nbdPrefix(disk)); ok {
+		for _, prefix := range []string{rawPrefix(disk), nbdPrefix(disk)} {
+			g, ok := strings.CutPrefix(n, prefix)
+			if !ok {
+				continue
+			}
 			if gen, err := strconv.Atoi(g); err == nil && gen >= next {
 				next = gen + 1
 			}

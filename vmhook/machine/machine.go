@@ -8,7 +8,7 @@
 //
 // The machine's files are in DIR/NAME: machine.json (how to find it again),
 // qemu.pid (locked by QEMU while it runs, so that there is one at most),
-// qmp.sock and oob.sock (monitors), console.sock and console.log (serial
+// monitor.sock (ours), qmp.sock (a second monitor, for people and tools), console.sock and console.log (serial
 // port), qemu.log (what QEMU says).
 package machine
 
@@ -45,12 +45,11 @@ type Machine struct {
 	mu       sync.Mutex
 	rec      record
 	client   *qmp.Client   // nil while there is no connection
-	changed  chan struct{} // closed and replaced at each change of client
+	changed  chan struct{} // closed and replaced at each change of client or state
 	state    string        // by QEMU: running, paused, io-error, …
 	stopping bool          // no healing any more
 	ioErrors uint64
 	trouble  string        // why the guest stands still or cannot be asked; "" when all is well
-	stale    map[int]bool  // disks whose NBD node was yanked and must be replaced
 	shutdown string        // QEMU's reason for ending, from its last event
 	heal     chan struct{} // capacity 1: there may be something to heal
 }
@@ -64,7 +63,7 @@ type Status struct {
 	PID      int
 	Console  string // unix socket of the serial console
 	Log      string // file with all console output
-	QMP      string // unix socket
+	QMP      string // unix socket of a monitor nobody else uses
 	IOErrors uint64 // how often a disk's error stopped the guest since Start or Find
 }
 
@@ -278,7 +277,7 @@ func Volumes(dir, name string) ([]string, error) {
 func newMachine(rec record, f files, proc *process) *Machine {
 	m := &Machine{
 		spec: rec.Spec, files: f, accel: rec.Accel, proc: proc, rec: rec,
-		done: make(chan struct{}), changed: make(chan struct{}), stale: map[int]bool{}, heal: make(chan struct{}, 1), state: "unreachable",
+		done: make(chan struct{}), changed: make(chan struct{}), heal: make(chan struct{}, 1), state: "unreachable",
 	}
 	m.ctx, m.release = context.WithCancel(context.Background())
 	m.wg.Add(3)
@@ -300,7 +299,7 @@ func newMachine(rec record, f files, proc *process) *Machine {
 // machine of the past, and tells Done.
 func (m *Machine) tidy() {
 	defer close(m.done)
-	for _, sock := range []string{m.files.qmp, m.files.oob, m.files.console} {
+	for _, sock := range []string{m.files.monitor, m.files.qmp, m.files.console} {
 		if err := os.Remove(sock); err != nil && !errors.Is(err, os.ErrNotExist) {
 			m.note("a socket stays behind: " + err.Error())
 		}
@@ -327,7 +326,7 @@ func (m *Machine) Forget() error {
 // answered status.NotFound.
 func Forget(dir, name string) error {
 	f := filesOf(dir, name)
-	for _, file := range []string{f.record, f.pid, f.qmp, f.oob, f.console} {
+	for _, file := range []string{f.record, f.pid, f.monitor, f.qmp, f.console} {
 		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return status.Errorf(status.IO, "forget VM %s: %w", name, err)
 		}

@@ -23,7 +23,7 @@ const (
 func (m *Machine) monitor() {
 	defer m.wg.Done()
 	for m.ctx.Err() == nil {
-		c, err := m.dialMonitor(m.ctx, m.files.qmp)
+		c, err := m.dialMonitor(m.ctx)
 		if err == nil {
 			err = m.follow(c)
 		}
@@ -37,11 +37,11 @@ func (m *Machine) monitor() {
 	}
 }
 
-func (m *Machine) dialMonitor(ctx context.Context, path string) (*qmp.Client, error) {
+func (m *Machine) dialMonitor(ctx context.Context) (*qmp.Client, error) {
 	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
 	defer cancel()
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", path)
+	conn, err := d.DialContext(ctx, "unix", m.files.monitor)
 	if err != nil {
 		return nil, status.Errorf(status.Unavailable, "QEMU's monitor: %w", err)
 	}
@@ -88,6 +88,11 @@ func (m *Machine) setClient(c *qmp.Client) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.client = c
+	m.wake()
+}
+
+// wake tells those who wait for a client or a state; called with mu held.
+func (m *Machine) wake() {
 	close(m.changed)
 	m.changed = make(chan struct{})
 }
@@ -105,6 +110,12 @@ func (m *Machine) ask() bool {
 // event handles one event of QEMU.
 func (m *Machine) event(e qmp.Event) error {
 	switch e.Name {
+	case "STOP":
+		// The CPUs stand still. Why, and when QEMU has done with the disks, is
+		// asked next; a pause on request needs no waiting for that.
+		if m.paused() {
+			m.setState("paused")
+		}
 	case "BLOCK_IO_ERROR":
 		var d struct {
 			Reason string `json:"reason"`
@@ -154,19 +165,27 @@ func (m *Machine) refresh(ctx context.Context) error {
 	if err := m.do(ctx, "query-status", nil, &s); err != nil {
 		return err
 	}
+	m.setState(s.Status)
+	return nil
+}
+
+// setState takes over QEMU's state and wakes the healer if it is a bad one.
+func (m *Machine) setState(state string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if s.Status == "io-error" && m.state != "io-error" {
+	if state == "io-error" && m.state != "io-error" {
 		m.ioErrors++
 	}
-	m.state = s.Status
-	if m.state == "io-error" {
+	m.state = state
+	m.wake()
+	if state != "io-error" {
+		m.trouble = ""
+	} else {
 		select {
 		case m.heal <- struct{}{}:
 		default: // the healer has not looked since the last time
 		}
 	}
-	return nil
 }
 
 // do executes a command on the monitor, waiting for a connection if there is
@@ -201,32 +220,16 @@ func (m *Machine) note(text string) {
 	m.trouble = text
 }
 
-// yank frees a monitor that waits for a disk's server, over the second one.
-// Only node is yanked, or with "" every NBD node; the disks' nodes are dead
-// afterwards and marked for replacement.
-func (m *Machine) yank(ctx context.Context, node string) (err error) {
-	c, err := m.dialMonitor(ctx, m.files.oob)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, c.Close()) }()
-	var instances []map[string]any
-	if err := c.DoOOB(ctx, "query-yank", nil, &instances); err != nil {
-		return err
-	}
-	var blocks []map[string]any
-	for _, i := range instances {
-		if i["type"] == "block-node" && (node == "" || i["node-name"] == node) {
-			blocks = append(blocks, i)
-		}
-	}
-	if len(blocks) == 0 {
-		return nil
-	}
+// yank breaks off the opening of a node whose server says nothing: it
+// overtakes the command that hangs. (A connection of its own would not help:
+// its greeting is answered by the thread that hangs.) Only a node that is not
+// in use may be yanked, see Pause.
+func (m *Machine) yank(ctx context.Context, node string) error {
 	m.mu.Lock()
-	for i := range m.spec.Disks {
-		m.stale[i] = m.stale[i] || node == ""
-	}
+	c := m.client
 	m.mu.Unlock()
-	return c.DoOOB(ctx, "yank", map[string]any{"instances": blocks}, nil)
+	if c == nil {
+		return status.Errorf(status.Unavailable, "VM %s: QEMU's monitor cannot be reached", m.spec.Name)
+	}
+	return c.DoOOB(ctx, "yank", object{"instances": []any{object{"type": "block-node", "node-name": node}}}, nil)
 }

@@ -101,7 +101,7 @@ func (s *Spec) check() error {
 }
 
 func checkSockets(name string, f files) error {
-	for _, sock := range []string{f.qmp, f.oob, f.console} {
+	for _, sock := range []string{f.monitor, f.qmp, f.console} {
 		if len(sock) > sunPathMax {
 			return status.Errorf(status.Invalid, "VM %s: the path of socket %s has %d bytes and a unix socket takes %d; use a shorter directory or VM name", name, sock, len(sock), sunPathMax)
 		}
@@ -167,7 +167,7 @@ func parseURI(uri string) (server, error) {
 
 // files are the paths of one machine.
 type files struct {
-	dir, record, pid, qmp, oob, console, consoleLog, log string
+	dir, record, pid, monitor, qmp, console, consoleLog, log string
 }
 
 func filesOf(dir, name string) files {
@@ -177,7 +177,7 @@ func filesOf(dir, name string) files {
 		record:     filepath.Join(d, "machine.json"),
 		pid:        filepath.Join(d, "qemu.pid"),
 		qmp:        filepath.Join(d, "qmp.sock"),
-		oob:        filepath.Join(d, "oob.sock"),
+		monitor:    filepath.Join(d, "monitor.sock"),
 		console:    filepath.Join(d, "console.sock"),
 		consoleLog: filepath.Join(d, "console.log"),
 		log:        filepath.Join(d, "qemu.log"),

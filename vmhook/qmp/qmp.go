@@ -27,8 +27,12 @@ const (
 	// EventsMax bounds the events nobody has read yet; the oldest are dropped
 	// and counted (Dropped), because an unread event must never block a reply.
 	EventsMax = 256
-	// PendingMax bounds the commands without an answer.
-	PendingMax = 64
+	// PendingMax bounds the in-band commands without an answer, given up or not.
+	// QEMU 7.2 queues 8; beyond that it reads nothing more, not even what is to
+	// overtake them.
+	PendingMax = 6
+	// PendingOOBMax bounds the out-of-band ones.
+	PendingOOBMax = 2
 )
 
 // Event is something QEMU tells without being asked.
@@ -83,17 +87,25 @@ type Client struct {
 	rwc     io.ReadWriteCloser
 	oob     bool // the monitor can execute out of band
 	version string
-	out     chan []byte   // ≤ PendingMax lines for the writer
+	out     chan []byte   // ≤ PendingMax + PendingOOBMax lines for the writer
 	events  chan Event    // ≤ EventsMax
 	done    chan struct{} // closed when the connection is over
 	wg      sync.WaitGroup
 
 	mu      sync.Mutex
-	pending map[uint64]chan message // id → where its answer goes
+	pending map[uint64]waiter // by id; what was sent and not answered
+	waiting map[bool]int      // how many of them: false in-band, ≤ PendingMax; true out-of-band, ≤ PendingOOBMax
 	nextID  uint64
 	dropped uint64
 	err     error // why the connection is over; set before done is closed
 	ended   bool
+}
+
+// waiter is a command without an answer. Nobody may wait for it any more; it
+// stays counted, because QEMU still has it.
+type waiter struct {
+	answer chan message // capacity 1
+	oob    bool
 }
 
 // message is anything a monitor says.
@@ -121,10 +133,11 @@ type message struct {
 func New(ctx context.Context, rwc io.ReadWriteCloser) (*Client, error) {
 	c := &Client{
 		rwc:     rwc,
-		out:     make(chan []byte, PendingMax),
+		out:     make(chan []byte, PendingMax+PendingOOBMax),
 		events:  make(chan Event, EventsMax),
 		done:    make(chan struct{}),
-		pending: map[uint64]chan message{},
+		pending: map[uint64]waiter{},
+		waiting: map[bool]int{},
 	}
 	greeting := make(chan message, 1)
 	c.wg.Add(2)
@@ -189,7 +202,7 @@ func (c *Client) Err() error {
 // Do executes a command and decodes its answer into result (nil: ignored).
 // When ctx ends first, the command may still take effect (status.Unknown).
 func (c *Client) Do(ctx context.Context, command string, args, result any) error {
-	return c.do(ctx, "execute", command, args, result)
+	return c.do(ctx, false, command, args, result)
 }
 
 // DoOOB executes a command out of band: it overtakes one that hangs. Only few
@@ -198,15 +211,14 @@ func (c *Client) DoOOB(ctx context.Context, command string, args, result any) er
 	if !c.oob {
 		return status.Errorf(status.Unsupported, "QEMU %s cannot execute %s out of band", c.version, command)
 	}
-	return c.do(ctx, "exec-oob", command, args, result)
+	return c.do(ctx, true, command, args, result)
 }
 
-func (c *Client) do(ctx context.Context, verb, command string, args, result any) error {
-	id, answer, err := c.send(verb, command, args)
+func (c *Client) do(ctx context.Context, oob bool, command string, args, result any) error {
+	answer, err := c.send(oob, command, args)
 	if err != nil {
 		return err
 	}
-	defer c.forget(id)
 	select {
 	case m := <-answer:
 		return decode(m, command, result)
@@ -232,13 +244,19 @@ func decode(m message, command string, result any) error {
 }
 
 // send queues a command and registers who waits for its answer. It never
-// blocks: a monitor that reads nothing any more fills the queue, and then the
-// command is refused (status.Unavailable: it was not sent).
-func (c *Client) send(verb, command string, args any) (uint64, chan message, error) {
+// blocks: a command too many is refused (status.Unavailable: it was not sent).
+func (c *Client) send(oob bool, command string, args any) (<-chan message, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ended {
-		return 0, nil, status.Errorf(status.Unavailable, "the connection to QEMU is over: %w", c.err)
+		return nil, status.Errorf(status.Unavailable, "the connection to QEMU is over: %w", c.err)
+	}
+	verb, limit := "execute", PendingMax
+	if oob {
+		verb, limit = "exec-oob", PendingOOBMax
+	}
+	if c.waiting[oob] >= limit {
+		return nil, status.Errorf(status.Unavailable, "%s: %d commands wait for QEMU, which does not answer", command, limit)
 	}
 	req := map[string]any{verb: command, "id": c.nextID + 1}
 	if args != nil {
@@ -246,26 +264,14 @@ func (c *Client) send(verb, command string, args any) (uint64, chan message, err
 	}
 	line, err := json.Marshal(req)
 	if err != nil {
-		return 0, nil, status.Errorf(status.Invalid, "%s: arguments: %w", command, err)
-	}
-	if len(c.pending) == PendingMax {
-		return 0, nil, status.Errorf(status.Unavailable, "%s: %d commands wait for QEMU, which does not answer", command, PendingMax)
-	}
-	select {
-	case c.out <- append(line, '\n'):
-	default:
-		return 0, nil, status.Errorf(status.Unavailable, "%s: QEMU reads no commands any more", command)
+		return nil, status.Errorf(status.Invalid, "%s: arguments: %w", command, err)
 	}
 	c.nextID++
-	answer := make(chan message, 1)
-	c.pending[c.nextID] = answer
-	return c.nextID, answer, nil
-}
-
-func (c *Client) forget(id uint64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	delete(c.pending, id)
+	c.waiting[oob]++
+	w := waiter{answer: make(chan message, 1), oob: oob}
+	c.pending[c.nextID] = w
+	c.out <- append(line, '\n') // has room: one place per waiting command
+	return w.answer, nil
 }
 
 // Close ends the connection and waits for its goroutines.
@@ -355,9 +361,10 @@ func (c *Client) answer(m message) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if ch := c.pending[*m.ID]; ch != nil {
+	if w, ok := c.pending[*m.ID]; ok {
 		delete(c.pending, *m.ID)
-		ch <- m // has room: one answer per id
+		c.waiting[w.oob]--
+		w.answer <- m // has room: one answer per id
 	}
 	return nil
 }
