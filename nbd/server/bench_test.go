@@ -107,4 +107,3 @@ func BenchmarkServer(b *testing.B) {
 		}
 	}
 }
-

@@ -2,8 +2,10 @@ package server_test
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,7 +19,11 @@ func raw(t testing.TB, network, addr string) net.Conn {
 	nc, err := net.Dial(network, addr)
 	must(t, err)
 	must(t, nc.SetDeadline(time.Now().Add(60*time.Second)))
-	t.Cleanup(func() { must(t, nc.Close()) })
+	t.Cleanup(func() {
+		if err := nc.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			t.Error(err)
+		}
+	})
 	return nc
 }
 
@@ -110,4 +116,8 @@ func gone(t testing.TB, nc net.Conn) {
 func isTimeout(err error) bool {
 	ne, ok := err.(net.Error)
 	return ok && ne.Timeout()
+}
+
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN)
 }
