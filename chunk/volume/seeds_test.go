@@ -98,6 +98,15 @@ func (w *world) checkPower() {
 // same, and every block holds what it may.
 func (w *world) converge() {
 	w.t.Helper()
+	w.whole()
+	w.readAll()
+	w.until("read", w.idle)
+	w.same()
+}
+
+// whole heals everything and waits until all members are in sync.
+func (w *world) whole() {
+	w.t.Helper()
 	w.heal()
 	w.until("in sync and idle", func() bool {
 		if w.e.State() == Ended {
@@ -105,7 +114,4 @@ func (w *world) converge() {
 		}
 		return w.e.State() == Serving && w.allInSync() && w.idle()
 	})
-	w.readAll()
-	w.until("read", w.idle)
-	w.same()
 }
