@@ -139,3 +139,33 @@ func TestResult(t *testing.T) {
 	}
 	t.Logf("\n%s", out.String())
 }
+
+// The whole of it, short: both sides, every job, a kill, and nothing left.
+func TestRun(t *testing.T) {
+	bin := os.Getenv("CAIRN_BIN")
+	if bin == "" {
+		t.Skip("CAIRN_BIN names no cairn binary: run by `make test-int`")
+	}
+	dir := t.TempDir()
+	var out, talk bytes.Buffer
+	cfg := Config{Bin: bin, Dir: dir, Out: &out, Talk: &talk, JSON: true, Rounds: 1, Each: 300 * time.Millisecond, SizeBytes: 64 << 20}
+	if err := Run(t.Context(), cfg); err != nil {
+		t.Fatalf("%v\n%s", err, talk.String())
+	}
+	var r Result
+	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Jobs) != len(jobs) || len(r.Kill.EachMs) != 1 || r.Kill.LongestWriteMs <= 0 {
+		t.Errorf("%+v", r)
+	}
+	for _, j := range r.Jobs {
+		if j.Ratio <= 0 || j.Cairn.ServerCPUUs <= 0 || j.Reference.ServerCPUUs <= 0 {
+			t.Errorf("%+v", j)
+		}
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v (%v)", left, err)
+	}
+}
