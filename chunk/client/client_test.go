@@ -288,10 +288,14 @@ func TestManyRequestsAnsweredInAnyOrder(t *testing.T) {
 				wg.Add(1)
 				go func() {
 					defer wg.Done()
+					var checks []func()
 					for round := range uint64(20) {
 						first := w*100_000 + round*100
 						write(t, l, p, 1, st.id, first, 30)
-						readBack(t, l, p, st.id, first, 30)
+						checks = append(checks, readBack(t, l, p, st.id, first, 30))
+					}
+					for _, check := range checks { // late: the data is the handler's
+						check()
 					}
 				}()
 			}
@@ -305,31 +309,42 @@ func TestManyRequestsAnsweredInAnyOrder(t *testing.T) {
 	st.wg.Wait()
 }
 
-// readBack reads n blocks with one request each and one request for all.
-func readBack(t testing.TB, l client.Link, p *probe, store ids.StoreID, from, n uint64) {
+// readBack reads n blocks with one request each and one request for all, and
+// returns a check of the data.
+func readBack(t testing.TB, l client.Link, p *probe, store ids.StoreID, from, n uint64) func() {
 	t.Helper()
 	var wg sync.WaitGroup
 	var reqs []*wire.Request
-	want := func(id, first, count uint64) {
+	var mu sync.Mutex // guards got
+	got := map[uint64]*wire.Reply{}
+	ask := func(id, first, count uint64) {
 		wg.Add(1)
 		p.expect(id, func(r *wire.Reply) {
 			defer wg.Done()
-			var all []byte
-			for i := range count {
-				all = append(all, block(first+i)...)
-			}
-			if !bytes.Equal(r.Data, all) {
-				t.Errorf("read of %d blocks from %d: wrong data of %d bytes", count, first, len(r.Data))
-			}
+			mu.Lock()
+			defer mu.Unlock()
+			got[id] = r
 		})
 		reqs = append(reqs, &wire.Request{Kind: wire.Read, ID: id, Store: store, Block: ids.Block(first), Count: uint32(count)})
 	}
+	var all []byte
 	for i := from; i < from+n; i++ {
-		want(i, i, 1)
+		ask(i, i, 1)
+		all = append(all, block(i)...)
 	}
-	want(from+n, from, n)
+	ask(from+n, from, n)
 	l.Send(1, reqs)
 	wait(t, &wg)
+	return func() {
+		for i := range n {
+			if !bytes.Equal(got[from+i].Data, block(from+i)) {
+				t.Errorf("read of block %d: wrong data", from+i)
+			}
+		}
+		if !bytes.Equal(got[from+n].Data, all) {
+			t.Errorf("read of %d blocks from %d: wrong data", n, from)
+		}
+	}
 }
 
 // A slow flush keeps neither other requests nor pings waiting, also when more

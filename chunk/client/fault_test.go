@@ -264,8 +264,18 @@ func TestGarbageFromTheServer(t *testing.T) {
 			if why := p.want(t, "down 1: "); !strings.Contains(why, c.why) {
 				t.Fatalf("%q does not say %q", why, c.why)
 			}
-			next(t, peers).greet(0)
+			by = next(t, peers)
+			by.greet(0)
 			p.want(t, "up 2")
+			l.Send(1, []*wire.Request{{Kind: wire.Drop, ID: 3}}) // meant for the connection that is gone
+			l.Send(2, []*wire.Request{{Kind: wire.Flush, ID: 4}})
+			q := by.read()
+			for q.Kind == wire.Ping {
+				q = by.read()
+			}
+			if q.Kind != wire.Flush || q.ID != 4 {
+				t.Fatalf("a %v came, want only the flush of this connection", q.Kind)
+			}
 			l.Close()
 		})
 	}
@@ -311,35 +321,37 @@ func TestPingsPassAFullWindow(t *testing.T) {
 	for i := range uint64(5) {
 		wg.Add(1)
 		p.expect(i, func(*wire.Reply) { wg.Done() })
-		reqs = append(reqs, &wire.Request{Kind: wire.Write, ID: i, Count: 1, Sums: []uint32{1}, Data: block(i)})
+		q := &wire.Request{Kind: wire.Write, ID: i, Count: 1, Sums: []uint32{1}, Data: block(i)}
+		if i == 4 { // small enough for what is left of the window; it waits its turn all the same
+			q = &wire.Request{Kind: wire.Flush, ID: i}
+		}
+		reqs = append(reqs, q)
 	}
 	l.Send(1, reqs)
-	for i := range reqs {
-		clear(reqs[i].Data) // all was copied
+	for _, q := range reqs {
+		clear(q.Data) // all was copied
 	}
-	got, pings := []uint64{}, 0
-	for pings < 12 {
-		switch q := by.read(); q.Kind {
-		case wire.Ping:
-			pings++
-			by.write(wire.AppendReply(nil, &wire.Reply{Kind: wire.Ping, ID: q.ID}))
-		case wire.Write:
-			got = append(got, q.ID)
+	var got []uint64
+	take := func(q *wire.Request) {
+		if q.Kind == wire.Write && !bytes.Equal(q.Data, block(q.ID)) {
+			t.Fatalf("write %d came with other data", q.ID)
 		}
+		if q.Kind != wire.Ping {
+			got = append(got, q.ID)
+			return
+		}
+		by.write(wire.AppendReply(nil, &wire.Reply{Kind: wire.Ping, ID: q.ID}))
+	}
+	for range 14 { // 2 writes and 12 pings
+		take(by.read())
 	}
 	if len(got) != 2 {
-		t.Fatalf("%d writes came through a window for 2", len(got))
+		t.Fatalf("%d requests came through a window for 2", len(got))
 	}
-	for i := uint64(0); i < 5; i++ {
-		by.write(wire.AppendReply(nil, &wire.Reply{Kind: wire.Write, ID: i}))
-		for len(got) < 5 {
-			if q := by.read(); q.Kind == wire.Write {
-				if !bytes.Equal(q.Data, block(q.ID)) {
-					t.Fatalf("write %d came with other data", q.ID)
-				}
-				got = append(got, q.ID)
-				break
-			}
+	for i := range uint64(5) {
+		by.write(wire.AppendReply(nil, &wire.Reply{Kind: reqs[i].Kind, ID: i}))
+		for len(got) < min(int(i)+3, 5) {
+			take(by.read())
 		}
 	}
 	wait(t, &wg)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -45,15 +46,18 @@ func (h *heldStore) Submit(reqs []*wire.Request, sink wire.Sink) {
 	var now []*wire.Reply
 	for _, q := range reqs {
 		blocks = append(blocks, uint64(q.Block))
-		r := &wire.Reply{Kind: q.Kind, ID: q.ID, Block: q.Block}
+		r := wire.Reply{Kind: q.Kind, ID: q.ID, Block: q.Block}
 		switch {
 		case q.Kind == wire.Flush:
-			now = append(now, r)
+			now = append(now, &r)
 			continue
 		case q.Kind == wire.Read:
 			r.Data = make([]byte, int(q.Count)*ids.BlockSize)
 		}
-		h.held = append(h.held, func() { sink.Replies([]*wire.Reply{r}) })
+		h.held = append(h.held, func() {
+			again := r // it is the sink's once given
+			sink.Replies([]*wire.Reply{&again})
+		})
 	}
 	h.batches = append(h.batches, blocks)
 	h.mu.Unlock()
@@ -251,8 +255,11 @@ func TestGreeting(t *testing.T) {
 		}
 	})
 	t.Run("silence", func(t *testing.T) {
+		first := greeted(t, addr)
 		connect(t, addr).closed()
 		log.want(t, "no greeting")
+		first.send(&wire.Request{Kind: wire.Ping}) // its own deadline is over and was lifted
+		first.reply()
 	})
 	t.Run("a large first frame gets no memory", func(t *testing.T) {
 		r := connect(t, addr)
@@ -467,17 +474,32 @@ func TestAnswersNobodyReads(t *testing.T) {
 	for c = range s.conns {
 	}
 	s.mu.Unlock()
-	// Answer until the server reads no further: its unread replies are full.
-	for served := 0; c.out.Pending() <= window; served++ {
-		st.wait(t, 1)
-		st.answer()
-		if served > 1000 {
-			t.Fatal("it serves a client that reads nothing without end")
+	// Answer until the server reads no further: it waits for its replies to go.
+	for served := 0; !waitsIn("(*conn).room"); {
+		select {
+		case <-st.came:
+			st.answer()
+			if served++; served > 200 {
+				t.Fatal("it serves a client that reads nothing without end")
+			}
+		default:
+			runtime.Gosched()
 		}
 	}
 	if p := c.out.Pending(); p > 4*window {
 		t.Fatalf("%d bytes of replies wait, the window is %d", p, window)
 	}
+}
+
+// waitsIn reports whether a goroutine waits for a condition inside function f.
+func waitsIn(f string) bool {
+	b := make([]byte, 1<<20)
+	for _, g := range strings.Split(string(b[:runtime.Stack(b, true)]), "\n\n") {
+		if strings.Contains(g, "[sync.Cond.Wait") && strings.Contains(g, f) {
+			return true
+		}
+	}
+	return false
 }
 
 // A store that answers twice, or invents an answer, is ignored and logged.
@@ -531,8 +553,14 @@ func TestCloseWithRequestsOutstanding(t *testing.T) {
 	r := greeted(t, addr)
 	r.send(&wire.Request{Kind: wire.Drop, ID: 1, Store: st.id})
 	st.wait(t, 1)
+	for range 100 {
+		greeted(t, addr)
+	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
+	}
+	if n := s.Conns(); n != 0 {
+		t.Fatalf("%d connections after Close", n)
 	}
 	r.closed()
 	if n := st.answer(); n != 1 {

@@ -6,6 +6,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"testing/iotest"
@@ -81,7 +83,7 @@ func TestCombiningFlushKeepsFramesWholeAndInOrder(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			const writers, each = 8, 300
+			const writers, each = 8, 150
 			var wg sync.WaitGroup
 			for w := range uint64(writers) {
 				wg.Add(1)
@@ -158,6 +160,9 @@ func TestFullSocketKeepsNobodyWaiting(t *testing.T) {
 	ended := errors.New("ended")
 	drained := make(chan error, 1)
 	go func() { drained <- o.Drained(0) }()
+	for !waitsIn("(*Outbox).Drained") {
+		runtime.Gosched()
+	}
 	o.Fail(ended)
 	if err := <-drained; err != ended {
 		t.Fatalf("got %v", err)
@@ -175,6 +180,17 @@ func TestFullSocketKeepsNobodyWaiting(t *testing.T) {
 	if n, err := io.Copy(io.Discard, b); err == nil && n == total {
 		t.Fatal("everything was written: the socket was never full")
 	}
+}
+
+// waitsIn reports whether a goroutine waits for a condition inside function f.
+func waitsIn(f string) bool {
+	b := make([]byte, 1<<20)
+	for _, g := range strings.Split(string(b[:runtime.Stack(b, true)]), "\n\n") {
+		if strings.Contains(g, "[sync.Cond.Wait") && strings.Contains(g, f) {
+			return true
+		}
+	}
+	return false
 }
 
 // A write error reaches who waits, and later frames are dropped.
@@ -223,7 +239,7 @@ func TestCork(t *testing.T) {
 // for a large frame, stays within its bound and shrinks again.
 func TestReaderCutsAnyStream(t *testing.T) {
 	var all []byte
-	const n = 400
+	const n = 120
 	for i := range uint64(n) {
 		all = append(all, encode(request(i))...)
 	}
