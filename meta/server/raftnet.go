@@ -27,6 +27,8 @@ type transport struct {
 	*raft.NetworkTransport
 	streams *streams
 	vote    *voter // nil: this node votes like any other
+	leads   func(term uint64) bool
+	reach   reach
 
 	out  chan raft.RPC // with vote: what is left after it
 	stop chan struct{}
@@ -40,8 +42,8 @@ var (
 	_ raft.WithClose   = (*transport)(nil)
 )
 
-func newTransport(s *streams, peers raft.ServerAddressProvider, vote *voter, log hclog.Logger) *transport {
-	t := &transport{streams: s, vote: vote, out: make(chan raft.RPC), stop: make(chan struct{})}
+func newTransport(s *streams, peers raft.ServerAddressProvider, vote *voter, leads func(term uint64) bool, log hclog.Logger) *transport {
+	t := &transport{streams: s, vote: vote, leads: leads, out: make(chan raft.RPC), stop: make(chan struct{})}
 	t.NetworkTransport = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream: s, MaxPool: 3, Timeout: raftTimeout, ServerAddressProvider: peers, Logger: log})
 	if vote != nil {

@@ -358,7 +358,7 @@ func (s *Server) start() error {
 	if err != nil {
 		return err
 	}
-	s.trans = newTransport(newStreams(s.cfg.RaftListener, s.cfg.TLS), s, vote, raftLogger(s.log))
+	s.trans = newTransport(newStreams(s.cfg.RaftListener, s.cfg.TLS), s, vote, s.leadsIn, raftLogger(s.log))
 	r, err := raft.NewRaft(s.raftConfig(s.kept), s.fsm, logs, s.bolt, s.snaps, s.trans)
 	if err != nil {
 		return errors.Join(fmt.Errorf("starting raft: %w", err), s.trans.Close())
@@ -377,6 +377,12 @@ func (s *Server) start() error {
 	}
 	s.log.Info("metadata node runs", "raft", s.cfg.RaftListener.Addr(), "api", s.cfg.APIListener.Addr(), "state_kept", s.kept)
 	return nil
+}
+
+// leadsIn reports whether this node leads in that term.
+func (s *Server) leadsIn(term uint64) bool {
+	r := s.raft.Load()
+	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
 }
 
 func (s *Server) applied() uint64 {
