@@ -75,7 +75,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 			return err
 		}
 	}
-	return d.print()
+	return d.print(ctx)
 }
 
 // do runs one step and notes how long it took.
@@ -129,18 +129,28 @@ func (d *demo) close() error {
 }
 
 // print shows what happened, and what each server physically holds.
-func (d *demo) print() error {
+func (d *demo) print(ctx context.Context) error {
+	servers, err := d.servers(ctx)
+	if err != nil {
+		return err
+	}
 	d.say("")
 	w := tabwriter.NewWriter(d.cfg.Out, 0, 8, 2, ' ', 0)
 	for i, r := range d.table {
-		if _, err := fmt.Fprintf(w, "%d.\t%s\t%s\t%s\n", i+1, r[0], r[1], r[2]); err != nil {
-			return err
-		}
+		fmt.Fprintf(w, "%d.\t%s\t%s\t%s\n", i+1, r[0], r[1], r[2])
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	d.say("\nwhole demo: %.1f s", time.Since(d.began).Seconds())
+	d.say("")
+	fmt.Fprintln(w, "SERVER\tLOGICAL\tLIVE\tON DISK\t")
+	for _, s := range servers {
+		fmt.Fprintf(w, "%s\t%d MiB\t%d MiB\t%d MiB\t\n", s.Host, s.Logical>>20, s.Live>>20, s.Physical>>20)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	d.say("\nwhole demo: %.1f s; nothing is left running", time.Since(d.began).Seconds())
 	return nil
 }
 

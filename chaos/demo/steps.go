@@ -118,7 +118,12 @@ func (d *demo) fill(ctx context.Context) (string, error) {
 			return "", err
 		}
 	}
-	return d.inGuest(ctx, "du -sh /mnt | cut -f1; wc -l < /mnt/sums; echo files")
+	size, err := d.inGuest(ctx, "du -sm /mnt | cut -f1")
+	if err != nil {
+		return "", err
+	}
+	n, err := d.inGuest(ctx, "wc -l < /mnt/sums")
+	return fmt.Sprintf("%s files, %s MiB, durable and summed", n, size), err
 }
 
 // startWriter lets the guest write and fsync for ever, counting.
@@ -287,7 +292,50 @@ func (d *demo) trim(ctx context.Context) (string, error) {
 	for _, host := range []string{"host-1", "host-2", "host-3"} {
 		parts = append(parts, fmt.Sprintf("%s %d → %d MiB", host, before[host]>>20, after[host]>>20))
 	}
-	return "12 GiB logical; on disk " + strings.Join(parts, ", "), err
+	return strings.Join(parts, ", "), err
+}
+
+// server is what one host holds: what was promised, what can be read, and what
+// it takes up.
+type server struct {
+	Host                    string
+	Logical, Live, Physical int64 // bytes
+}
+
+// servers asks every host; the volumes' logical bytes count where they have a
+// replica.
+func (d *demo) servers(ctx context.Context) ([]server, error) {
+	var volumes []struct {
+		SizeBytes int64        `json:"sizeBytes"`
+		Members   []memberView `json:"members"`
+	}
+	if err := d.ask(ctx, &volumes, "volume", "ls"); err != nil {
+		return nil, err
+	}
+	var stores []struct {
+		Host string `json:"host"`
+		Live int64  `json:"liveBytes"`
+	}
+	if err := d.ask(ctx, &stores, "store", "ls"); err != nil {
+		return nil, err
+	}
+	physical, err := d.physical(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []server
+	for _, st := range stores {
+		sv := server{Host: st.Host, Live: st.Live, Physical: physical[st.Host]}
+		for _, v := range volumes {
+			for _, m := range v.Members {
+				if m.Host == st.Host {
+					sv.Logical += v.SizeBytes
+				}
+			}
+		}
+		out = append(out, sv)
+	}
+	return out, nil
 }
 
 // physical is what each host's store file takes up on its disk.
@@ -309,7 +357,7 @@ func (d *demo) stop(ctx context.Context) (string, error) {
 	}
 	d.con = nil
 	_, err := d.cairn(ctx, "vm", "stop", vmName)
-	return "", err
+	return "its volumes are flushed and let go", err
 }
 
 type memberView struct {
