@@ -73,7 +73,7 @@ func runFio(ctx context.Context, j job, uri string, sizeBytes uint64, d time.Dur
 		args = append(args, "--fsync=1")
 	}
 	if d > 0 {
-		args = append(args, "--time_based", "--runtime="+strconv.FormatFloat(d.Seconds(), 'f', -1, 64))
+		args = append(args, "--time_based", "--runtime="+strconv.FormatInt(d.Milliseconds(), 10)+"ms")
 	}
 	before, err := cpuOf(pids)
 	if err != nil {
