@@ -20,8 +20,16 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-// fastPing lets a silent peer be noticed in a tenth of the usual time.
-const fastPing = 30 * time.Millisecond
+// fastPing lets a silent peer be noticed in a quarter of the usual time.
+const fastPing = 75 * time.Millisecond
+
+// dialCalm makes a link that no slowness of this machine ends.
+func dialCalm(t testing.TB, addr string, h client.Handler) client.Link {
+	t.Helper()
+	l := client.Dial(client.Config{Addr: addr, Cluster: cluster, Ping: patience, Attempt: patience}, h)
+	t.Cleanup(l.Close)
+	return l
+}
 
 func dialFast(t testing.TB, addr string, h client.Handler) client.Link {
 	t.Helper()
@@ -223,7 +231,7 @@ func TestLostIsToldOnce(t *testing.T) {
 	noLeak(t)
 	addr, peers := listenByHand(t)
 	p := newProbe()
-	dialFast(t, addr, p)
+	dialCalm(t, addr, p)
 	for range 5 {
 		if err := next(t, peers).nc.Close(); err != nil {
 			t.Fatal(err)
@@ -254,7 +262,7 @@ func TestGarbageFromTheServer(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			addr, peers := listenByHand(t)
 			p := newProbe()
-			l := dialFast(t, addr, p)
+			l := dialCalm(t, addr, p)
 			by := next(t, peers)
 			by.greet(0)
 			p.want(t, "up 1")
@@ -288,7 +296,7 @@ func TestReplyCutAnywhere(t *testing.T) {
 	frame := append(wire.AppendReply(nil, &wire.Reply{Kind: wire.Read, ID: 1, Data: block(3)}), block(3)...)
 	for cut := 0; cut < len(frame); cut += 1 + cut/40 {
 		p := newProbe()
-		l := dialFast(t, addr, p)
+		l := dialCalm(t, addr, p)
 		by := next(t, peers)
 		by.greet(0)
 		p.want(t, "up 1")
@@ -403,7 +411,7 @@ func TestCloseWhileTheSocketIsFull(t *testing.T) {
 	noLeak(t)
 	addr, peers := listenByHand(t)
 	p := newProbe()
-	l := client.Dial(client.Config{Addr: addr, Cluster: cluster}, p)
+	l := client.Dial(client.Config{Addr: addr, Cluster: cluster, Ping: patience, Attempt: patience}, p)
 	next(t, peers).greet(0)
 	p.want(t, "up 1")
 	data := make([]byte, 1<<20)
@@ -422,7 +430,7 @@ func TestWhatWaitsIsBounded(t *testing.T) {
 	noLeak(t)
 	addr, peers := listenByHand(t)
 	p := newProbe()
-	l := client.Dial(client.Config{Addr: addr, Cluster: cluster, HoldBytes: 32 << 20}, p)
+	l := client.Dial(client.Config{Addr: addr, Cluster: cluster, Ping: patience, Attempt: patience, HoldBytes: 32 << 20}, p)
 	t.Cleanup(l.Close)
 	next(t, peers).greet(0)
 	p.want(t, "up 1")
