@@ -17,7 +17,8 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-// sinkStore copies each write, as a store does, and answers at once.
+// sinkStore copies each write, as a store does, and answers at once. It reads
+// from a cache, so to speak.
 type sinkStore struct {
 	id   ids.StoreID
 	disk []byte
@@ -31,6 +32,9 @@ func (s *sinkStore) Submit(reqs []*wire.Request, sink wire.Sink) {
 	for i, q := range reqs {
 		copy(s.disk[int(q.Block)*ids.BlockSize%len(s.disk):], q.Data)
 		own[i] = wire.Reply{Kind: q.Kind, ID: q.ID}
+		if q.Kind == wire.Read {
+			own[i].Data = s.disk[:int(q.Count)*ids.BlockSize]
+		}
 		rs[i] = &own[i]
 	}
 	sink.Replies(rs)
@@ -75,7 +79,10 @@ type pump struct {
 	links   []client.Link
 	up      chan int
 	done    chan struct{}
+	kind    wire.Kind
+	blocks  uint32 // of each request
 	data    []byte
+	sums    []uint32
 	lock    chan struct{} // a mutex the race detector and profiles can see
 	left    int           // operations not started
 	open    int           // not complete
@@ -129,8 +136,11 @@ func (p *pump) start(slot int) {
 	p.open++
 	p.missing[slot] = len(p.links)
 	for i := range p.links {
-		q := &wire.Request{Kind: wire.Write, ID: uint64(slot), Store: processStore, Volume: 1, Chunk: 1, Epoch: 1,
-			Block: ids.Block(slot * 37 % 1000), Count: 1, Version: 1, Sums: []uint32{1}, Data: p.data}
+		q := &wire.Request{Kind: p.kind, ID: uint64(slot), Store: processStore, Volume: 1, Chunk: 1, Epoch: 1,
+			Block: ids.Block(slot * 37 % 1000), Count: p.blocks, Version: 1}
+		if p.kind == wire.Write {
+			q.Sums, q.Data = p.sums, p.data
+		}
 		p.sends[i] = append(p.sends[i], q)
 	}
 }
@@ -143,19 +153,28 @@ func cpu(b *testing.B, who int) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// BenchmarkWrite writes 4 KiB to all replicas, each a process, at a depth, and
-// reports the CPU time of all processes per operation and per replica request:
+// BenchmarkLink writes to all replicas, each a process, or reads from one, at a
+// depth, and reports the CPU time of all processes per operation and per
+// request to a replica:
 //
-//	go test -run xxx -bench Write -benchtime 100000x ./chunk/client
-func BenchmarkWrite(b *testing.B) {
-	for _, c := range []struct{ replicas, depth int }{{1, 1}, {1, 32}, {3, 1}, {3, 32}} {
-		b.Run(fmt.Sprintf("replicas=%d/depth=%d", c.replicas, c.depth), func(b *testing.B) { benchWrite(b, c.replicas, c.depth) })
+//	go test -run xxx -bench Link -benchtime 50000x ./chunk/client
+func BenchmarkLink(b *testing.B) {
+	for _, c := range []struct {
+		kind            wire.Kind
+		blocks          uint32
+		replicas, depth int
+	}{{wire.Write, 1, 1, 1}, {wire.Write, 1, 1, 32}, {wire.Write, 1, 3, 1}, {wire.Write, 1, 3, 32}, {wire.Write, 64, 3, 8}, {wire.Read, 1, 1, 32}, {wire.Read, 64, 1, 8}} {
+		b.Run(fmt.Sprintf("%v/blocks=%d/replicas=%d/depth=%d", c.kind, c.blocks, c.replicas, c.depth), func(b *testing.B) {
+			bench(b, c.replicas, c.depth, &pump{kind: c.kind, blocks: c.blocks})
+		})
 	}
 }
 
-func benchWrite(b *testing.B, replicas, depth int) {
-	p := &pump{up: make(chan int, replicas), done: make(chan struct{}, 1), data: make([]byte, ids.BlockSize), lock: make(chan struct{}, 1),
-		missing: make([]int, depth), sends: make([][]*wire.Request, replicas), left: b.N}
+func bench(b *testing.B, replicas, depth int, p *pump) {
+	p.up, p.done, p.lock = make(chan int, replicas), make(chan struct{}, 1), make(chan struct{}, 1)
+	p.data, p.sums = make([]byte, p.blocks*ids.BlockSize), make([]uint32, p.blocks)
+	p.missing, p.sends, p.left = make([]int, depth), make([][]*wire.Request, replicas), b.N
+	b.SetBytes(int64(len(p.data)))
 	var cmds []*exec.Cmd
 	childBefore := cpu(b, syscall.RUSAGE_CHILDREN)
 	for i := range replicas {
