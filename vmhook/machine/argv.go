@@ -35,11 +35,12 @@ func (s server) object() object {
 	return object{"type": "inet", "host": s.Host, "port": s.Port}
 }
 
-// nbdBlockdev is an NBD node over an export.
-func nbdBlockdev(node string, s server) object {
+// nbdBlockdev is an NBD node over an export. openSec bounds its opening, with
+// attempts repeated for so long; 0 is one attempt of any length.
+func nbdBlockdev(node string, s server, openSec int) object {
 	return object{
 		"driver": "nbd", "node-name": node, "server": s.object(), "export": s.Export,
-		"reconnect-delay": reconnectSec, "discard": "unmap", "cache": nodeCache(),
+		"open-timeout": openSec, "reconnect-delay": reconnectSec, "discard": "unmap", "cache": nodeCache(),
 	}
 }
 
@@ -120,7 +121,7 @@ func diskArgs(i int, d Disk, boot bool) ([]string, error) {
 		flag string
 		obj  object
 	}{
-		{"-blockdev", nbdBlockdev(nbdNode(i, 0), s)},
+		{"-blockdev", nbdBlockdev(nbdNode(i, 0), s, 0)},
 		{"-blockdev", rawBlockdev(rawNode(i, 0), nbdNode(i, 0))},
 		{"-device", device},
 	} {

@@ -231,7 +231,7 @@ func (m *Machine) healOnce(attempt int) error {
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeout(m.ctx, 2*hangTimeout)
+	ctx, cancel := context.WithTimeout(m.ctx, replaceTimeout)
 	defer cancel()
 	return m.resume(ctx, attempt > 0)
 }

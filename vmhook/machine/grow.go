@@ -31,9 +31,14 @@ import (
 // A node in use cannot be dropped, so step 7 drops what it can, and a sequence
 // cut short by a crash of the host process is cleaned up by the next one.
 
-// replaceTimeout bounds the sequence when the caller's context does not; a
-// server that accepts and then says nothing would hold QEMU up for ever.
-const replaceTimeout = 10 * time.Second
+const (
+	// openSec bounds step 2, in seconds. QEMU answers nothing else meanwhile,
+	// and a server that accepts and then says nothing would hold it up for
+	// ever. (yank, meant for that, does not reach a node that is being opened.)
+	openSec = 4
+	// replaceTimeout bounds the sequence.
+	replaceTimeout = 15 * time.Second
+)
 
 // Grow makes the guest see that disk (an index into Spec.Disks) has sizeBytes
 // now. The disk's server must export that size already. The size the guest
@@ -113,12 +118,7 @@ func (m *Machine) moveTo(ctx context.Context, disk, gen int, sizeBytes uint64) e
 		return err
 	}
 	nbd, raw := nbdNode(disk, gen), rawNode(disk, gen)
-	if err := m.do(ctx, "blockdev-add", nbdBlockdev(nbd, server), nil); err != nil {
-		if errors.Is(err, status.Unknown) {
-			free, cancel := context.WithTimeout(m.ctx, hangTimeout)
-			defer cancel()
-			err = errors.Join(err, m.yank(free, nbd))
-		}
+	if err := m.do(ctx, "blockdev-add", nbdBlockdev(nbd, server, openSec), nil); err != nil {
 		return err
 	}
 	nodes, err := m.blockNodes(ctx)
@@ -136,7 +136,8 @@ func (m *Machine) moveTo(ctx context.Context, disk, gen int, sizeBytes uint64) e
 
 // dropNodes deletes nodes; those in use stay.
 func (m *Machine) dropNodes(nodes ...string) error {
-	ctx, cancel := context.WithTimeout(m.ctx, hangTimeout)
+	// Long enough for a hanging step 2 to be over.
+	ctx, cancel := context.WithTimeout(m.ctx, 2*openSec*time.Second)
 	defer cancel()
 	var failed error
 	for _, n := range nodes {

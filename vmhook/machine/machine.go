@@ -155,20 +155,20 @@ func launch(ctx context.Context, spec Spec, program string, sandbox bool) (*Mach
 	}
 	proc, err := spawn(program, args, f)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, Forget(spec.Dir, spec.Name))
 	}
 	rec.PID = proc.pid
 	if rec.Start, err = startTicks(proc.pid); err == nil {
 		err = rec.save(f)
 	}
 	if err != nil {
-		return nil, abandon(proc, err)
+		return nil, abandon(proc, &spec, err)
 	}
 	m := newMachine(rec, f, proc)
 	if err := m.awaitMonitor(ctx); err != nil {
-		err = abandon(proc, m.startError(ctx, err))
+		err = m.startError(ctx, err)
 		m.Release()
-		return nil, err
+		return nil, abandon(proc, &spec, err)
 	}
 	return m, nil
 }
@@ -185,13 +185,14 @@ func prepareDir(f files, rec *record) error {
 	return rec.save(f)
 }
 
-// abandon ends a process whose start went wrong, and waits for it.
-func abandon(proc *process, why error) error {
+// abandon ends a process whose start went wrong, waits for it, and leaves only
+// its log.
+func abandon(proc *process, s *Spec, why error) error {
 	if err := proc.kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("%w; and QEMU (pid %d) could not be killed: %v", why, proc.pid, err)
 	}
 	<-proc.done
-	return why
+	return errors.Join(why, Forget(s.Dir, s.Name))
 }
 
 // startError explains why the monitor never answered.

@@ -192,6 +192,9 @@ func (m *Machine) setState(state string) {
 // none at the moment.
 func (m *Machine) do(ctx context.Context, command string, args, result any) error {
 	for {
+		if exit := m.Exit(); exit != "" {
+			return status.Errorf(status.Unavailable, "VM %s has ended: %s", m.spec.Name, exit)
+		}
 		m.mu.Lock()
 		c, changed := m.client, m.changed
 		m.mu.Unlock()
@@ -201,8 +204,10 @@ func (m *Machine) do(ctx context.Context, command string, args, result any) erro
 		select {
 		case <-changed:
 		case <-m.proc.done:
-			return status.Errorf(status.Unavailable, "VM %s has ended: %s", m.spec.Name, m.Exit())
 		case <-m.ctx.Done():
+			if m.Exit() != "" {
+				continue // the end is why
+			}
 			return status.Errorf(status.Shutdown, "VM %s is not watched by this process any more", m.spec.Name)
 		case <-ctx.Done():
 			return status.Errorf(status.Timeout, "VM %s: QEMU's monitor cannot be reached: %w", m.spec.Name, ctx.Err())
@@ -218,18 +223,4 @@ func (m *Machine) note(text string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.trouble = text
-}
-
-// yank breaks off the opening of a node whose server says nothing: it
-// overtakes the command that hangs. (A connection of its own would not help:
-// its greeting is answered by the thread that hangs.) Only a node that is not
-// in use may be yanked, see Pause.
-func (m *Machine) yank(ctx context.Context, node string) error {
-	m.mu.Lock()
-	c := m.client
-	m.mu.Unlock()
-	if c == nil {
-		return status.Errorf(status.Unavailable, "VM %s: QEMU's monitor cannot be reached", m.spec.Name)
-	}
-	return c.DoOOB(ctx, "yank", object{"instances": []any{object{"type": "block-node", "node-name": node}}}, nil)
 }

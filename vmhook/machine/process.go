@@ -85,7 +85,7 @@ func (r *record) livePID(f files) (int, error) {
 		return scanForPID(f)
 	}
 	start, err := startTicks(r.PID)
-	if err != nil || start != r.Start {
+	if err != nil || start == 0 || start != r.Start {
 		return 0, err
 	}
 	return r.PID, nil
