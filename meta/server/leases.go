@@ -138,9 +138,11 @@ func (l *leases) after(r lease, ok bool, goneHost string) time.Duration {
 }
 
 // attached records a committed attach and says when it may be answered: when
-// the reads of all older epochs have ended. prev is the volume as it was read
-// before the commit; it counts only if nothing came between. gone: the caller's
-// older sessions on its own host are dead.
+// the reads of all older epochs have ended. v is the attach's result: as long
+// as it has not moved, every epoch since the last detach was ended by proof, and
+// those before by the detach. prev is the volume as it was read before the
+// commit, and gone that the caller's older sessions on its own host are dead;
+// they count only if nothing came between.
 func (l *leases) attached(v, prev *pb.Volume, gone bool, now time.Duration) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -148,14 +150,10 @@ func (l *leases) attached(v, prev *pb.Volume, gone bool, now time.Duration) time
 	if ok && r.epoch >= v.Epoch {
 		return r.older // asked again, or overtaken by another
 	}
-	direct := prev != nil && prev.Epoch+1 == v.Epoch
-	gone = gone && direct && prev.HolderHost == v.HolderHost
 	var end time.Duration
-	switch {
-	case v.Epoch == 1: // there is no older one
-	case direct && prev.HolderSession == "": // detached: its leases and those before are over
-	case gone && !prev.Moved: // all since the last detach were this host's
-	case gone:
+	switch direct := prev != nil && prev.Epoch+1 == v.Epoch && prev.HolderHost == v.HolderHost; {
+	case !v.Moved:
+	case gone && direct:
 		end = l.after(r, ok, v.HolderHost)
 	default:
 		end = l.after(r, ok, "")

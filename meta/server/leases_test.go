@@ -278,6 +278,7 @@ func TestAttachThatNeedNotWait(t *testing.T) {
 		{"its own predecessor is dead", nil, v(4, "a", false), v(5, "a", false), true, 0},
 		{"its own predecessor is dead but took over", nil, v(4, "a", true), v(5, "a", true), true, at + 85},
 		{"the same, and has renewed since", func(l *leases) { l.grant(1, 4, "a", at) }, v(4, "a", true), v(5, "a", true), true, 0},
+		{"asked again at a new leader", nil, v(5, "a", false), v(5, "a", false), true, 0},
 		{"a new leader knows nothing", nil, v(4, "a", false), v(5, "b", true), false, at + 85},
 		{"granted", func(l *leases) { l.grant(1, 4, "a", at+30) }, v(4, "a", false), v(5, "b", true), false, at + 115},
 		{"released", func(l *leases) { l.grant(1, 4, "a", at+30); l.release(1, 4, "a") }, v(4, "a", false), v(5, "b", true), false, 0},
