@@ -67,7 +67,7 @@ const (
 	defaultAttempt = time.Second // one dial and Hello
 	backoffFirst   = 10 * time.Millisecond
 	backoffMax     = 500 * time.Millisecond
-	steady         = time.Second // a connection that lived so long is dialled again at once
+	quickEvery     = time.Second // a lost connection is dialled again at once, but no more often
 )
 
 // defaultHold bounds what waits in a link: its outbox and what is held back by
@@ -125,6 +125,7 @@ func Dial(cfg Config, h Handler) Link {
 func (d *dialed) run() {
 	defer close(d.done)
 	var delay time.Duration
+	var quick time.Time // when a lost connection was last dialled again at once
 	lost := false
 	for gen := uint64(1); d.pause(delay); {
 		c, err := d.connect(gen)
@@ -139,15 +140,14 @@ func (d *dialed) run() {
 			delay = next(delay)
 			continue
 		}
-		since := time.Now()
 		why := d.live(c)
 		if d.ctx.Err() != nil {
 			return
 		}
 		d.h.Down(gen, why.Error())
 		gen, lost = gen+1, false
-		if time.Since(since) >= steady {
-			delay = 0
+		if now := time.Now(); now.Sub(quick) >= quickEvery {
+			delay, quick = 0, now
 		} else {
 			delay = next(delay)
 		}

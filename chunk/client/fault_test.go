@@ -78,19 +78,20 @@ func kill(t testing.TB, cmd *exec.Cmd, sig syscall.Signal) {
 }
 
 // Kill -9 with requests in flight: down, then lost at once because nobody
-// listens; and up again when the server is back at its address.
+// listens, and not because time ran out; and up again when the server is back at
+// its address.
 func TestKilledServerIsReportedAndFoundAgain(t *testing.T) {
 	noLeak(t)
 	cmd, addr := startProcess(t)
 	p := newProbe()
-	l := dial(t, addr, p)
+	l := dialCalm(t, addr, p)
 	p.want(t, "up 1")
 	write(t, l, p, 1, processStore, 1, 100)
 	kill(t, cmd, syscall.SIGKILL)
 	l.Send(1, []*wire.Request{{Kind: wire.Write, ID: 1, Store: processStore, Count: 1, Sums: []uint32{1}, Data: block(1)}})
 	p.want(t, "down 1: ")
-	if why := p.want(t, "lost: "); !strings.Contains(why, "refused") {
-		t.Fatalf("%q does not say that the connection was refused", why)
+	if why := p.want(t, "lost: "); !strings.Contains(why, "refused") && !strings.Contains(why, "reset") && !strings.Contains(why, "EOF") {
+		t.Fatalf("%q does not say that the connection was refused", why) // a dying process may still accept one
 	}
 	l.Send(1, []*wire.Request{{Kind: wire.Flush, ID: 2}}) // into the void
 	st := newMemStore(false)
