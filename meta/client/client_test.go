@@ -167,32 +167,41 @@ func TestOutcomes(t *testing.T) {
 // command of the session has been answered, the old one has been done or never
 // will be.
 func TestCallerGivesUp(t *testing.T) {
-	n, c := newNode(t)
-	ctx := context.Background()
-	if _, err := c.Do(ctx, vm("first")); err != nil {
-		t.Fatal(err)
-	}
-	gone, cancel := context.WithCancel(ctx)
-	n.mu.Lock()
-	n.wrong = []wrong{func(n *node, cmd *pb.Command) (*pb.Result, error) {
-		cancel()
-		return delayed(n, cmd)
-	}}
-	n.mu.Unlock()
-	if _, err := c.Do(gone, vm("a")); !errors.Is(err, status.Unknown) || !errors.Is(err, context.Canceled) {
-		t.Fatalf("given up: %v", err)
-	}
-	if _, err := c.Do(ctx, vm("b")); err != nil {
-		t.Fatal(err)
-	}
-	n.deliver()
-	if got := n.vms(); got != 2 {
-		t.Fatalf("%d VMs: a command given up took effect after the next one", got)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.free) != 1 {
-		t.Errorf("%d sessions for one command at a time", len(c.free))
+	for _, x := range []struct {
+		what string
+		then wrong
+		vms  int
+	}{
+		{"its command is on its way", delayed, 2},
+		{"its command was done", doneUnheard, 3},
+	} {
+		n, c := newNode(t)
+		ctx := context.Background()
+		if _, err := c.Do(ctx, vm("first")); err != nil {
+			t.Fatal(err)
+		}
+		gone, cancel := context.WithCancel(ctx)
+		n.mu.Lock()
+		n.wrong = []wrong{func(n *node, cmd *pb.Command) (*pb.Result, error) {
+			cancel()
+			return x.then(n, cmd)
+		}}
+		n.mu.Unlock()
+		if _, err := c.Do(gone, vm("a")); !errors.Is(err, status.Unknown) || !errors.Is(err, context.Canceled) {
+			t.Fatalf("%s: given up: %v", x.what, err)
+		}
+		if _, err := c.Do(ctx, vm("b")); err != nil {
+			t.Fatal(err)
+		}
+		n.deliver()
+		if got := n.vms(); got != x.vms {
+			t.Errorf("%s: %d VMs after the next command, want %d", x.what, got, x.vms)
+		}
+		c.mu.Lock()
+		if len(c.free) != 1 {
+			t.Errorf("%d sessions for one command at a time", len(c.free))
+		}
+		c.mu.Unlock()
 	}
 }
 

@@ -198,3 +198,39 @@ func TestAnIndexIsAllocatedOnce(t *testing.T) {
 		t.Fatalf("an index beyond the volume: %v", res)
 	}
 }
+
+// Moved says that only a lease can end some epoch since the last detach.
+func TestMovedUntilDetached(t *testing.T) {
+	c := newCluster(t)
+	c.ok(create("v"))
+	step := func(what string, cmd *pb.Command, moved bool) *pb.Volume {
+		t.Helper()
+		v := c.ok(cmd).Volume
+		if v.Moved != moved || c.volume("v").Moved != moved {
+			t.Fatalf("%s: moved is %v", what, v.Moved)
+		}
+		return v
+	}
+	again := func(session string, gone, takeover bool) *pb.Command {
+		return &pb.Command{Op: &pb.Command_Attach{Attach: &pb.Attach{Volume: "v", Host: "host-1", Session: session, PredecessorGone: gone, Takeover: takeover}}}
+	}
+	step("first", again("a", false, false), false)
+	step("the same session", again("a", false, false), false)
+	step("a dead predecessor", again("b", true, false), false)
+	step("taken over without proof", again("c", false, true), true)
+	v := step("a dead predecessor that had taken over", again("d", true, false), true)
+	step("detached", &pb.Command{Op: &pb.Command_Detach{Detach: &pb.Detach{VolumeId: v.Id, Epoch: v.Epoch}}}, false)
+	step("another host, after a detach", attach("v", "host-2", false), false)
+	step("another host's word about its own dead", again("e", true, true), true)
+}
+
+// Only what was given out and is not there any more is gone.
+func TestGone(t *testing.T) {
+	c := newCluster(t)
+	c.ok(create("a"))
+	b := c.ok(create("b")).Volume
+	c.ok(&pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: "a"}}})
+	if got := Gone(c.kv, []uint64{b.Id - 1, b.Id, b.Id + 1}); len(got) != 1 || got[0] != b.Id-1 {
+		t.Fatalf("gone: %v", got)
+	}
+}
