@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -68,9 +69,15 @@ func (s *hostStore) close() error {
 	return errors.Join(s.Store.Close(), s.disk.Close(), s.spill.Close())
 }
 
+// gcPercent lets a host's heap grow to five times what lives on it, some tens of
+// MiB: buffers of requests come and go faster than anything else, and at Go's
+// default half of a read's CPU is spent collecting them.
+const gcPercent = 400
+
 // startHost brings a host up. It returns once the host is registered and
 // serves; volumes it held before are attached again in the background.
 func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd, err error) {
+	debug.SetGCPercent(gcPercent)
 	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name)}
 	defer func() {
 		if err != nil {
