@@ -206,6 +206,7 @@ func (a *Agent) watch(e *vm, m *machine.Machine) {
 		case <-m.Done():
 		case <-a.ctx.Done():
 			m.Release()
+			a.drop(e, status.Errorf(status.Shutdown, "VM %s: the host is shutting down; the VM goes on", e.name))
 			return
 		}
 		why := m.Exit()
@@ -281,12 +282,8 @@ func (a *Agent) Stop(ctx context.Context, name string, force bool) error {
 	if err := e.m.Stop(ctx, force); err != nil {
 		return err
 	}
-	select {
-	case <-e.gone:
-		return e.err
-	case <-a.ctx.Done():
-		return status.Errorf(status.Shutdown, "VM %s has ended, but the host is shutting down and its volumes may still be attached", name)
-	}
+	<-e.gone
+	return e.err
 }
 
 // Pause stops the guest's CPUs; Resume lets it go on.

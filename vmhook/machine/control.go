@@ -75,8 +75,12 @@ func (m *Machine) powerDown(ctx context.Context) (bool, error) {
 // terminate ends QEMU, by itself or by force.
 func (m *Machine) terminate() error {
 	m.mu.Lock()
-	m.stopping = true
+	released := m.released
+	m.stopping = !released
 	m.mu.Unlock()
+	if released && m.Exit() == "" {
+		return status.Errorf(status.Shutdown, "VM %s is not watched by this process any more", m.spec.Name)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
 	// Its answer may get lost as QEMU leaves; whether QEMU is gone is what counts.

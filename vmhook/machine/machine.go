@@ -48,6 +48,7 @@ type Machine struct {
 	changed  chan struct{} // closed and replaced at each change of client or state
 	state    string        // by QEMU: running, paused, io-error, …
 	stopping bool          // no healing any more
+	released bool          // this process watches no more
 	ioErrors uint64
 	trouble  string        // why the guest stands still or cannot be asked; "" when all is well
 	shutdown string        // QEMU's reason for ending, from its last event
@@ -281,25 +282,26 @@ func newMachine(rec record, f files, proc *process) *Machine {
 		done: make(chan struct{}), changed: make(chan struct{}), heal: make(chan struct{}, 1), state: "unreachable",
 	}
 	m.ctx, m.release = context.WithCancel(context.Background())
-	m.wg.Add(3)
-	go func() {
-		defer m.wg.Done()
-		select {
-		case <-proc.done:
-			m.release()
-			m.tidy()
-		case <-m.ctx.Done():
-		}
-	}()
+	m.wg.Add(2)
+	go m.awaitEnd()
 	go m.monitor()
 	go m.healer()
 	return m
 }
 
-// tidy removes the sockets a killed QEMU leaves, so that nobody connects to a
-// machine of the past, and tells Done.
-func (m *Machine) tidy() {
+// awaitEnd waits for QEMU to end, however long after Release, and tells Done.
+// The sockets a killed QEMU leaves are removed, so that nobody connects to a
+// machine of the past; after Release that is the next watcher's.
+func (m *Machine) awaitEnd() {
+	<-m.proc.done
+	m.mu.Lock()
+	released := m.released
+	m.mu.Unlock()
+	m.release()
 	defer close(m.done)
+	if released {
+		return
+	}
 	for _, sock := range []string{m.files.monitor, m.files.qmp, m.files.console} {
 		if err := os.Remove(sock); err != nil && !errors.Is(err, os.ErrNotExist) {
 			m.note("a socket stays behind: " + err.Error())
@@ -356,6 +358,9 @@ func (m *Machine) Exit() string {
 // Release stops watching the machine and leaves it running. Every other method
 // fails afterwards.
 func (m *Machine) Release() {
+	m.mu.Lock()
+	m.released = true
+	m.mu.Unlock()
 	m.release()
 	m.wg.Wait()
 }

@@ -385,3 +385,54 @@ func TestServerThatSaysNothing(t *testing.T) {
 		t.Errorf("afterwards the nodes are %v, %v", nodes, err)
 	}
 }
+
+// bootSector reads the disk's second sector by INT 13h and writes the text in
+// it to the first serial port.
+var bootSector = []byte{
+	0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, // ds = es = 0
+	0xb8, 0x01, 0x02, 0xb9, 0x02, 0x00, 0xb6, 0x00, 0xbb, 0x00, 0x7e, // one sector, number 2, to 0x7e00
+	0xcd, 0x13, 0x72, 0x0e, // int 13h; jc end
+	0xbe, 0x00, 0x7e, // si = 0x7e00
+	0xac, 0x84, 0xc0, 0x74, 0x06, // next: lodsb; test al,al; jz end
+	0xba, 0xf8, 0x03, 0xee, 0xeb, 0xf5, // out 0x3f8,al; jmp next
+	0xf4, 0xeb, 0xfd, // end: hlt; jmp end
+}
+
+// TestBootsFromItsDisk has no kernel: the firmware boots the first disk.
+func TestBootsFromItsDisk(t *testing.T) {
+	ctx := testContext(t)
+	spec := bare(t, "disk")
+	spec.Paused = false
+	const text = "read from the second sector\n"
+	sectors := make([]byte, 1024)
+	copy(sectors, bootSector)
+	sectors[510], sectors[511] = 0x55, 0xaa
+	copy(sectors[512:], text)
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(spec.Dir), "disk"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(sectors, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for run := range 2 {
+		m, err := Start(ctx, spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		end(t, m)
+		await(t, ctx, "the boot sector's text on the console", func() bool {
+			log, err := os.ReadFile(m.Status().Log)
+			return err == nil && strings.Contains(string(log), text)
+		})
+		if err := m.Stop(ctx, true); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(m.files.consoleLog + ".old"); (err == nil) != (run == 1) {
+			t.Errorf("run %d: the log of the run before: %v", run, err)
+		}
+	}
+}
