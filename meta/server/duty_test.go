@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -394,4 +395,66 @@ func TestRecordOnDisk(t *testing.T) {
 	if want := `{"format":1,"id":"meta-1","cluster":"c","joined":true,"need_index":5,"above_term":2}`; err != nil || string(b) != want {
 		t.Fatalf("%s, want %s", b, want)
 	}
+}
+
+// With a damaged snapshot and no state a node either comes back whole, by an
+// older snapshot and the log, or says what to do.
+func TestDamagedSnapshotsAreNeverServed(t *testing.T) {
+	const n = 120
+	whole, refused := 0, 0
+	for _, damage := range []int{1, snapshotsKept} { // the newest, all
+		dir := t.TempDir()
+		set := func(c *Config) { c.snapEvery = 25 }
+		s, err := solo(t, dir, set)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, ctx := soloClient(t, s), context.Background()
+		hostUp(t, ctx, c, 1)
+		for i := range n {
+			must(t, ctx, c, create(fmt.Sprintf("v%d", i)))
+			if i%40 == 39 {
+				if err := s.raft.Load().Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) {
+					t.Fatal(err)
+				}
+			}
+		}
+		snaps, err := s.snaps.List()
+		if err != nil || len(snaps) < 2 {
+			t.Fatalf("%d snapshots: %v", len(snaps), err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(filepath.Join(dir, "state")); err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range snaps[:min(damage, len(snaps))] {
+			file := filepath.Join(dir, "snapshots", m.ID, "state.bin")
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b[len(b)/2] ^= 4
+			if err := os.WriteFile(file, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s, err = solo(t, dir, set)
+		if err != nil {
+			if !errors.Is(err, status.Corrupt) || !strings.Contains(err.Error(), "move the directory away") {
+				t.Fatalf("%d damaged: %v", damage, err)
+			}
+			refused++
+			continue
+		}
+		if got := volumes(t, ctx, soloClient(t, s)); len(got) != n {
+			t.Fatalf("%d damaged: %d volumes of %d", damage, len(got), n)
+		}
+		whole++
+	}
+	if refused == 0 {
+		t.Error("a node without any snapshot and with a cut log started")
+	}
+	t.Logf("%d came back whole, %d refused", whole, refused)
 }

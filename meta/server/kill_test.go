@@ -146,6 +146,8 @@ func (w *writer) run(ctx context.Context, c *client.Client, stop *atomic.Bool) e
 	return nil
 }
 
+const kills = 5
+
 // Leaders and followers are killed with -9 in the middle of commands of several
 // clients. Every command is done once: not twice, and none that was answered is
 // lost.
@@ -185,7 +187,7 @@ func TestKilledLeadersLoseAndDoubleNothing(t *testing.T) {
 			}
 		})
 	}
-	for range 6 {
+	for range kills {
 		victim := rng.IntN(3)
 		if rng.IntN(4) > 0 { // mostly the leader
 			until(t, func() string {
@@ -244,7 +246,7 @@ func TestKilledLeadersLoseAndDoubleNothing(t *testing.T) {
 	if err := c.Close(); err != nil {
 		t.Error(err)
 	}
-	t.Logf("%d commands over 6 kills", done)
+	t.Logf("%d commands over %d kills", done, kills)
 }
 
 // progress returns once some commands have been answered from now on.

@@ -1,9 +1,10 @@
 // Package server is one node of the metadata service: the shell around
 // meta/state.
 //
-// Duty: the raft transport, and the state kept in Badger with its snapshots.
-// Floor: F3. It does not decide what a mutation does (meta/state) nor where
-// chunks and VMs go (a Placer).
+// Duty: raft on TCP, its log and snapshots on disk, the state in Badger; the
+// calls of clients and hosts, answered by the leader; leases and liveness in
+// the leader's memory. Floor: F3. It does not decide what a mutation does
+// (meta/state) nor where chunks and VMs go (a Placer).
 package server
 
 import "github.com/cairnstore/cairn/proto/ids"

@@ -346,7 +346,7 @@ func (s *Server) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
 func (s *Server) start() error {
 	rec := s.dir.rec
 	var vote *voter
-	if rec.NeedIndex > 0 || rec.AboveTerm > 0 {
+	if rec.NeedIndex > 0 || rec.AboveTerm > 0 && s.oldTerm <= rec.AboveTerm { // raft itself never goes back in terms
 		vote = &voter{need: rec.NeedIndex, above: rec.AboveTerm, applied: s.applied,
 			header: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(s.cfg.ID), Addr: []byte(s.addrs[raft.ServerID(s.cfg.ID)].RaftAddr)}}
 	}
