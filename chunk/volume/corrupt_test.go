@@ -114,17 +114,21 @@ func TestALateRepairDoesNotUndoAWrite(t *testing.T) {
 	for seed := range uint64(50) {
 		w := filled(t, seed, 4)
 		w.flip(0, 2)
-		w.keep = func(_ int, q *wire.Request) bool { return q.Kind == wire.Install }
+		w.keep = func(i int, q *wire.Request) bool { return i != 0 && q.Kind == wire.Read }
 		w.read(2)
-		w.until("read", w.idle)
-		w.until("repair kept", func() bool { return len(w.kept) > 0 })
+		w.until("asked another", func() bool { return len(w.kept) == 1 })
+		read := w.kept[0]
+		w.kept, w.keep = nil, func(i int, q *wire.Request) bool { return i != 0 && q.Kind == wire.Write }
 		w.write(2, 77)
 		w.write(3, 78)
-		w.until("written", w.idle)
+		w.until("at one member", func() bool { return len(w.kept) == 4 && w.stores[0].blocks[w.key(2)].data[0] == 77 })
+		w.pending = append(w.pending, read)
+		w.until("repair sent", func() bool {
+			return slices.ContainsFunc(w.stores[0].log, func(q wire.Request) bool { return q.Kind == wire.Install })
+		})
 		w.release()
-		w.settleFor(w.e.cfg.Stall)
-		w.read(2)
-		w.until("read", w.idle)
+		w.until("answered", w.idle)
+		w.must(2, 77)
 		w.same()
 	}
 }

@@ -102,6 +102,8 @@ type Engine struct {
 	attach   *attach
 	full     fullState
 	lastTick time.Duration
+	// until then nobody made progress, or this process did not run
+	stillUntil time.Duration
 
 	stats Stats
 }

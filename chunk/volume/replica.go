@@ -340,53 +340,72 @@ func (e *Engine) lost(ev *Lost) {
 
 // watchStalls excludes a replica that has made no progress for cfg.Stall while
 // another has: when all stand still, or this process did, the gateway suspects
-// itself. Those that owe nothing are asked for a sign of life.
+// itself, and the time counts anew from when somebody moves. Those that owe
+// nothing are asked for a sign of life in time.
 func (e *Engine) watchStalls() {
 	slept := e.now-e.lastTick > e.cfg.Stall/2
 	e.lastTick = e.now
-	var stalled []*replica
-	moving := false
+	if slept {
+		e.stillUntil = e.now
+	}
+	suspects, moving, lively := false, false, false
 	for _, r := range e.replicas {
-		if slept {
-			r.lastReply = e.now
-		}
-		if r.up && e.stalled(r) {
-			stalled = append(stalled, r)
-		}
-		moving = moving || (r.inSync && r.sealed && e.now-r.lastReply < e.cfg.Stall)
+		suspects = suspects || r.up && e.waited(r) >= e.cfg.Stall/2
+		moving = moving || r.inSync && r.sealed && e.now-r.lastReply < e.cfg.Stall
+		lively = lively || r.inSync && r.sealed && e.now-r.lastReply < e.cfg.Stall/2
 	}
-	if len(stalled) > 0 && !moving {
-		for _, r := range e.replicas {
-			if r.inSync && r.sealed && r.busy == 0 {
-				e.call(r, &wire.Request{Kind: wire.Ping}, func(*wire.Reply) {})
-			}
-		}
+	if suspects && !lively {
+		e.askForLife()
 	}
-	for _, r := range stalled {
-		switch {
-		case !r.inSync && r.join != nil:
-			e.abortJoin(r, "no progress")
-		case !r.inSync || !moving && e.state != Attaching:
-		case e.state == Attaching:
-			if e.attach.phase > attachExclude {
-				e.bounce(r, fmt.Sprintf("no answer for %v", e.cfg.Stall))
-			}
-		case e.mayExclude([]*replica{r}):
-			e.exclude(r, fmt.Sprintf("no answer for %v", e.cfg.Stall))
-		case e.now-r.lastReply >= 2*e.cfg.Stall:
-			e.bounce(r, fmt.Sprintf("no answer for %v, and too few others to go on without it", 2*e.cfg.Stall))
+	if suspects && !moving {
+		e.stillUntil = e.now
+	}
+	for _, r := range e.replicas {
+		if r.up && e.waited(r) >= e.cfg.Stall {
+			e.stalled(r)
 		}
 	}
 }
 
-func (e *Engine) stalled(r *replica) bool {
-	if r.busy == 0 || e.now-r.lastReply < e.cfg.Stall {
-		return false
-	}
-	for i := range r.slots {
-		if r.slots[i].used && e.now-r.slots[i].at >= e.cfg.Stall {
-			return true
+// askForLife pings the members that owe no answer.
+func (e *Engine) askForLife() {
+	for _, r := range e.replicas {
+		if r.inSync && r.sealed && r.busy == 0 {
+			e.call(r, &wire.Request{Kind: wire.Ping}, func(*wire.Reply) {})
 		}
 	}
-	return false
+}
+
+// stalled deals with a replica that stands still while others do not.
+func (e *Engine) stalled(r *replica) {
+	since := e.now - e.stillUntil // others have moved
+	why := fmt.Sprintf("no answer for %v", e.cfg.Stall)
+	switch {
+	case e.state == Attaching: // its limits are those of sealing
+		if r.inSync && e.attach.phase > attachExclude {
+			e.bounce(r, why)
+		}
+	case since < e.cfg.Stall:
+	case r.join != nil:
+		e.abortJoin(r, "no progress")
+	case !r.inSync:
+	case e.mayExclude([]*replica{r}):
+		e.exclude(r, why)
+	case e.waited(r) >= 2*e.cfg.Stall && since >= 2*e.cfg.Stall:
+		e.bounce(r, why+", and too few others to go on without it")
+	}
+}
+
+// waited says for how long the replica has owed an answer without giving any.
+func (e *Engine) waited(r *replica) time.Duration {
+	if r.busy == 0 {
+		return 0
+	}
+	oldest := e.now
+	for i := range r.slots {
+		if r.slots[i].used {
+			oldest = min(oldest, r.slots[i].at)
+		}
+	}
+	return e.now - max(oldest, r.lastReply)
 }

@@ -354,6 +354,13 @@ func (w *world) fall(i int) {
 	w.connect(i)
 }
 
+// restart is a kill of a store's process that is over before anybody finds it
+// away: the connection goes and another comes.
+func (w *world) restart(i int) {
+	w.step(&Down{i, w.stores[i].gen, "reset"})
+	w.connect(i)
+}
+
 // hang stops a store's answers; again, it goes on with what it was sent.
 func (w *world) hang(i int) {
 	s := w.stores[i]
