@@ -30,7 +30,7 @@ type Result struct {
 func Probe(ctx context.Context) Result {
 	ctx, cancel := context.WithTimeout(ctx, Timeout)
 	defer cancel()
-	return probe(ctx, devKVM)
+	return probe(ctx, devKVM, microGuests)
 }
 
 const devKVM = "/dev/kvm"

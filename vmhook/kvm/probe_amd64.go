@@ -93,7 +93,7 @@ type vcpu struct {
 }
 
 // probe runs the micro-guests one after the other on a thread of their own.
-func probe(ctx context.Context, dev string) Result {
+func probe(ctx context.Context, dev string, guests []microGuest) Result {
 	v := &vcpu{dev: -1, vm: -1, cpu: -1}
 	opened := make(chan error, 1)
 	finished := make(chan Result, 1)
@@ -107,7 +107,7 @@ func probe(ctx context.Context, dev string) Result {
 		if err != nil {
 			r.Why = err.Error()
 		} else {
-			r = v.runAll(ctx)
+			r = v.runAll(ctx, guests)
 		}
 		if err := v.close(); err != nil {
 			r = unusable(fmt.Sprintf("KVM cannot be closed again: %v", err))
@@ -249,8 +249,8 @@ func (v *vcpu) close() error {
 	return errors.Join(errs...)
 }
 
-func (v *vcpu) runAll(ctx context.Context) Result {
-	for _, g := range microGuests {
+func (v *vcpu) runAll(ctx context.Context, guests []microGuest) Result {
+	for _, g := range guests {
 		if why := v.runOne(ctx, g); why != "" {
 			return unusable("KVM cannot run " + g.name + ": " + why)
 		}
@@ -278,7 +278,7 @@ func (v *vcpu) runOne(ctx context.Context, g microGuest) string {
 		}
 	}
 	if page.ExitReason != exitHLT {
-		return fmt.Sprintf("it stopped with KVM exit %d", page.ExitReason)
+		return "it stopped with KVM exit " + exitText(page.ExitReason)
 	}
 	var regs kvmRegs
 	if err := ioctlPtr(v.cpu, kvmGetRegs, unsafe.Pointer(&regs)); err != nil {
@@ -288,6 +288,15 @@ func (v *vcpu) runOne(ctx context.Context, g microGuest) string {
 		return "its result is wrong"
 	}
 	return ""
+}
+
+// exitText names the exits that were met in practice.
+func exitText(reason uint32) string {
+	names := map[uint32]string{2: "port I/O", 6: "memory access outside", 8: "triple fault", 9: "failed entry", 17: "an instruction KVM cannot emulate"}
+	if name := names[reason]; name != "" {
+		return fmt.Sprintf("%d (%s)", reason, name)
+	}
+	return fmt.Sprint(reason)
 }
 
 // reset puts the CPU into long mode at the guest's code.
