@@ -146,3 +146,12 @@ func TestRunEndsWithItsContext(t *testing.T) {
 		t.Fatalf("%d actions, %v, %v", n, err, c.calls)
 	}
 }
+
+// A pause that fails ends a run that has nothing to do for an hour.
+func TestAFailedPauseEndsTheRun(t *testing.T) {
+	c := &fakeCluster{failures: map[string]error{"pause host-1 1s": status.New(status.Permission, "no permission")}}
+	err := Run(context.Background(), Config{Scheduler: scheduler(t, "at 0s pause host-1 1s\nat 1h kill host-2", 1), Cluster: c})
+	if !errors.Is(err, status.Permission) {
+		t.Fatal(err)
+	}
+}

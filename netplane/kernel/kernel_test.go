@@ -34,6 +34,30 @@ func TestDirectRoutesWithoutLinkAddresses(t *testing.T) {
 	}
 }
 
+// No link has an address: a reaches b via the storage address of m, to which
+// it has a direct route.
+func TestGatewaysMayBeStorageAddresses(t *testing.T) {
+	a, m, b := newHost(t).start(), newHost(t).start(), newHost(t).start()
+	cable(a, "to-m", m, "to-a")
+	cable(b, "to-m", m, "to-b")
+	cfg := config([]string{"10.9.0.9"}, links(named("to-a"), named("to-b")), to("10.9.0.1/32", on("to-a")), to("10.9.0.2/32", on("to-b")))
+	cfg.Forward = true
+	m.apply(cfg)
+	a.apply(config([]string{"10.9.0.1"}, links(named("to-m")), to("10.9.0.2/32", via("10.9.0.9", "to-m")), to("10.9.0.9/32", on("to-m"))))
+	b.apply(config([]string{"10.9.0.2"}, links(named("to-m")), to("10.9.0.1/32", via("10.9.0.9", "to-m")), to("10.9.0.9/32", on("to-m"))))
+	for _, h := range []*host{a, m, b} {
+		h.until("two routes", func() bool { return len(h.routes()) == 2 })
+	}
+	b.echo("10.9.0.2")
+	check(t, a.talk("10.9.0.1", "10.9.0.2"))
+	whole := a.routes()
+	a.down("to-m")
+	a.until("the loss", func() bool { return a.routes() == nil })
+	a.up("to-m")
+	a.until("the healing", func() bool { return reflect.DeepEqual(a.routes(), whole) })
+	check(t, a.r.Clear()) // the direct one last
+}
+
 // threeInARow is a – m – b: m passes packets on; both families; a and b have
 // no link to each other.
 func threeInARow(t *testing.T) (a, m, b *host) {
@@ -142,9 +166,14 @@ func TestTheOtherHopCarriesOn(t *testing.T) {
 // foreign adds a route of another protocol, by hand.
 func (h *host) foreign(dst string, metric int, link string) {
 	h.t.Helper()
+	h.add(dst, metric, link, unix.RTPROT_STATIC)
+}
+
+func (h *host) add(dst string, metric int, link string, protocol netlink.RouteProtocol) {
+	h.t.Helper()
 	n, err := netlink.ParseIPNet(dst)
 	check(h.t, err)
-	check(h.t, h.nl.RouteAdd(&netlink.Route{Dst: n, LinkIndex: h.link(link).Attrs().Index, Protocol: unix.RTPROT_STATIC, Priority: metric, Scope: unix.RT_SCOPE_LINK}))
+	check(h.t, h.nl.RouteAdd(&netlink.Route{Dst: n, LinkIndex: h.link(link).Attrs().Index, Protocol: protocol, Priority: metric, Scope: unix.RT_SCOPE_LINK}))
 }
 
 func TestForeignRoutesStay(t *testing.T) {
@@ -206,7 +235,9 @@ func TestDriftAndChange(t *testing.T) {
 	a.until("the route is back", full)
 	lo, err := netlink.ParseAddr("10.9.0.1/32")
 	check(t, err)
-	check(t, a.nl.AddrDel(a.link("lo"), lo)) // takes the routes with that source along
+	check(t, a.nl.AddrDel(a.link("lo"), lo))        // takes the routes with that source along
+	a.add("10.6.0.0/24", 0, "x", netplane.Protocol) // under our number, but not ours
+	a.until("the stray route is gone", full)
 	a.until("the address is back", func() bool { return slices.Equal(a.addrs("lo"), []string{"10.9.0.1/32"}) && full() })
 
 	a.apply(config([]string{"10.9.0.8"}, links(x), to("10.9.0.2/32", via("10.1.0.9", "x"))))
