@@ -25,3 +25,16 @@ func (s *Server) Held() (requests, bytes int) {
 	}
 	return requests, bytes
 }
+
+// Leaving is how many connections were asked to end.
+func (s *Server) Leaving() int {
+	n := 0
+	for _, c := range s.pick(func(*conn) bool { return true }) {
+		c.mu.Lock()
+		if c.leaving != staying {
+			n++
+		}
+		c.mu.Unlock()
+	}
+	return n
+}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -265,4 +266,27 @@ func dial(t testing.TB, uri string, conf *tls.Config) *client.Client {
 		}
 	})
 	return c
+}
+
+// counting is a volume of zeros that counts what is written to it.
+type counting struct {
+	size           uint64
+	bytes, batches atomic.Uint64
+}
+
+func (v *counting) Size() uint64                        { return v.size }
+func (v *counting) ReadOnly() bool                      { return false }
+func (v *counting) Extents(_, n uint64) []volume.Extent { return []volume.Extent{{Len: n}} }
+func (v *counting) Submit(ops []*volume.Op) {
+	v.batches.Add(1)
+	done := make([]volume.Done, 0, len(ops))
+	for _, op := range ops {
+		if op.Kind != volume.OpWrite || uint64(len(op.Data)) != op.Len {
+			done = append(done, volume.Done{Op: op, Status: status.Internal})
+			continue
+		}
+		v.bytes.Add(op.Len)
+		done = append(done, volume.Done{Op: op})
+	}
+	complete(done)
 }
