@@ -47,7 +47,10 @@ type Config struct {
 	Ops     int           // stop after so many operations; 0: when the context ends
 	Patient time.Duration // an operation, or a reconnect, that takes longer fails the run (60 s)
 	History *History      // goes on with this one; nil: a new one
-	Log     func(format string, args ...any)
+	// Tolerate says which error answers do not fail the run: what was asked for
+	// then counts as unknown. nil: none.
+	Tolerate func(error) bool
+	Log      func(format string, args ...any)
 }
 
 // LoadStats is what a load did and how long it waited.
@@ -62,6 +65,7 @@ type KindStats struct {
 	Kind        string
 	Count       int // answered
 	Unknown     int // cut off by a lost connection
+	Refused     int // answered with an error
 	LongestNs   int64
 	LongestAtNs int64
 }
@@ -227,8 +231,9 @@ func (l *Load) freeStuck(conns []*conn) {
 }
 
 // ReadAll reads every block of the area once into the history and returns
-// what each register held. It fails as Run does; a lost connection is
-// reconnected and the read repeated.
+// what each register held; a tolerated error leaves the 16 blocks of its
+// request out. It fails as Run does; a lost connection is reconnected and the
+// read repeated.
 func (l *Load) ReadAll(ctx context.Context) (map[uint64]Value, error) {
 	l.clearFailure()
 	c := &conn{load: l}
@@ -253,6 +258,9 @@ func (l *Load) readBlocks(ctx context.Context, c *conn, at uint64, held map[uint
 	spans, err := w.do(ctx, c, r)
 	for errors.Is(err, ErrDisconnected) && ctx.Err() == nil {
 		spans, err = w.do(ctx, c, r)
+	}
+	if errors.Is(err, errTolerated) {
+		return nil
 	}
 	for _, s := range spans {
 		held[s.register] = identify(w.buf[s.off-r.off:][:s.n], l.cfg.Seed, s.register)

@@ -225,6 +225,33 @@ func TestLoadCatchesPlantedBugs(t *testing.T) {
 	}
 }
 
+func TestLoadToleratesWhatItMay(t *testing.T) {
+	m := newMemory("error", testBlocks)
+	l := NewLoad(Config{Dial: m.dial(0), Seed: 5, Blocks: testBlocks, Rate: 1_000_000, Ops: 6000,
+		Tolerate: func(err error) bool { return err.Error() == "input/output error" }})
+	if err := l.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := linearizable(t, l); err != nil {
+		t.Fatal(err)
+	}
+	refused := 0
+	for _, k := range l.Stats().Kinds {
+		refused += k.Refused
+	}
+	if want := 6000 / plantEvery; refused != want {
+		t.Errorf("%d errors were counted, %d were given", refused, want)
+	}
+	m.count = plantEvery - 1 // the first request of ReadAll is answered with an error
+	held, err := l.ReadAll(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := held[0]; ok || len(held) == 0 {
+		t.Errorf("ReadAll holds %d registers, the first one %v; it was answered with an error", len(held), ok)
+	}
+}
+
 func TestLoadLosesPatience(t *testing.T) {
 	m := newMemory("hang", testBlocks)
 	l := NewLoad(Config{Dial: m.dial(0), Seed: 3, Blocks: testBlocks, Rate: 1_000_000, Patient: time.Millisecond})

@@ -79,7 +79,7 @@ func (w *worker) loop(ctx context.Context, c *conn) error {
 		next = maxTime(next.Add(interval), time.Now())
 		_, err := w.do(ctx, c, w.choose())
 		switch {
-		case err == nil || errors.Is(err, ErrDisconnected):
+		case err == nil || errors.Is(err, ErrDisconnected) || errors.Is(err, errTolerated):
 		case ctx.Err() != nil && errors.Is(err, ctx.Err()):
 			return nil
 		default:
@@ -243,12 +243,18 @@ func (w *worker) settle(r request, spans []span, values []Value, tokens []int) e
 	return nil
 }
 
+// errTolerated stands for an error answer that Config.Tolerate accepts.
+var errTolerated = errors.New("answered with a tolerated error")
+
 // broken tells a lost connection, which is survived, from an error answer.
 func (w *worker) broken(c *conn, dev Device, r request, start time.Time, err error) error {
 	w.load.count(r.action, start, w.load.history.start, err)
 	if errors.Is(err, ErrDisconnected) {
 		c.drop(dev, err)
 		return err
+	}
+	if t := w.load.cfg.Tolerate; t != nil && t(err) {
+		return errTolerated
 	}
 	return fmt.Errorf("%s of %d bytes at %d was answered with an error: %w", r.action, r.n, w.load.cfg.Base+r.off, err)
 }
@@ -258,8 +264,12 @@ func (l *Load) count(a action, start, epoch time.Time, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	k := &l.stats[a]
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrDisconnected):
 		k.Unknown++
+		return
+	case err != nil:
+		k.Refused++
 		return
 	}
 	k.Count++
