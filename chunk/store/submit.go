@@ -105,20 +105,21 @@ func (s *Store) settleDebts(out *outbox) error {
 // retry does what waited and has room now, in order; what only waits for a
 // smaller reserve may pass guests' writes.
 func (s *Store) retry(out *outbox) error {
-	var writesWait, allWait bool
-	kept := s.waiting[:0:0]
+	var kept []*held
+	var writesWait bool
 	for i, w := range s.waiting {
-		if allWait || i > 0 && s.failed != nil {
-			return s.keep(append(kept, s.waiting[i:]...))
-		}
-		write := w.q.Kind == wire.Write || len(w.q.Data) > 0
-		if write && writesWait {
+		data := len(w.q.Data) > 0
+		if data && writesWait {
 			kept = append(kept, w)
 			continue
 		}
 		if s.admits(&w.q) == errWait {
+			if !data { // what is behind it has no more room
+				kept = append(kept, s.waiting[i:]...)
+				break
+			}
+			writesWait = true
 			kept = append(kept, w)
-			writesWait, allWait = true, !write
 			continue
 		}
 		s.waitingBytes -= w.bytes()
@@ -128,11 +129,7 @@ func (s *Store) retry(out *outbox) error {
 			return err
 		}
 	}
-	return s.keep(kept)
-}
-
-func (s *Store) keep(ws []*held) error {
-	s.waiting = ws
+	s.waiting = kept
 	return nil
 }
 
@@ -262,12 +259,13 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 		out.fail(c, q.Kind, q.ID, status.Errorf(status.NotFound, "volume %d or its chunk %d was dropped", q.Volume, q.Chunk))
 		return nil
 	}
-	switch q.Kind {
-	case wire.Seal, wire.Settle, wire.Drop, wire.Write, wire.Zero, wire.Install:
-		if err := s.admits(q); err == errWait {
+	if appends(q.Kind) {
+		switch err := s.admits(q); err {
+		case nil:
+		case errWait:
 			s.hold(c, q, out)
 			return nil
-		} else if err != nil {
+		default:
 			out.fail(c, q.Kind, q.ID, err)
 			return nil
 		}
@@ -288,6 +286,15 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 	}
 	out.fail(c, q.Kind, q.ID, status.Errorf(status.Unsupported, "a store does not answer %s requests", q.Kind))
 	return nil
+}
+
+// appends reports whether requests of this kind need room in the log.
+func appends(k wire.Kind) bool {
+	switch k {
+	case wire.Write, wire.Zero, wire.Install, wire.Seal, wire.Settle, wire.Drop:
+		return true
+	}
+	return false
 }
 
 // vol returns a volume, made if it is new.
