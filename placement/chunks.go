@@ -26,7 +26,7 @@ type Store struct {
 	Member        bool   // of the volume the chunks are for
 	InSync        bool   // as a member
 	CapacityBytes uint64
-	UsedBytes     uint64 // as last heard
+	UsedBytes     uint64 // live data, as last heard; what compaction gives back is not in use
 }
 
 // ChunkRequest asks for places of new chunks of one volume.
