@@ -146,7 +146,7 @@ func (w *writer) run(ctx context.Context, c *client.Client, stop *atomic.Bool) e
 	return nil
 }
 
-const kills = 5
+const kills = 4
 
 // Leaders and followers are killed with -9 in the middle of commands of several
 // clients. Every command is done once: not twice, and none that was answered is

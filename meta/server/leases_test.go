@@ -299,5 +299,5 @@ func TestAttachThatNeedNotWait(t *testing.T) {
 	}
 }
 
-// checks of the property in one run; it costs 0.2 s.
-const checks = "3000"
+// checks of the property in one run.
+const checks = "1500"
