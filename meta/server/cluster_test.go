@@ -313,6 +313,7 @@ func TestThreeNodesElectServeAndAgree(t *testing.T) {
 // Everything is there after all nodes were stopped, and a node alone answers
 // nothing.
 func TestRestartFromTheDirectories(t *testing.T) {
+	t.Parallel()
 	tr := newTrio(t, nil)
 	ctx, c := tr.ctx(), tr.client()
 	hostUp(t, ctx, c, 1)
@@ -345,6 +346,7 @@ func TestRestartFromTheDirectories(t *testing.T) {
 // A node that lost its directory gets everything from the others, by snapshot
 // and log.
 func TestWipedNodeIsSyncedBySnapshot(t *testing.T) {
+	t.Parallel()
 	tr := newTrio(t, func(_ int, c *Config) { c.snapEvery, c.tick = 20, 20*time.Millisecond })
 	ctx, c := tr.ctx(), tr.client()
 	hostUp(t, ctx, c, 1)

@@ -114,6 +114,7 @@ func (w *wire) end(conns ...net.Conn) {
 // at the end all have one history: the case of raft's issue 695, which only a
 // real network shows.
 func TestCutOffLeaderAnswersNothing(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))

@@ -323,6 +323,7 @@ func TestFullDiskRefusesInTime(t *testing.T) {
 // it has caught up, so that with one that lags it cannot undo what was
 // committed.
 func TestNodeWithoutMemoryElectsNobody(t *testing.T) {
+	t.Parallel()
 	tr := newTrio(t, nil)
 	ctx, c := tr.ctx(), tr.client()
 	hostUp(t, ctx, c, 1)
@@ -400,6 +401,7 @@ func TestRecordOnDisk(t *testing.T) {
 // With a damaged snapshot and no state a node either comes back whole, by an
 // older snapshot and the log, or says what to do.
 func TestDamagedSnapshotsAreNeverServed(t *testing.T) {
+	t.Parallel()
 	const n = 120
 	whole, refused := 0, 0
 	for _, damage := range []int{1, snapshotsKept} { // the newest, all

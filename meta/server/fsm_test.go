@@ -123,6 +123,7 @@ func TestMain(m *testing.M) {
 // process, keys silently gone — the state is whole or wiped, at the second
 // start at the latest, and the log gives it back.
 func TestDamagedStateIsNeverServed(t *testing.T) {
+	t.Parallel()
 	wiped, crashed := 0, 0
 	for part := range 16 {
 		dir := filepath.Join(t.TempDir(), "state")
@@ -201,6 +202,7 @@ func (*memSink) ID() string      { return "mem" }
 func (s *memSink) Cancel() error { s.cancelled = true; return nil }
 
 func TestSnapshotGivesTheStateBackOrNothing(t *testing.T) {
+	t.Parallel()
 	f, _ := openState(t, filepath.Join(t.TempDir(), "a"), 0, 0)
 	f.ApplyBatch(history(t, 20))
 	snap, err := f.Snapshot()

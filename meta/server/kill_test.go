@@ -152,6 +152,7 @@ const kills = 4
 // clients. Every command is done once: not twice, and none that was answered is
 // lost.
 func TestKilledLeadersLoseAndDoubleNothing(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))

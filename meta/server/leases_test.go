@@ -235,6 +235,7 @@ var steps = []func(w *world, h int){
 }
 
 func TestNoReadOfAnOlderEpochAfterAnAttach(t *testing.T) {
+	t.Parallel()
 	if err := flag.Set("rapid.checks", checks); err != nil {
 		t.Fatal(err)
 	}
