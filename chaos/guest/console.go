@@ -21,8 +21,9 @@ const (
 	// CommandMaxBytes bounds one command.
 	CommandMaxBytes = 64 << 10
 	// OutputMaxBytes bounds what is kept of a command's output, and of what
-	// the guest says unasked; the oldest is dropped.
-	OutputMaxBytes = 4 << 20
+	// the guest says unasked; the oldest is dropped. An emulated serial port
+	// carries well below 1 MB a second, so this takes seconds to fill.
+	OutputMaxBytes = 256 << 10
 )
 
 const (
@@ -41,11 +42,12 @@ type Console struct {
 
 	wg sync.WaitGroup
 
-	mu    sync.Mutex
-	buf   []byte        // what was read and not yet consumed, ≤ OutputMaxBytes
-	lost  int           // bytes dropped from its beginning
-	err   error         // why nothing more will come
-	fresh chan struct{} // capacity 1: buf or err has changed
+	mu      sync.Mutex
+	buf     []byte        // what was read and not yet consumed, ≤ OutputMaxBytes
+	lost    int           // bytes that were before buf
+	dropped int           // those of them that nobody took, ≤ lost
+	err     error         // why nothing more will come
+	fresh   chan struct{} // capacity 1: buf or err has changed
 }
 
 // Output is what a command has said and how it ended.
@@ -94,7 +96,10 @@ func (c *Console) read() {
 		c.mu.Lock()
 		c.buf = append(c.buf, part[:n]...)
 		if over := len(c.buf) - OutputMaxBytes; over > 0 {
-			c.buf, c.lost = append([]byte(nil), c.buf[over:]...), c.lost+over
+			// Dropped by halves, so that what stays is not moved at each read.
+			over = min(len(c.buf), over+OutputMaxBytes/2)
+			c.buf = append([]byte(nil), c.buf[over:]...)
+			c.lost, c.dropped = c.lost+over, c.dropped+over
 		}
 		if err != nil {
 			c.err = status.Errorf(status.Unavailable, "the guest's console is gone: %w", err)
@@ -166,14 +171,40 @@ func ctxKind(ctx context.Context, err error) error {
 // Expect waits until re matches what the guest says, and returns all up to the
 // end of the match, which is consumed.
 func (c *Console) Expect(ctx context.Context, re *regexp.Regexp) ([]byte, error) {
+	return c.take(ctx, re.String(), func(buf []byte, _ int) int {
+		if loc := re.FindIndex(buf); loc != nil {
+			return loc[1]
+		}
+		return -1
+	})
+}
+
+// until is Expect for a plain text, which is found in time linear in what the
+// guest says.
+func (c *Console) until(ctx context.Context, text string) ([]byte, error) {
+	return c.take(ctx, text, func(buf []byte, seen int) int {
+		from := max(0, seen-len(text))
+		if i := bytes.Index(buf[from:], []byte(text)); i >= 0 {
+			return from + i + len(text)
+		}
+		return -1
+	})
+}
+
+// take waits until find returns how many bytes of the buffer to consume. seen
+// tells it how many it has searched before.
+func (c *Console) take(ctx context.Context, what string, find func(buf []byte, seen int) int) ([]byte, error) {
+	searched := 0 // bytes since the console was opened, lost ones included
 	for {
 		c.mu.Lock()
-		if loc := re.FindIndex(c.buf); loc != nil {
-			out := append([]byte(nil), c.buf[:loc[1]]...)
-			c.buf = c.buf[loc[1]:]
+		if n := find(c.buf, max(0, searched-c.lost)); n >= 0 {
+			out := append([]byte(nil), c.buf[:n]...)
+			c.buf = c.buf[n:]
+			c.lost += n
 			c.mu.Unlock()
 			return out, nil
 		}
+		searched = c.lost + len(c.buf)
 		err, tail := c.err, c.tail()
 		c.mu.Unlock()
 		if err != nil {
@@ -182,7 +213,7 @@ func (c *Console) Expect(ctx context.Context, re *regexp.Regexp) ([]byte, error)
 		select {
 		case <-c.fresh:
 		case <-ctx.Done():
-			return nil, status.Errorf(status.Of(ctx.Err()), "the guest did not say %s: %w; last it said %q", re, ctx.Err(), tail)
+			return nil, status.Errorf(status.Of(ctx.Err()), "the guest did not say %q: %w; last it said %q", what, ctx.Err(), tail)
 		}
 	}
 }
@@ -206,30 +237,33 @@ func (c *Console) Run(ctx context.Context, command string) (Output, error) {
 	if err := c.Send(ctx, encode(command)); err != nil {
 		return Output{}, err
 	}
-	if _, err := c.Expect(ctx, regexp.MustCompile(`\n`+c.mark+` begin\n`)); err != nil {
+	if _, err := c.until(ctx, "\n"+c.mark+" begin\n"); err != nil {
 		return Output{}, err
 	}
 	c.mu.Lock()
-	lost := c.lost
+	dropped := c.dropped
 	c.mu.Unlock()
-	end := regexp.MustCompile(`\n` + c.mark + ` end ([0-9]+)\n`)
-	out, err := c.Expect(ctx, end)
+	end := "\n" + c.mark + " end "
+	text, err := c.until(ctx, end)
 	if err != nil {
 		return Output{}, fmt.Errorf("guest command %.60q: %w", command, err)
 	}
-	c.busy = false
-	c.mu.Lock()
-	lost = c.lost - lost
-	c.mu.Unlock()
-	if lost > 0 {
-		return Output{}, status.Errorf(status.TooBig, "guest command %.60q said more than %d bytes", command, OutputMaxBytes)
+	digits, err := c.until(ctx, "\n")
+	if err != nil {
+		return Output{}, fmt.Errorf("guest command %.60q: %w", command, err)
 	}
-	loc := end.FindSubmatchIndex(out)
-	code, err := strconv.Atoi(string(out[loc[2]:loc[3]]))
+	code, err := strconv.Atoi(string(digits[:len(digits)-1]))
 	if err != nil {
 		return Output{}, status.Errorf(status.Internal, "guest command's exit status: %w", err)
 	}
-	return Output{Text: string(out[:loc[0]]), Status: code}, nil
+	c.busy = false
+	c.mu.Lock()
+	dropped = c.dropped - dropped
+	c.mu.Unlock()
+	if dropped > 0 {
+		return Output{}, status.Errorf(status.TooBig, "guest command %.60q said more than %d bytes", command, OutputMaxBytes)
+	}
+	return Output{Text: string(text[:len(text)-len(end)]), Status: code}, nil
 }
 
 // Must is Run for a command that has to succeed; it returns its output
