@@ -55,7 +55,8 @@ type Client struct {
 	export nbd.Export
 
 	structured bool
-	allocID    uint32 // 0: the server gives no block status
+	describes  bool   // base:allocation was selected
+	allocID    uint32 // its id, any number
 
 	mu      sync.Mutex // guards what follows
 	pending map[uint64]*Req
@@ -76,7 +77,7 @@ func (c *Client) Size() uint64 { return c.export.Size }
 func (c *Client) Structured() bool { return c.structured }
 
 // HasBlockStatus says whether the server describes allocation.
-func (c *Client) HasBlockStatus() bool { return c.allocID != 0 }
+func (c *Client) HasBlockStatus() bool { return c.describes }
 
 // MaxBytes is how much data one request may carry.
 func (c *Client) MaxBytes() uint32 {
@@ -128,7 +129,7 @@ func (c *Client) check(r *Req) error {
 	switch {
 	case (r.Type == nbd.CmdRead || r.Type == nbd.CmdWrite) && uint64(len(r.Data)) > uint64(c.MaxBytes()):
 		return status.Errorf(status.TooBig, "a request of %d bytes is over the server's limit of %d", len(r.Data), c.MaxBytes())
-	case r.Type == nbd.CmdBlockStatus && c.allocID == 0:
+	case r.Type == nbd.CmdBlockStatus && !c.describes:
 		return status.Errorf(status.Unsupported, "the server does not describe allocation")
 	case r.Type == nbd.CmdDisc:
 		return status.Errorf(status.Invalid, "a disconnect is no request: use Close")

@@ -234,7 +234,7 @@ func (h *handshake) contexts() error {
 		}
 		id, name, err := nbd.ParseMetaContext(data)
 		if err == nil && name == nbd.ContextAllocation {
-			h.c.allocID = id
+			h.c.describes, h.c.allocID = true, id
 		}
 		return err
 	})
