@@ -57,6 +57,9 @@ type Config struct {
 type LoadStats struct {
 	Kinds      []KindStats
 	Reconnects int // connections that were lost
+	// LongestOutageNs is the longest time from the loss of a connection to the
+	// next answer on its successor.
+	LongestOutageNs int64
 }
 
 // KindStats is one kind of operation's part. LongestAtNs is when the longest
@@ -82,6 +85,7 @@ type Load struct {
 	mu     sync.Mutex
 	stats  [actionCount]KindStats // guarded by mu
 	lost   int                    // guarded by mu: connections lost
+	outage int64                  // guarded by mu: LoadStats.LongestOutageNs
 	failed error                  // guarded by mu: the first failure of a run
 }
 
@@ -129,7 +133,7 @@ func (l *Load) SetDial(dial func(ctx context.Context) (Device, error)) { l.cfg.D
 func (l *Load) Stats() LoadStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return LoadStats{Kinds: append([]KindStats(nil), l.stats[:]...), Reconnects: l.lost}
+	return LoadStats{Kinds: append([]KindStats(nil), l.stats[:]...), Reconnects: l.lost, LongestOutageNs: l.outage}
 }
 
 // Run makes I/O until ctx ends or Config.Ops are done, and returns the first
@@ -279,6 +283,8 @@ type conn struct {
 	mu     sync.Mutex
 	dev    Device // guarded by mu; nil: not connected
 	closed bool   // guarded by mu
+
+	lostAt atomic.Int64 // unix ns of a loss not yet made good by an answer, 0 = none
 }
 
 // get returns the live device, dialling until patience or ctx ends.
@@ -318,6 +324,7 @@ func (c *conn) drop(dev Device, why error) {
 	}
 	c.dev = nil
 	c.mu.Unlock()
+	c.lostAt.CompareAndSwap(0, time.Now().UnixNano())
 	// Whatever closing a broken connection says adds nothing to why.
 	if err := dev.Close(); err != nil {
 		why = errors.Join(why, err)
@@ -326,6 +333,18 @@ func (c *conn) drop(dev Device, why error) {
 	c.load.lost++
 	c.load.mu.Unlock()
 	c.load.cfg.Log("load: connection lost (%v), reconnecting", why)
+}
+
+// answered ends an outage.
+func (c *conn) answered() {
+	at := c.lostAt.Swap(0)
+	if at == 0 {
+		return
+	}
+	took := time.Since(time.Unix(0, at)).Nanoseconds()
+	c.load.mu.Lock()
+	defer c.load.mu.Unlock()
+	c.load.outage = max(c.load.outage, took)
 }
 
 func (c *conn) close() error {

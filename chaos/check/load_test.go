@@ -188,7 +188,7 @@ func TestLoadPassesOnACorrectDisk(t *testing.T) {
 			t.Error("the load wrote before its base")
 		}
 		st := l.Stats()
-		if (st.Reconnects > 0) != (breakEvery > 0) {
+		if broke := breakEvery > 0; (st.Reconnects > 0) != broke || (st.LongestOutageNs > 0) != broke {
 			t.Errorf("%d reconnects with a break every %d requests", st.Reconnects, breakEvery)
 		}
 		for _, k := range st.Kinds {

@@ -165,6 +165,7 @@ func (w *worker) do(ctx context.Context, c *conn, r request) ([]span, error) {
 	if err != nil {
 		return nil, w.broken(c, dev, r, start, err)
 	}
+	c.answered()
 	if err := w.settle(r, spans, values, tokens); err != nil {
 		return nil, err
 	}

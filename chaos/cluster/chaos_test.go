@@ -25,6 +25,9 @@ every 15s..25s  pause meta leader 1s..3s
 every 17s..30s  kill meta
 `
 
+// smallStore fills several times in a minute: space is won back all the while.
+const smallStore = "512M"
+
 // fromEnv reads a number from the environment.
 func fromEnv(t *testing.T, name string, otherwise uint64) uint64 {
 	t.Helper()
@@ -42,16 +45,26 @@ func fromEnv(t *testing.T, name string, otherwise uint64) uint64 {
 // TestChaos is verified random I/O while host processes, the gateway's own
 // among them, and metadata leaders are killed, held down and paused at random:
 // no wrong block, no client error, and in the end all copies are in-sync and
-// equal. CAIRN_CHAOS_SECONDS sets its length, CAIRN_CHAOS_SEED replays it.
+// equal. CAIRN_CHAOS_SECONDS sets its length, CAIRN_CHAOS_SEED replays it, and
+// CAIRN_CHAOS_SCRIPT names a file of other rules (chaos/fault), as the lines a
+// run has printed.
 func TestChaos(t *testing.T) {
 	seed := fromEnv(t, "CAIRN_CHAOS_SEED", uint64(time.Now().UnixNano()))
 	length := time.Duration(fromEnv(t, "CAIRN_CHAOS_SECONDS", 60)) * time.Second
 	t.Logf("CAIRN_CHAOS_SEED=%d CAIRN_CHAOS_SECONDS=%d", seed, length/time.Second)
-	script, err := fault.Parse(storm)
+	rules := storm
+	if name := os.Getenv("CAIRN_CHAOS_SCRIPT"); name != "" {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rules = string(text)
+	}
+	script, err := fault.Parse(rules)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := startCluster(t)
+	c := startCluster(t, "--store-size", smallStore)
 	l := newLoad(t, startVolume(t, c), seed, 0)
 	names := map[string][]string{fault.KindHost: c.Names(fault.KindHost), fault.KindMeta: c.Names(fault.KindMeta)}
 	scheduler, err := fault.NewScheduler(script, seed, names)
@@ -111,5 +124,6 @@ func report(t *testing.T, l *check.Load) {
 			t.Errorf("no %s was answered", k.Kind)
 		}
 	}
-	t.Logf("%d connections lost and made again, %d entries of history", st.Reconnects, len(l.History().Ops()))
+	t.Logf("%d connections lost and made again, longest outage %.1f ms; %d entries of history",
+		st.Reconnects, float64(st.LongestOutageNs)/1e6, len(l.History().Ops()))
 }

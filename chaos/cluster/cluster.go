@@ -28,7 +28,6 @@ type Config struct {
 	Dir   string   // the cluster's directory; empty: a fresh one, removed by Close
 	Hosts int      // (3)
 	Args  []string // further arguments of `cairn up`
-	Log   func(format string, args ...any)
 }
 
 // Waits of the cluster's life. They bound hangs; nothing is slow on purpose.
@@ -67,9 +66,6 @@ func Start(ctx context.Context, cfg Config) (*Cluster, error) {
 	cfg.Bin = bin
 	if cfg.Hosts == 0 {
 		cfg.Hosts = 3
-	}
-	if cfg.Log == nil {
-		cfg.Log = func(string, ...any) {}
 	}
 	c := &Cluster{cfg: cfg, own: cfg.Dir == ""}
 	if c.own {

@@ -28,14 +28,15 @@ const (
 // testMaxWait bounds every wait of a test for the cluster.
 const testMaxWait = 2 * time.Minute
 
-// startCluster starts a cluster that is stopped at the test's end; if the test
-// failed, the end of every log is printed.
-func startCluster(t *testing.T) *Cluster {
+// startCluster starts a cluster, with further arguments of `cairn up`, that is
+// stopped at the test's end; if the test failed, the end of every log is
+// printed.
+func startCluster(t *testing.T, args ...string) *Cluster {
 	t.Helper()
 	if os.Getenv("CAIRN_BIN") == "" {
 		t.Skip("CAIRN_BIN names no cairn binary: run by `make test-int`")
 	}
-	c, err := Start(t.Context(), Config{Log: t.Logf})
+	c, err := Start(t.Context(), Config{Args: args})
 	if err != nil {
 		t.Fatal(err)
 	}
