@@ -138,7 +138,7 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	}
 	mustWrite(t, nc, b)
 	waitFor(t, "the budget to fill", func() bool { return m.kept() == 64/4 })
-	if requests, held := s.Held(); requests != 16 || held != 64<<20 {
+	if requests, held := s.Held(); requests < 16 || requests > 17 || held < 64<<20 || held > 64<<20+16<<10 { // the bystander's included
 		t.Errorf("%d requests hold %d bytes", requests, held)
 	}
 	m.letGo() // would hang here if replies were written by the volume's goroutine

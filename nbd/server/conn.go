@@ -30,7 +30,7 @@ type conn struct {
 	vol     Volume
 	door    nbd.Door
 	out     *socket.Outbox
-	freezes uint64        // of the server, when transmission began
+	freezes uint64        // of the server, when the connection came: before a client can have sent a request
 	readAt  time.Duration // when the last read returned
 
 	buf      []byte // received: buf[r:w] is not yet taken
@@ -210,7 +210,7 @@ func (c *conn) begin(n *nbd.Negotiation) error {
 	c.out, c.moved.L = out, &c.mu
 	c.inFlight = map[*volume.Op]*request{}
 	c.buf = make([]byte, bufferBytes)
-	c.freezes, c.readAt = c.s.freezes.Load(), c.s.now()
+	c.readAt = c.s.now()
 	if c.leaving != staying {
 		return errLeaving
 	}

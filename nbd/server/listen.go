@@ -3,16 +3,21 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cairnstore/cairn/proto/status"
+)
+
+const (
+	lockPatience = 3 * time.Second
+	lockPoll     = 2 * time.Millisecond
 )
 
 // maxSocketPath is what fits into a sockaddr_un beside its final zero.
@@ -116,11 +121,15 @@ func lockDir(dir string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, status.Errorf(status.NotFound, "cannot open the socket's directory: %w", err)
 	}
-	for err = syscall.EINTR; errors.Is(err, syscall.EINTR); {
-		err = unix.Flock(int(d.Fd()), unix.LOCK_EX)
+	// Polled, because whoever holds it may be this process for good.
+	for end := time.Now().Add(lockPatience); ; time.Sleep(lockPoll) {
+		err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if (!errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR)) || time.Now().After(end) {
+			break
+		}
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), d.Close())
+		return nil, errors.Join(status.Errorf(status.Unavailable, "the directory %s is locked by another process, so its sockets cannot be looked at: %w", dir, err), d.Close())
 	}
 	return d.Close, nil // the lock goes with the descriptor
 }

@@ -183,7 +183,7 @@ func (s *Server) isClosed() bool {
 // not finished its handshake makes room: half-open connections cannot lock
 // clients out.
 func (s *Server) accept(nc net.Conn) {
-	c := &conn{s: s, nc: nc, addr: nc.RemoteAddr().String()}
+	c := &conn{s: s, nc: nc, addr: nc.RemoteAddr().String(), freezes: s.freezes.Load()}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed || (len(s.conns) >= s.cfg.MaxConns && !s.evict()) {

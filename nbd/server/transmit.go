@@ -337,6 +337,8 @@ func (c *conn) fill() error {
 		c.w += n
 		c.readAt = c.s.now()
 		switch {
+		case n > 0 && c.left(): // it overtook the wake-up: unread, as far as the client can tell
+			return errLeaving
 		case n > 0:
 			return nil
 		case err == nil:
