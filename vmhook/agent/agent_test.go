@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -82,7 +81,7 @@ func newExports(t *testing.T, names ...string) *exports {
 	for _, name := range names {
 		x.size(t, name, 1<<20)
 	}
-	cmd := exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", x.sock, "file", "dir="+filepath.Join(dir, "disks"))
+	cmd := exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", x.sock, "--pidfile", x.sock+".pid", "file", "dir="+filepath.Join(dir, "disks"))
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("nbdkit: %v (apt-get install nbdkit)", err)
 	}
@@ -96,8 +95,8 @@ func newExports(t *testing.T, names ...string) *exports {
 		}
 	})
 	await(t, "nbdkit accepts", func() bool {
-		conn, err := net.Dial("unix", x.sock)
-		return err == nil && conn.Close() == nil
+		text, err := os.ReadFile(x.sock + ".pid") // written once it does
+		return err == nil && strings.HasSuffix(string(text), "\n")
 	})
 	return x
 }

@@ -98,8 +98,10 @@ func probe(ctx context.Context, dev string, guests []microGuest) Result {
 	opened := make(chan error, 1)
 	finished := make(chan Result, 1)
 	go func() {
-		// Never unlocked: a thread that had a vcpu ends with its goroutine.
+		// The thread must not end with its goroutine, as one that stays locked
+		// does: children that are to die with their parent are tied to threads.
 		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
 		v.tid.Store(int32(unix.Gettid()))
 		err := v.open(dev)
 		opened <- err

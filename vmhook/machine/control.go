@@ -48,7 +48,7 @@ func (m *Machine) powerDown(ctx context.Context) (bool, error) {
 	defer cancel()
 	if m.paused() {
 		// A paused guest cannot power off.
-		if err := m.Resume(grace); err != nil && grace.Err() == nil {
+		if err := m.Resume(grace); err != nil && grace.Err() == nil && m.Exit() == "" {
 			return false, err
 		}
 	}

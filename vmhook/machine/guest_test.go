@@ -220,17 +220,28 @@ func TestErrorsOfTheDiskStopTheGuest(t *testing.T) {
 	if got := r.sh("sha256sum < /mnt/other"); got != other {
 		t.Errorf("the new file reads %s, was %s", got, other)
 	}
-	// Again, without anybody's help.
+	// Again, with the server gone for a while too, and the disk's recovery left
+	// to a host process that comes later.
 	if err := os.WriteFile(r.nbd.errs, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	before := r.m.Status().IOErrors
 	r.background("dd if=/dev/urandom of=/mnt/third bs=64k count=32 conv=fsync")
 	await(t, r.ctx, "another I/O error", func() bool { return r.m.Status().IOErrors > before })
-	r.nbd.kill() // and gone for a while, too
+	r.m.Release()
+	r.nbd.kill()
 	if err := os.Remove(r.nbd.errs); err != nil {
 		t.Fatal(err)
 	}
+	m, err := Find(r.m.spec.Dir, r.m.spec.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.m = m
+	await(t, r.ctx, "the server is missed", func() bool {
+		s := m.Status()
+		return s.State == "io-error" && strings.Contains(s.Detail, "server is not there")
+	})
 	r.nbd.start()
 	r.join()
 	r.state("running")

@@ -3,7 +3,6 @@ package machine
 import (
 	"context"
 	"errors"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,17 +17,18 @@ import (
 // export is a real NBD server over a sparse file, which can be killed, hung,
 // made to answer errors, and grown.
 type export struct {
-	t    *testing.T
-	file string
-	sock string
-	errs string // while this file exists, every request fails with EIO
-	cmd  *exec.Cmd
+	t     *testing.T
+	file  string
+	sock  string
+	ready string // its pid file
+	errs  string // while this file exists, every request fails with EIO
+	cmd   *exec.Cmd
 }
 
 // newExport serves a new sparse file.
 func newExport(t *testing.T, dir string, sizeBytes int64) *export {
 	t.Helper()
-	e := &export{t: t, file: filepath.Join(dir, "disk"), sock: filepath.Join(dir, "nbd.sock"), errs: filepath.Join(dir, "fail")}
+	e := &export{t: t, file: filepath.Join(dir, "disk"), sock: filepath.Join(dir, "nbd.sock"), errs: filepath.Join(dir, "fail"), ready: filepath.Join(dir, "nbdkit.pid")}
 	if err := os.WriteFile(e.file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +51,7 @@ func (e *export) grow(sizeBytes int64) {
 // start starts the server and returns when it accepts.
 func (e *export) start() {
 	e.t.Helper()
-	e.cmd = exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", e.sock,
+	e.cmd = exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", e.sock, "--pidfile", e.ready,
 		"--filter=error", "file", e.file, "error=EIO", "error-rate=100%", "error-file="+e.errs)
 	e.cmd.Stderr = os.Stderr
 	if err := e.cmd.Start(); err != nil {
@@ -59,13 +59,14 @@ func (e *export) start() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	await(e.t, ctx, "nbdkit accepts", func() bool {
-		conn, err := net.Dial("unix", e.sock)
-		if err != nil {
-			return false
-		}
-		return conn.Close() == nil
-	})
+	await(e.t, ctx, "nbdkit accepts", func() bool { return ready(e.ready) })
+}
+
+// ready reports whether nbdkit has written its pid file, which it does once it
+// accepts connections. (To try a connection, and to hang up, can make it exit.)
+func ready(pidfile string) bool {
+	text, err := os.ReadFile(pidfile)
+	return err == nil && strings.HasSuffix(string(text), "\n")
 }
 
 // kill ends the server as a crash would.
@@ -79,8 +80,10 @@ func (e *export) kill() {
 		e.t.Errorf("nbdkit: %v", err)
 	}
 	e.cmd = nil
-	if err := os.Remove(e.sock); err != nil && !errors.Is(err, os.ErrNotExist) {
-		e.t.Error(err)
+	for _, file := range []string{e.sock, e.ready} {
+		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			e.t.Error(err)
+		}
 	}
 }
 

@@ -353,7 +353,7 @@ func TestServerThatSaysNothing(t *testing.T) {
 	end(t, m)
 	silent := filepath.Join(filepath.Dir(spec.Dir), "silent.sock")
 	m.spec.Disks = []Disk{{Name: "v", URI: "nbd+unix:///v?socket=" + silent}}
-	hang := exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", silent, "null", "size=2M")
+	hang := exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", silent, "--pidfile", silent+".pid", "null", "size=2M")
 	if err := hang.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -366,7 +366,7 @@ func TestServerThatSaysNothing(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	await(t, ctx, "the silent server listens", func() bool { _, err := os.Stat(silent); return err == nil })
+	await(t, ctx, "the silent server listens", func() bool { return ready(silent + ".pid") })
 	if err := hang.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
