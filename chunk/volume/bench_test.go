@@ -18,7 +18,6 @@ type benchEngine struct {
 	replies [testStores][]*wire.Reply
 	pool    []*wire.Reply
 	data    []byte
-	metas   []*MetaCall
 }
 
 func newBench(b *testing.B, depth int) *benchEngine {
@@ -50,10 +49,12 @@ func (x *benchEngine) step(ev Event) { x.e.Step(x.now, ev, &x.out) }
 // answer lets every store answer what it was sent, in one batch each.
 func (x *benchEngine) answer() {
 	for _, s := range x.out.Sends {
-		r := &wire.Reply{}
-		if n := len(x.pool); n > 0 {
-			r, x.pool = x.pool[n-1], x.pool[:n-1]
+		if len(x.pool) == 0 {
+			x.pool = append(x.pool, &wire.Reply{})
 		}
+		n := len(x.pool) - 1
+		r := x.pool[n]
+		x.pool = x.pool[:n]
 		*r = wire.Reply{Kind: s.Req.Kind, ID: s.Req.ID, Incarnation: 1, Flags: wire.FlagIntact}
 		if s.Req.Kind == wire.Read {
 			r.Data = x.data[:int(s.Req.Count)*ids.BlockSize]

@@ -9,16 +9,17 @@
 //
 // # Stages of the data path (the functions stand in this order, over the files)
 //
-//  1. Step          an event comes in, with the time
+//  1. Step          an event (event.go) comes in, with the time
 //  2. admit         an operation is cut into pieces, one per chunk   (admit.go)
 //  3. issue         a piece gets its version and goes to every replica (write.go)
 //  4. accepted      a replica has answered                            (write.go)
 //  5. complete      all required replicas have: the client may be told
 //  6. read, flush   the other two ways through                (read.go, flush.go)
-//  7. replicas      links up and down, seals, resends           (replica.go)
+//  7. replicas      links up and down, seals, resends, stalls   (replica.go)
 //  8. membership    exclusion before acknowledgement            (member.go)
 //  9. attach        seal, reconcile, settle, serve              (attach.go)
 //  10. join         a member that was out catches up            (join.go)
+//  11. transfer     how blocks are copied in attach and join    (transfer.go)
 package volume
 
 import (

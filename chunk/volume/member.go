@@ -44,12 +44,16 @@ func (e *Engine) takeNews() {
 	if v == nil || e.member.call != nil || e.alloc.call != nil {
 		return
 	}
-	e.member.news, e.member.after = nil, e.now
+	e.member.news = nil
 	refused := e.member.refused
 	e.member.refused = nil
 	if v.Revision > e.revision {
+		e.member.after = e.now
 		e.adoptMembers(v)
-	} else if refused != nil && v.Revision == e.revision && refused.join != nil {
+		return
+	}
+	e.member.after = min(e.member.after, e.now+metaRetry) // nothing new: not at once
+	if refused != nil && v.Revision == e.revision && refused.join != nil {
 		e.abortJoin(refused, "metadata refuses it")
 	}
 }
@@ -66,7 +70,7 @@ func (e *Engine) exclude(r *replica, why string) {
 	if !r.inSync || r.excluding {
 		return
 	}
-	r.excluding, r.why = true, why
+	r.excluding, r.why, r.bouncedAt = true, why, e.now
 }
 
 // startChange commits what is due: exclusions first, then one addition. A

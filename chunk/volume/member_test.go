@@ -161,6 +161,30 @@ func TestTheOnlyReplicaLosesPower(t *testing.T) {
 	}
 }
 
+// A member that lost power when all that is acknowledged was durable stays in
+// sync, and gets again what it had accepted of the writes in flight.
+// Guard: lostPower takes back what it had accepted.
+func TestAMemberThatLostPowerGetsAgainWhatIsInFlight(t *testing.T) {
+	for seed := range uint64(50) {
+		w := filled(t, seed, 4)
+		w.flush()
+		w.until("flushed", func() bool { return w.idle() && !w.e.flush.running && !w.e.dirty() })
+		w.keep = only(0)
+		w.write(2, 50)
+		w.until("accepted by one", func() bool { return len(w.kept) == 2 && w.e.replicas[0].busy == 0 })
+		w.stores[0].loseVolatile(func() bool { return false })
+		w.restart(0)
+		w.until("sealed", func() bool { return w.e.replicas[0].readable() })
+		w.release()
+		w.until("written", w.idle)
+		if len(w.metas) != 0 {
+			w.fail("it was excluded")
+		}
+		w.must(2, 50)
+		w.same()
+	}
+}
+
 // A store that answers nothing is excluded once others progress, and catches up
 // later; when all stand still nobody is, nor when this process slept.
 // Guards: watchStalls: moving, stillUntil, slept, and the sign of life.
@@ -179,12 +203,21 @@ func TestStalls(t *testing.T) {
 		for i := range w.stores {
 			w.hang(i)
 		}
-		w.until("written", w.idle)
-		w.now += 10 * w.e.cfg.Stall // suspended with a request on its way
-		w.read(2)
-		w.now += 10 * w.e.cfg.Stall
+		w.until("quiet", func() bool { return w.idle() && !w.e.flush.running && !w.e.dirty() })
+		w.keep = func(i int, q *wire.Request) bool { return i != 0 }
+		w.write(2, 51)
+		w.now += 10 * w.e.cfg.Stall // suspended with requests on their way; then one answer comes first
+		for w.e.replicas[0].busy > 0 {
+			f := w.pending[0]
+			w.pending = w.pending[1:]
+			f()
+		}
 		w.step(&Tick{})
+		if !w.allInSync() {
+			w.fail("a member was given up because this process slept")
+		}
 		w.settleFor(w.e.cfg.Stall / 4)
+		w.release()
 		if len(w.metas) != 0 {
 			w.fail("somebody was excluded because this process slept: %v", w.metas)
 		}

@@ -30,7 +30,7 @@ type replica struct {
 	doubt       bool // while in-sync it lost power, or failed a flush: it may lack what was accepted
 	excluding   bool // to be excluded as soon as the rules and metadata allow
 	why         string
-	bouncedAt   time.Duration // its connection was last given up on purpose
+	bouncedAt   time.Duration // it failed, or its connection was given up on purpose, last
 	join        *join
 	joinAfter   time.Duration // not before: backs off
 	joinTries   int           // that failed since the last success

@@ -32,7 +32,7 @@ func TestStoresFallAndGatewaysDie(t *testing.T) {
 // The same, with everything else that can happen to a store: it hangs, is full,
 // loses power, alone or with all others.
 func TestAnythingHappens(t *testing.T) {
-	for seed := range uint64(1000) {
+	for seed := range uint64(700) {
 		w := newWorld(t, seed)
 		w.flaky = seed%2 == 1
 		w.attach()
