@@ -28,6 +28,7 @@ type memory struct {
 	keptBack []*volume.Op
 	refuse   status.Kind // answer of every operation
 	flushes  int
+	written  uint64
 	fua      int
 	ops      []volume.Op // what came, Data left out
 	record   bool
@@ -105,6 +106,7 @@ func (m *memory) do(op *volume.Op) status.Kind {
 		copy(op.Data, b)
 	case volume.OpWrite:
 		copy(b, op.Data)
+		m.written += op.Len
 		for i := op.Off / memoryThin; i <= (op.Off+op.Len-1)/memoryThin; i++ {
 			m.present[i] = true
 		}
@@ -156,6 +158,13 @@ func (m *memory) counts() (fua, flushes int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.fua, m.flushes
+}
+
+// bytesWritten is how much was ever written.
+func (m *memory) bytesWritten() uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.written
 }
 
 // hold makes the volume keep operations back.
