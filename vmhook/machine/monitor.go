@@ -66,6 +66,7 @@ func (m *Machine) follow(c *qmp.Client) error {
 				known = m.ask()
 			}
 		case <-again.C:
+			m.trimLogs()
 			if !known {
 				known = m.ask()
 			}

@@ -436,3 +436,41 @@ func TestBootsFromItsDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestLogsAreBounded fills a log by a writer that has it open, as QEMU has.
+func TestLogsAreBounded(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "log")
+	if err := trimLog(file, 10); err != nil {
+		t.Errorf("no log yet: %v", err)
+	}
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content := func(name string) string {
+		text, err := os.ReadFile(name)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Error(err)
+		}
+		return string(text)
+	}
+	for _, c := range []struct{ write, log, old string }{
+		{"0123456789", "0123456789", ""},
+		{"abc", "", "3456789abc"},
+		{"def", "def", "3456789abc"},
+		{"ghijklmnopqrst", "", "klmnopqrst"},
+	} {
+		if _, err := f.WriteString(c.write); err != nil {
+			t.Fatal(err)
+		}
+		if err := trimLog(file, 10); err != nil {
+			t.Fatal(err)
+		}
+		if log, old := content(file), content(file+".old"); log != c.log || old != c.old {
+			t.Errorf("after %q: %q and old %q, want %q and %q", c.write, log, old, c.log, c.old)
+		}
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
