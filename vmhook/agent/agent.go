@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"sort"
 	"sync"
 	"time"
@@ -78,6 +77,9 @@ type vm struct {
 	// started is closed when m is set or the start has failed.
 	started chan struct{}
 	err     error // what went wrong after the end; set before gone is closed
+
+	attaching sync.Mutex // guards detached, and keeps Attach and Detach apart
+	detached  bool       // it has ended: nothing is attached for it any more
 }
 
 // New returns an agent without machines; Adopt finds those that run.
@@ -210,7 +212,10 @@ func (a *Agent) watch(e *vm, m *machine.Machine) {
 			return
 		}
 		why := m.Exit()
+		e.attaching.Lock()
+		e.detached = true
 		err := errors.Join(a.detach(e.volumes), m.Forget())
+		e.attaching.Unlock()
 		m.Release()
 		a.drop(e, err)
 		a.report(e.name, why, err)
@@ -356,78 +361,6 @@ func (a *Agent) Refresh(ctx context.Context, volume string, sizeBytes uint64) er
 		}
 	}
 	return failed
-}
-
-// Adopt takes over the machines that an earlier host process has started, and
-// attaches their volumes again, so that they find their disks. It returns the
-// names of those that run. The ones that ended meanwhile are reported to
-// OnExit. A machine that cannot be adopted does not keep the others from it.
-func (a *Agent) Adopt(ctx context.Context) ([]string, error) {
-	dir, err := filepath.Abs(a.cfg.Dir)
-	if err != nil {
-		return nil, status.Errorf(status.IO, "VM directory: %w", err)
-	}
-	names, err := machine.List(dir)
-	if err != nil {
-		return nil, err
-	}
-	var adopted []string
-	var failed error
-	for _, name := range names {
-		ok, err := a.adopt(ctx, dir, name)
-		if err != nil {
-			failed = errors.Join(failed, fmt.Errorf("adopt VM %s: %w", name, err))
-		}
-		if ok {
-			adopted = append(adopted, name)
-		}
-	}
-	return adopted, failed
-}
-
-func (a *Agent) adopt(ctx context.Context, dir, name string) (bool, error) {
-	m, err := machine.Find(dir, name)
-	if errors.Is(err, status.NotFound) {
-		return false, a.bury(dir, name)
-	}
-	if err != nil {
-		return false, err
-	}
-	v := &pb.VM{Name: name}
-	uris := map[string]string{}
-	for _, d := range m.Spec().Disks {
-		v.Disks = append(v.Disks, d.Name)
-		uris[d.Name] = d.URI
-	}
-	e, err := a.reserve(v)
-	if err != nil {
-		m.Release()
-		return false, err
-	}
-	// The machine is ours from here on, with or without its disks: it waits
-	// for them, and can be stopped.
-	a.watch(e, m)
-	var failed error
-	for _, volume := range e.volumes {
-		uri, err := a.cfg.Volumes.Attach(ctx, volume)
-		switch {
-		case err != nil:
-			failed = errors.Join(failed, fmt.Errorf("attach volume %s: %w", volume, err))
-		case uri != uris[volume]:
-			failed = errors.Join(failed, status.Errorf(status.Conflict, "volume %s is now at %s, and the VM looks for it at %s; stop and start the VM", volume, uri, uris[volume]))
-		}
-	}
-	return true, failed
-}
-
-// bury does what watch does for a machine that ended while nobody watched.
-func (a *Agent) bury(dir, name string) error {
-	volumes, err := machine.Volumes(dir, name)
-	if err == nil {
-		err = errors.Join(a.detach(volumes), machine.Forget(dir, name))
-	}
-	a.report(name, "it ended while the host process was away", err)
-	return err
 }
 
 // StopAll ends every machine of this host, and returns when all are gone.

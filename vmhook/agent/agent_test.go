@@ -28,7 +28,7 @@ type exports struct {
 	mu       sync.Mutex
 	attached map[string]int // calls of Attach minus calls of Detach
 	refuse   string         // this volume cannot be attached
-	detachOK error          // what Detach answers
+	detach   error          // what Detach answers
 }
 
 func (x *exports) Attach(_ context.Context, name string) (string, error) {
@@ -45,7 +45,13 @@ func (x *exports) Detach(_ context.Context, name string) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.attached[name]--
-	return x.detachOK
+	return x.detach
+}
+
+func (x *exports) set(refuse string, detach error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.refuse, x.detach = refuse, detach
 }
 
 // held lists the volumes that are attached.
@@ -240,11 +246,11 @@ func TestOneMachine(t *testing.T) {
 func TestAFailedStartLeavesNothing(t *testing.T) {
 	ctx := testContext(t)
 	f := newFixture(t, newExports(t, "a", "b"))
-	f.x.refuse = "b"
+	f.x.set("b", nil)
 	if err := f.Start(ctx, vmOf("vm-1", "a", "b")); !errors.Is(err, status.Held) || !strings.Contains(err.Error(), "host-2") {
 		t.Errorf("a held volume: %v", err)
 	}
-	f.x.refuse = ""
+	f.x.set("", nil)
 	bad := vmOf("vm-1", "a", "b")
 	bad.MemoryBytes = 1
 	if err := f.Start(ctx, bad); !errors.Is(err, status.Invalid) {
@@ -280,11 +286,11 @@ func TestAMachineThatEndsByItself(t *testing.T) {
 	if err := f.Start(ctx, vmOf("vm-1", "a")); err != nil {
 		t.Fatal(err)
 	}
-	f.x.detachOK = status.Errorf(status.Unavailable, "no metadata leader")
+	f.x.set("", status.Errorf(status.Unavailable, "no metadata leader"))
 	if err := f.Stop(ctx, "vm-1", true); !errors.Is(err, status.Unavailable) {
 		t.Errorf("stop: %v", err)
 	}
-	f.x.detachOK = nil
+	f.x.set("", nil)
 }
 
 // TestAdopt restarts the agent: what runs is kept with its volumes, what has
@@ -335,7 +341,7 @@ func TestAdopt(t *testing.T) {
 	second.Close()
 
 	// A volume that cannot be attached does not cost the machine its keeper.
-	x.refuse = "a"
+	x.set("a", nil)
 	third := newFixture(t, x)
 	names, err = third.Adopt(ctx)
 	if !errors.Is(err, status.Held) || len(names) != 1 {
@@ -346,8 +352,13 @@ func TestAdopt(t *testing.T) {
 		t.Errorf("reported twice: %s", got)
 	default:
 	}
+	x.set("", nil)
+	await(t, "the volume is attached in the end", func() bool { return x.held() == "a:2" })
 	if err := third.Stop(ctx, "lives", true); err != nil {
 		t.Fatal(err)
+	}
+	if got := x.held(); got != "a:1" { // attached by the second agent, too
+		t.Errorf("attached after the stop: %s", got)
 	}
 	if left, err := machine.List(filepath.Join(x.dir, "vm")); err != nil || len(left) != 0 {
 		t.Errorf("records left: %v, %v", left, err)
