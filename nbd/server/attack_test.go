@@ -159,7 +159,7 @@ func TestAbortMidReply(t *testing.T) {
 		nc := rawTransmission(t, network, addr, "v")
 		var b []byte
 		for range 20 {
-			b = nbd.AppendRequest(b, nbd.Request{Type: nbd.CmdRead, Len: 2 << 20})
+			b = nbd.AppendRequest(b, nbd.Request{Type: nbd.CmdRead, Len: 1 << 20})
 		}
 		mustWrite(t, nc, b)
 		mustRead(t, nc, make([]byte, 1+i*100000))

@@ -17,9 +17,11 @@ import (
 )
 
 func random(n int, seed uint64) []byte {
-	r, b := rand.New(rand.NewPCG(seed, 1)), make([]byte, n)
-	for i := range b {
-		b[i] = byte(r.Uint32())
+	var key [32]byte
+	be.PutUint64(key[:], seed)
+	b := make([]byte, n)
+	if _, err := rand.NewChaCha8(key).Read(b); err != nil {
+		panic(err) // it never fails
 	}
 	return b
 }
