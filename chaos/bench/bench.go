@@ -68,7 +68,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	b := &bench{cfg: cfg, samples: map[string]map[string][]sample{}}
-	if err := b.measure(ctx, dir); err != nil {
+	if err := b.measure(ctx, dir); ctx.Err() != nil {
+		return fmt.Errorf("the benchmark was interrupted: %w", err)
+	} else if err != nil {
 		return err
 	}
 	return b.result().print(cfg.Out, cfg.JSON)

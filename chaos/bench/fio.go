@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os/exec"
 	"strconv"
@@ -86,8 +85,10 @@ func runFio(ctx context.Context, j job, uri string, sizeBytes uint64, d time.Dur
 	// A cancelled fio ends its job and reports; killed, it may leave threads waiting on a socket.
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 5 * time.Second
-	if err := cmd.Run(); err != nil {
-		return sample{}, fmt.Errorf("fio (%s) on %s: %w: %s", j.name, uri, errors.Join(err, ctx.Err()), lastLines(stderr.String()+stdout.String()))
+	if err := cmd.Run(); ctx.Err() != nil {
+		return sample{}, ctx.Err()
+	} else if err != nil {
+		return sample{}, fmt.Errorf("fio (%s) on %s: %w: %s", j.name, uri, err, lastLines(stderr.String()+stdout.String()))
 	}
 	after, err := cpuOf(pids)
 	if err != nil {

@@ -47,6 +47,7 @@ func startQemu(ctx context.Context, dir string, sizeBytes uint64) (*qemuSide, er
 	q.cmd = exec.Command("qemu-nbd", "--format=raw", "--persistent", "--shared=8", "--export-name=v", "--socket="+q.socket, raw)
 	var said strings.Builder
 	q.cmd.Stderr = &said
+	q.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C reaches us alone, and we stop it
 	if err := q.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("qemu-nbd does not start: %w; `apt-get install qemu-utils` brings it", err)
 	}

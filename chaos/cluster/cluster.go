@@ -86,8 +86,6 @@ func (c *Cluster) Dir() string { return c.cfg.Dir }
 // Up runs `cairn up` on the directory and waits for its ready line. Start does
 // it; after Down it may be done again.
 func (c *Cluster) Up(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, startMaxWait)
-	defer cancel()
 	args := append([]string{"up", "--processes", "--dir", c.cfg.Dir, "--hosts", strconv.Itoa(c.cfg.Hosts)}, c.cfg.Args...)
 	// cairn keeps its nodes' logs in the same folder, and minds no other file there.
 	if err := os.MkdirAll(filepath.Join(c.cfg.Dir, "log"), 0o700); err != nil {
@@ -101,13 +99,14 @@ func (c *Cluster) Up(ctx context.Context) error {
 	case <-up.ready:
 		c.up = up
 		return nil
-	case <-up.gone:
-		err = fmt.Errorf("`cairn up` ended before it was ready: %w", up.err)
 	case <-ctx.Done():
-		err = fmt.Errorf("`cairn up` was not ready in %v: %w", startMaxWait, ctx.Err())
+		err = ctx.Err()
+	case <-up.gone:
+		err = fmt.Errorf("`cairn up` ended before it was ready: %v\n%s", up.err, c.Tail())
+	case <-time.After(startMaxWait):
+		err = fmt.Errorf("`cairn up` was not ready in %v\n%s", startMaxWait, c.Tail())
 	}
-	tail := c.Tail()
-	return errors.Join(fmt.Errorf("%w\n%s", err, tail), up.stop(), c.sweep())
+	return errors.Join(err, up.stop(), c.sweep())
 }
 
 // Down runs `cairn down` and waits until no process of the cluster is left.
@@ -270,7 +269,8 @@ func startUp(bin string, args []string, log string) (*upProcess, error) {
 	u := &upProcess{ready: make(chan struct{}), gone: make(chan struct{})}
 	cmd := exec.Command(bin, args...)
 	cmd.Stderr = f
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	// A group of its own, so that Ctrl-C reaches us alone and we stop it in order.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
