@@ -12,7 +12,7 @@ func TestProbeGivesAnAnswerAndAReason(t *testing.T) {
 		t.Errorf("usable %v with reason %q", r.Usable, r.Why)
 	}
 	// What it cannot do does not change, and nothing is used up by asking.
-	for range 20 {
+	for range 50 {
 		if again := Probe(context.Background()); again != r {
 			t.Fatalf("first %+v, then %+v", r, again)
 		}

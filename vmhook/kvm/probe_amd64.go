@@ -34,6 +34,10 @@ const (
 	exitHLT    = 5
 	tssAt      = 0xfffbd000 // three pages below 4 GiB, as the API asks for
 	cpuidMax   = 256
+
+	interruptsMax     = 1000 // of one request
+	interruptEvery    = 5 * time.Millisecond
+	interruptPatience = 100 * time.Millisecond
 )
 
 type kvmRegs struct {
@@ -131,36 +135,59 @@ func probe(ctx context.Context, dev string, guests []microGuest) Result {
 }
 
 // interrupt gets a vcpu out of the kernel: a signal ends KVM_RUN. It is sent
-// repeatedly, because one that arrives just before the call would be lost.
+// repeatedly, because one that arrives just before the call would be lost, and
+// also after the caller was answered, until the thread is back.
 // SIGURG is the signal the Go runtime itself uses to interrupt threads.
 func (v *vcpu) interrupt(finished <-chan Result, late Result) Result {
-	for range 20 {
-		if err := unix.Tgkill(os.Getpid(), int(v.tid.Load()), unix.SIGURG); err != nil && !errors.Is(err, unix.ESRCH) {
-			return unusable(late.Why + "; its thread cannot be interrupted: " + err.Error())
+	answer := make(chan Result, 1)
+	go func() {
+		for {
+			if err := unix.Tgkill(os.Getpid(), int(v.tid.Load()), unix.SIGURG); err != nil {
+				answer <- unusable(late.Why + "; its thread cannot be interrupted: " + err.Error())
+				return
+			}
+			select {
+			case r := <-finished:
+				answer <- r
+				return
+			case <-time.After(interruptEvery):
+			}
 		}
-		select {
-		case r := <-finished:
-			return r
-		case <-time.After(5 * time.Millisecond):
-		}
+	}()
+	select {
+	case r := <-answer:
+		return r
+	case <-time.After(interruptPatience):
+		return late
 	}
-	return late
 }
 
+// ioctl repeats a request that a signal of the Go runtime has interrupted, as
+// happens to those that take long, such as the creation of a VM.
 func ioctl(fd int, req uintptr, arg uintptr) (int, error) {
-	r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, arg)
-	if errno != 0 {
-		return 0, errno
+	for range interruptsMax {
+		r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, arg)
+		if errno == 0 {
+			return int(r), nil
+		}
+		if errno != unix.EINTR {
+			return 0, errno
+		}
 	}
-	return int(r), nil
+	return 0, unix.EINTR
 }
 
 func ioctlPtr(fd int, req uintptr, arg unsafe.Pointer) error {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(arg))
-	if errno != 0 {
-		return errno
+	for range interruptsMax {
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(arg))
+		if errno == 0 {
+			return nil
+		}
+		if errno != unix.EINTR {
+			return errno
+		}
 	}
-	return nil
+	return unix.EINTR
 }
 
 // open makes a VM with one vcpu and its memory.
@@ -268,15 +295,20 @@ func (v *vcpu) runOne(ctx context.Context, g microGuest) string {
 	}
 	page := (*kvmRunPage)(unsafe.Pointer(&v.run[0]))
 	for {
-		_, err := ioctl(v.cpu, kvmRun, 0)
+		// Asked before the call as well: a caller that has given up while the
+		// VM was being made will not interrupt it.
 		if ctx.Err() != nil {
 			return "it did not end in time"
 		}
-		if err == nil {
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(v.cpu), kvmRun, 0)
+		if ctx.Err() != nil {
+			return "it did not end in time"
+		}
+		if errno == 0 {
 			break
 		}
-		if !errors.Is(err, unix.EINTR) { // a signal of the Go runtime
-			return err.Error()
+		if errno != unix.EINTR { // a signal of the Go runtime
+			return errno.Error()
 		}
 	}
 	if page.ExitReason != exitHLT {
