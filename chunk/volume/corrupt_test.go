@@ -13,7 +13,7 @@ import (
 func (w *world) flip(i int, block uint64) bool {
 	k := w.key(block)
 	for _, s := range w.stores {
-		if s.bad[k] {
+		if s.bad[k] || s.blocks[k].en != w.stores[i].blocks[k].en {
 			return false
 		}
 	}
@@ -27,7 +27,8 @@ func (w *world) flip(i int, block uint64) bool {
 // hopeless reports whether every copy that counts is bad.
 func (w *world) hopeless(block uint64) bool {
 	for i, m := range w.vol.Members {
-		if m.InSync && w.stores[i].up && !w.stores[i].bad[w.key(block)] {
+		k := w.key(block)
+		if m.InSync && w.stores[i].up && !w.stores[i].bad[k] && w.stores[i].blocks[k].en.Kind != wire.EntryPoison {
 			return false
 		}
 	}

@@ -248,7 +248,10 @@ func (e *Engine) copyRanges(r *replica, jn *join, c *chunk, sources []*replica, 
 	q := wire.Request{Kind: wire.List, Chunk: c.id, Block: ids.Block(first), Count: min(wire.DigestBlocks, e.perChunk-first)}
 	e.pair(r, jn, sources[0], q, func(joiner, survivor *wire.Reply) {
 		t := &transfer{from: sources, to: []*replica{r}, limit: jn.from, runs: runs(difference(jn.from, joiner.Entries, survivor.Entries)),
-			live: func() bool { return r.join == jn && jn.phase == joinCopy }}
+			live: func() bool { return r.join == jn && jn.phase == joinCopy },
+			hope: func() bool {
+				return slices.ContainsFunc(c.replicas, func(o *replica) bool { return o.inSync && !slices.Contains(sources, o) })
+			}}
 		t.ended = func(f *failure) {
 			r.joinedBytes += t.bytes
 			if f != nil {

@@ -430,3 +430,39 @@ func TestARequestIsNotUsedAgainBeforeItsAnswer(t *testing.T) {
 		}
 	}
 }
+
+// What a joiner, or an attach, copies goes in runs, not block by block, and only
+// what differs.
+func TestCopiesGoInRuns(t *testing.T) {
+	for seed := range uint64(20) {
+		w := filled(t, seed, 8)
+		w.fall(2)
+		w.until("excluded", func() bool { return !w.vol.Members[2].InSync })
+		n := uint64(40 * ids.BlockSize)
+		w.do(&Op{Kind: OpWrite, Off: 16 * ids.BlockSize, Len: n, Data: make([]byte, n)}, w.ok("write"))
+		w.until("written", w.idle)
+		installs := func(s *memStore) (requests, blocks int) {
+			for _, q := range s.log {
+				if q.Kind == wire.Install {
+					requests++
+					blocks += len(q.Entries)
+				}
+			}
+			return requests, blocks
+		}
+		w.fall(2)
+		w.until("in sync", w.allInSync)
+		if r, b := installs(w.stores[2]); r != 1 || b != 40 {
+			w.fail("the join took %d requests for %d blocks", r, b)
+		}
+		w.keep = only(0)
+		w.do(&Op{Kind: OpWrite, Off: 16 * ids.BlockSize, Len: n, Data: make([]byte, n)}, w.ok("write"))
+		w.until("at one member", func() bool { return len(w.kept) == 2 && w.e.replicas[0].busy == 0 })
+		w.life++
+		w.kept, w.keep = nil, nil
+		w.serving()
+		if r, b := installs(w.stores[1]); r != 1 || b != 40 {
+			w.fail("the attach took %d requests for %d blocks", r, b)
+		}
+	}
+}

@@ -22,6 +22,7 @@ type transfer struct {
 	active int
 	bytes  uint64           // of data, given to each target
 	live   func() bool      // whether anybody still waits for this
+	hope   func() bool      // whether a good copy may turn up that no source has; may be nil
 	ended  func(f *failure) // called once: nil, or why not
 	over   bool
 }
@@ -114,6 +115,8 @@ func (e *Engine) fetch(t *transfer, run []wire.Entry, try int) {
 			e.runTransfer(t)
 		case try+1 < sourceTries*len(t.from):
 			e.fetch(t, run, try+1)
+		case t.hope != nil && t.hope():
+			e.failTransfer(t, s, &wire.Reply{Kind: wire.Read, Status: status.Corrupt, Detail: "a bad block, and who may have a good copy cannot be asked now"})
 		default:
 			first.Kind, first.Sum = wire.EntryPoison, 0
 			e.give(t, []wire.Entry{first}, nil)
