@@ -57,8 +57,9 @@ type Config struct {
 }
 
 // openWait bounds how long a client's open of a volume waits for the gateway's
-// recovery after a restart.
-const openWait = 15 * time.Second
+// recovery after a restart; less than the handshake's deadline, so that the
+// client hears why.
+const openWait = 8 * time.Second
 
 // Gateway holds the volumes attached on one host.
 type Gateway struct {

@@ -165,7 +165,7 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: c.Allocate}})
 	default:
 		// The engine has ended: only the volume's close may cut this short.
-		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_Detach{Detach: c.Detach}})
+		_, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_Detach{Detach: c.Detach}})
 		v.detached(err)
 		return
 	}

@@ -85,8 +85,21 @@ func (c *control) vm(ctx context.Context, name string) (*pb.VM, error) {
 	return rep.Vms[0], nil
 }
 
+// ready waits until the VMs that outlived the last process are known.
+func (c *control) ready(ctx context.Context) error {
+	select {
+	case <-c.h.adopted:
+		return nil
+	case <-ctx.Done():
+		return status.Errorf(status.Unavailable, "host %s is still looking for the VMs that outlived its last process: ask again", c.h.cfg.Name)
+	}
+}
+
 // StartVM implements pb.HostControlServer.
 func (c *control) StartVM(ctx context.Context, r *pb.VMRef) (*pb.HostReply, error) {
+	if err := c.ready(ctx); err != nil {
+		return reply(err), nil
+	}
 	vm, err := c.vm(ctx, r.Vm)
 	if err != nil {
 		return reply(err), nil
@@ -99,21 +112,33 @@ func (c *control) StartVM(ctx context.Context, r *pb.VMRef) (*pb.HostReply, erro
 
 // StopVM implements pb.HostControlServer.
 func (c *control) StopVM(ctx context.Context, r *pb.VMRef) (*pb.HostReply, error) {
+	if err := c.ready(ctx); err != nil {
+		return reply(err), nil
+	}
 	return reply(c.h.vms.Stop(ctx, r.Vm, r.Force)), nil
 }
 
 // PauseVM implements pb.HostControlServer.
 func (c *control) PauseVM(ctx context.Context, r *pb.VMRef) (*pb.HostReply, error) {
+	if err := c.ready(ctx); err != nil {
+		return reply(err), nil
+	}
 	return reply(c.h.vms.Pause(ctx, r.Vm)), nil
 }
 
 // ResumeVM implements pb.HostControlServer.
 func (c *control) ResumeVM(ctx context.Context, r *pb.VMRef) (*pb.HostReply, error) {
+	if err := c.ready(ctx); err != nil {
+		return reply(err), nil
+	}
 	return reply(c.h.vms.Resume(ctx, r.Vm)), nil
 }
 
 // ShowVM implements pb.HostControlServer.
 func (c *control) ShowVM(ctx context.Context, r *pb.VMRef) (*pb.VMReply, error) {
+	if err := c.ready(ctx); err != nil {
+		return &pb.VMReply{Status: uint32(status.Of(err)), Detail: err.Error(), Name: r.Vm}, nil
+	}
 	s, err := c.h.vms.Show(ctx, r.Vm)
 	if err != nil {
 		return &pb.VMReply{Status: uint32(status.Of(err)), Detail: err.Error(), Name: r.Vm}, nil

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -43,19 +42,18 @@ const (
 // hostd is one running host: stores and chunk server, gateway and NBD server,
 // VM launcher, control service.
 type hostd struct {
-	cfg    *hostConfig
-	log    *slog.Logger
-	lock   *os.File
-	meta   *metaclient.Client
-	stores []*hostStore
-	chunks *chunkserver.Server
-	gw     *gateway.Gateway
-	nbd    *nbdserver.Server
-	vms    *agent.Agent
-	grpc   *grpc.Server
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	undo   []func() error // what close has to do, last first
+	cfg     *hostConfig
+	log     *slog.Logger
+	lock    *os.File
+	meta    *metaclient.Client
+	stores  []*hostStore
+	chunks  *chunkserver.Server
+	gw      *gateway.Gateway
+	nbd     *nbdserver.Server
+	vms     *agent.Agent
+	grpc    *grpc.Server
+	adopted chan struct{}  // closed when VMs of the last process are known again
+	undo    []func() error // what close has to do, last first
 }
 
 // hostStore is an open store with its disk and the pages it spills.
@@ -78,7 +76,7 @@ const gcPercent = 400
 // serves; volumes it held before are attached again in the background.
 func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd, err error) {
 	debug.SetGCPercent(gcPercent)
-	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name)}
+	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name), adopted: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.close())
@@ -309,16 +307,29 @@ func (h *hostd) serveControl(ctx context.Context) error {
 		if err := h.gw.Recover(ctx); err != nil && ctx.Err() == nil {
 			h.log.Error("volumes not attached again", "err", err)
 		}
-		found, err := h.vms.Adopt(ctx)
-		if err != nil && ctx.Err() == nil {
-			h.log.Error("VMs not found again", "err", err)
-		}
-		if len(found) > 0 {
-			h.log.Info("VMs found running", "vms", found)
-		}
 	})
+	h.background(h.adopt)
 	h.background(h.sweep)
 	return nil
+}
+
+// adopt finds the VMs that outlived this host's last process, and lets them see
+// what has grown meanwhile.
+func (h *hostd) adopt(ctx context.Context) {
+	defer close(h.adopted)
+	found, err := h.vms.Adopt(ctx)
+	if err != nil && ctx.Err() == nil {
+		h.log.Error("VMs not found again", "err", err)
+	}
+	if len(found) == 0 {
+		return
+	}
+	h.log.Info("VMs found running", "vms", found)
+	for _, v := range h.gw.Volumes() {
+		if err := h.vms.Refresh(ctx, v.Name(), v.Size()); err != nil && ctx.Err() == nil {
+			h.log.Warn("VMs may not see the size of a volume", "volume", v.Name(), "err", err)
+		}
+	}
 }
 
 // sweep drops what the stores hold of volumes that no longer exist. Ids are

@@ -130,7 +130,7 @@ func (t *tenure) storeViews(kv state.KV, v *pb.Volume, now time.Duration) []Stor
 		b, up := t.host(st.Host, now)
 		u, sup := storeUp(b, up, st.Id)
 		view := StoreView{ID: id, Host: st.Host, Domain: state.Label(h, v.Domain), Up: sup,
-			Member: m != nil, InSync: m.GetInSync(), CapacityBytes: st.CapacityBytes, UsedBytes: u.GetUsedBytes()}
+			Member: m != nil, InSync: m.GetInSync(), CapacityBytes: st.CapacityBytes, UsedBytes: u.GetLiveBytes()}
 		if c := u.GetCapacityBytes(); c > 0 {
 			view.CapacityBytes = c
 		}
