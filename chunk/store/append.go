@@ -203,7 +203,7 @@ func (s *Store) openSegment() error {
 	s.pruneDrops()
 	s.pruneGaps()
 	s.group = nil
-	g.state, g.gen, g.life, g.tail, g.written, g.stuck = segOpen, s.lsn+1, s.life, 0, 0, false
+	g.state, g.gen, g.life, g.tail, g.written, g.markRecords, g.stuck = segOpen, s.lsn+1, s.life, 0, 0, 0, false
 	s.open = g
 	return s.writeHead()
 }
@@ -377,6 +377,9 @@ func (s *Store) appendRun(c *chunk, k kind, block ids.Block, n uint32, ver ids.V
 			return err
 		}
 		e := entry{version: ver, loc: st.loc, kind: k}
+		if k != kindData {
+			s.segOf(st.loc).markRecords++
+		}
 		if k == kindData {
 			for i, sum := range sums[:m] {
 				le.PutUint32(st.payload[4*i:], sum)

@@ -1,6 +1,8 @@
 package store
 
 import (
+	"errors"
+
 	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/proto/ids"
 )
@@ -24,6 +26,8 @@ const (
 	// drops are remembered as long as segments older than them exist.
 	maxDrops = 4096
 )
+
+var errNoRoom = errors.New("no room to copy to")
 
 type compaction struct {
 	s       *Store
@@ -78,16 +82,24 @@ func (c *compaction) end() {
 	c.victim = nil
 }
 
-// weight is what moving a segment's live content costs, in blocks.
-func (g *segment) weight() uint32 { return g.live + g.live/60 + g.marks/32 + 2 }
+// weight is what moving a segment's live content costs, in blocks, more or
+// less: a tombstone that was partly overwritten takes several records.
+func (g *segment) weight() uint32 {
+	return g.live + g.live/60 + min(g.marks, 8*g.markRecords)/64 + 2
+}
 
 // pick returns the segment to empty: any that yields something when space is
-// low, else one that is three quarters empty.
+// low, else one that is three quarters empty, or half empty while the store as
+// a whole takes half as much again as what is live in it.
 func (c *compaction) pick() *segment {
 	s := c.s
 	var best *segment
+	var used uint64
 	oldest := len(s.drops) > maxDrops
 	for _, g := range s.segs {
+		if g.state != segFree {
+			used += uint64(g.tail)
+		}
 		if g.state != segClosed || g.stuck || g.written != g.tail || g.live+g.marks == 0 {
 			continue
 		}
@@ -98,7 +110,9 @@ func (c *compaction) pick() *segment {
 	if best == nil || !s.roomFor(best.weight(), 0) {
 		return nil
 	}
-	if oldest || s.low() && best.weight() < best.tail || best.weight()*4 <= best.tail {
+	wide := used > s.live+s.live/2+4*uint64(s.super.segBlocks)
+	switch w := best.weight(); {
+	case oldest, s.low() && w < best.tail, w*4 <= best.tail, wide && w*2 <= best.tail:
 		return best
 	}
 	return nil
@@ -117,7 +131,10 @@ func (c *compaction) got(buf []byte, err error) {
 		c.victim.stuck = true
 		c.end()
 	default:
-		if err := c.copy(buf); err != nil {
+		if err := c.copy(buf); err == errNoRoom {
+			c.victim.stuck = true // what it holds is more scattered than it seemed
+			c.end()
+		} else if err != nil {
 			s.fail(err, &out)
 		}
 	}
@@ -192,6 +209,13 @@ func (c *compaction) copyRecord(r *record, at, data uint32, blocks []byte) error
 			if !ok {
 				break
 			}
+		}
+		need := n
+		if r.kind != kindData {
+			need = 0 // one record, however many blocks
+		}
+		if n > 0 && !s.roomFor(need, 0) {
+			return errNoRoom
 		}
 		if n > 0 {
 			var sums []uint32

@@ -185,3 +185,28 @@ func TestGivenUpBehindTheCut(t *testing.T) {
 	}
 	verify(t, s, m, 0, "the old state")
 }
+
+// The power goes between the sync that makes a given-up segment's record
+// durable and each of the operations that follow it: all of what that sync
+// covered is there, although no mark in the log says so yet.
+func TestGivenUpButNotMarked(t *testing.T) {
+	for cut := 3; cut <= 8; cut++ {
+		d := formatMem(t)
+		s := open(t, d, testBoot)
+		mustOK(t, ask(s, put(1, 0, 150, ids.MakeVersion(1, 1), 1)))
+		mustOK(t, ask(s, put(1, 0, 150, ids.MakeVersion(1, 2), 1000))) // nothing is marked durable yet
+		mustOK(t, ask(s, put(1, 0, 1, ids.MakeVersion(1, 3), 5000)))
+		d.CutAt(d.Ops() + cut)
+		s.Step(0)
+		m := model{}
+		for b := range ids.Block(150) {
+			m[blockID{1, b}] = state{wire.EntryData, ids.MakeVersion(1, 2), 1000 + uint64(b)}
+		}
+		m[blockID{1, 0}] = state{wire.EntryData, ids.MakeVersion(1, 3), 5000}
+		for _, keep := range []int{0, 50, 100} {
+			p := &player{t: t}
+			p.reopen(d.Crash(uint64(cut), keep), "boot-2", "after the sync")
+			verify(t, p.s, m, 0, "after the sync")
+		}
+	}
+}

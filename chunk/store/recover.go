@@ -148,9 +148,11 @@ type tail struct {
 func (s *Store) measure(c *course) (gap uint64, err error) {
 	var tails []tail
 	marks := uint64(0)
-	for _, u := range slices.Backward(c.chain) { // the newest knows the highest marks
-		if u.last > 0 && u.last <= marks {
-			continue // judged by replay
+	// Not the chain alone: a segment that was given up above bound is still on
+	// the disk, and its LSNs are no gap. The newest knows the highest marks.
+	for i, u := range slices.Backward(c.uses) {
+		if i+1 < len(c.uses) && c.uses[i+1].gen-1 <= marks {
+			break // judged by replay
 		}
 		err := s.scan(&c.w, u, func(h *batchHead, at uint32, _ []byte) error {
 			if marks = max(marks, h.durable); c.sameRun {
@@ -259,6 +261,8 @@ func (s *Store) replayBatch(c *course, u use, h *batchHead, at uint32, b []byte)
 			e := entry{version: ids.Version(r.version), loc: h.at, kind: r.kind}
 			if r.kind == kindData {
 				e.loc = h.at + 1 + data
+			} else {
+				u.seg.markRecords++
 			}
 			return s.index(s.vol(v).chunk(ch, ids.LayerID(r.layer), true), ids.Block(r.block), r.count, e,
 				func(i uint32) uint32 { return le.Uint32(r.payload[4*i:]) })

@@ -36,9 +36,12 @@ type segment struct {
 	written uint32 // blocks on the disk
 	live    uint32
 	marks   uint32
-	pins    atomic.Int32 // reads in flight
-	stuck   bool         // compaction could not read it
-	stale   bool         // recovery: not in the log, but not empty
+	// markRecords is how many records those marks began as.
+	markRecords uint32
+
+	pins  atomic.Int32 // reads in flight
+	stuck bool         // compaction could not read it
+	stale bool         // recovery: not in the log, but not empty
 }
 
 // segOf returns the segment that holds a block of the disk.
@@ -164,8 +167,8 @@ func (s *Store) takeFree() (*segment, error) {
 }
 
 // releaseDead gives up closed segments nothing points to: a record says so, a
-// sync makes what superseded them and the record durable, then their bytes go
-// back. It is called with the lock held, between requests.
+// sync makes what superseded them and the record durable, a second one the mark
+// that says so, then their bytes go back. It is called with the lock held, between requests.
 func (s *Store) releaseDead() error {
 	var gone []*segment
 	for len(s.dead) > 0 && s.roomFor(0, 1) {
@@ -182,9 +185,20 @@ func (s *Store) releaseDead() error {
 		gone = append(gone, g)
 	}
 	if len(gone) > 0 {
-		s.syncs = append(s.syncs, syncWait{lsn: s.lsn, then: func(out *outbox) { s.discard(gone, out) }})
+		s.syncs = append(s.syncs, syncWait{lsn: s.lsn, then: func(out *outbox) { s.discardMarked(gone, out) }})
 	}
 	return nil
+}
+
+// discardMarked discards segments once a durable batch says that the record
+// which gives them up is durable. Without that mark recovery would take the
+// LSNs they held for a gap in a tail it has to verify, and cut the log there.
+func (s *Store) discardMarked(gone []*segment, out *outbox) {
+	if err := s.makeRoom(batchRoom, 0); err != nil {
+		s.fail(err, out)
+		return
+	}
+	s.syncs = append(s.syncs, syncWait{lsn: s.lsn, then: func(out *outbox) { s.discard(gone, out) }})
 }
 
 // discard gives the bytes of given-up segments back; those still being read

@@ -127,3 +127,23 @@ func TestTrimGivesSpaceBack(t *testing.T) {
 		t.Fatalf("after a power loss: %+v", r.Entries)
 	}
 }
+
+// A segment that holds little but one tombstone of a whole chunk is emptied
+// like any other: the tombstone is one record, however many blocks it covers.
+func TestWideTombstonesAreMoved(t *testing.T) {
+	s := open(t, formatMem(t), testBoot)
+	ver := ids.Version(1)
+	for c := ids.ChunkID(10); c < 60; c++ {
+		ver++
+		mustOK(t, ask(s, wire.Request{Kind: wire.Zero, Volume: 1, Chunk: c, Count: maxChunkBlocks, Version: ver}))
+		ver++
+		mustOK(t, ask(s, put(1, 0, 50, ver, 1))) // a segment is full of what dies next
+	}
+	steps(s, 200)
+	if u := s.Usage(); u.UsedBytes > 6*testSeg {
+		t.Fatalf("50 tombstones and 50 blocks take %d bytes", u.UsedBytes)
+	}
+	if r := mustOK(t, ask(s, readOf(10, maxChunkBlocks-1, 1, 0))); r.Entries[0].Kind != wire.EntryZero || r.Entries[0].Version != 2 {
+		t.Fatalf("the first tombstone: %+v", r.Entries[0])
+	}
+}
