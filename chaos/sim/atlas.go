@@ -1,0 +1,197 @@
+package sim
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+)
+
+// The fault atlas: what may break, and which combinations are fair.
+//
+// Everything below may happen at any time and on top of everything else, but
+// for these, which no protocol survives or which would only show what is known:
+//
+//   - The loss of a disk (Amnesia) needs another in-sync member of every chunk
+//     that kept its power and its disk, and no other fault of a store under
+//     way: P2 and P3 speak of all but one of the in-sync replicas.
+//   - Rot (BitFlip, LostWrite, Misdirected) happens on one store of a run, the
+//     victim, and only where there are three replicas; the faults that take
+//     another store out then come one at a time, when all are in sync: a block
+//     whose only copy rots is lost. A victim that cannot be opened any more is
+//     given an empty disk.
+//   - Power lost by all in-sync replicas of a chunk, even one after the other,
+//     may take back what was not flushed (P3); the checker then expects the
+//     last durable value or a later one, and one answer for ever.
+//   - So may the power loss of one replica while the exclusion of all others is
+//     being committed: the exclusion was asked for while that one served.
+//   - A store's disk that failed a write or a sync is of no use until its
+//     process has been started again.
+//   - Clocks differ by up to 5 % and never step (CLOCK_BOOTTIME).
+//   - A store of an old copy of its disk comes with another incarnation, as the
+//     format demands (Amnesia stands for both).
+type Kind string
+
+// The faults.
+const (
+	Reset       Kind = "reset"        // a connection breaks
+	Partition   Kind = "partition"    // nothing passes between a gateway and a store
+	MuteStore   Kind = "mute-store"   // what a store answers a gateway does not arrive
+	DeafStore   Kind = "deaf-store"   // what a gateway sends a store does not arrive
+	SlowNet     Kind = "slow-net"     // each way takes longer
+	KillStore   Kind = "kill-store"   // kill -9, restarted after a while
+	KillGate    Kind = "kill-gate"    //
+	KillHost    Kind = "kill-host"    // store and gateway of one host
+	KillAll     Kind = "kill-all"     // every process of every host
+	PowerHost   Kind = "power-host"   // a host loses power
+	PowerAll    Kind = "power-all"    // all do
+	PauseStore  Kind = "pause-store"  // SIGSTOP
+	PauseGate   Kind = "pause-gate"   //
+	SlowDisk    Kind = "slow-disk"    // every operation takes longer
+	HangDisk    Kind = "hang-disk"    // nothing completes
+	DiskError   Kind = "disk-error"   // one write or sync fails; the store is restarted later
+	FullDisk    Kind = "full-disk"    // writes find no room
+	LeaderFalls Kind = "leader-falls" // of metadata; another one after a while
+	CutMeta     Kind = "cut-meta"     // a gateway does not reach metadata
+	Echo        Kind = "echo"         // metadata requests arrive twice for a while
+	Takeover    Kind = "takeover"     // the volume is attached elsewhere, the old writer goes on
+	Handover    Kind = "handover"     // it is detached, and attached elsewhere
+	Amnesia     Kind = "amnesia"      // a store comes back empty
+	BitFlip     Kind = "bit-flip"     // a bit changes on a disk
+	LostWrite   Kind = "lost-write"   // the disk says OK and has not written
+	Misdirected Kind = "misdirected"  // the disk has written elsewhere
+)
+
+// weights says how often each fault is drawn.
+var weights = []struct {
+	kind Kind
+	n    int
+}{
+	{Reset, 10}, {Partition, 5}, {MuteStore, 4}, {DeafStore, 4}, {SlowNet, 3}, {KillStore, 10}, {KillGate, 6}, {KillHost, 6}, {KillAll, 2},
+	{PowerHost, 8}, {PowerAll, 3}, {PauseStore, 5}, {PauseGate, 5}, {SlowDisk, 3}, {HangDisk, 4}, {DiskError, 3}, {FullDisk, 2},
+	{LeaderFalls, 6}, {CutMeta, 4}, {Echo, 2}, {Takeover, 6}, {Handover, 3}, {Amnesia, 3}, {BitFlip, 4}, {LostWrite, 2}, {Misdirected, 2},
+}
+
+// Kinds lists every fault there is.
+func Kinds() []Kind {
+	var ks []Kind
+	for _, x := range weights {
+		ks = append(ks, x.kind)
+	}
+	return ks
+}
+
+// Fault is one planned fault. What its numbers mean depends on Kind.
+type Fault struct {
+	At   int // it begins with this client operation
+	Kind Kind
+	Host int           // store or gateway, by place
+	Gate int           // the other end of a connection
+	For  time.Duration // until it is over
+	Arg  uint64        // keep percent, disk offset, …
+}
+
+// String is the form a replay file has; ParseFault reads it.
+func (f Fault) String() string {
+	return fmt.Sprintf("%6d  %-12s host %d  gate %d  for %-8s arg %d", f.At, f.Kind, f.Host+1, f.Gate+1, f.For, f.Arg)
+}
+
+// ParseFault reads what String writes.
+func ParseFault(s string) (Fault, error) {
+	var f Fault
+	var span string
+	if _, err := fmt.Sscanf(s, "%d %s host %d gate %d for %s arg %d", &f.At, &f.Kind, &f.Host, &f.Gate, &span, &f.Arg); err != nil {
+		return f, fmt.Errorf("fault %q: %w", s, err)
+	}
+	if !slices.Contains(Kinds(), f.Kind) {
+		return f, fmt.Errorf("fault %q: there is no kind %q", s, f.Kind)
+	}
+	f.Host, f.Gate = f.Host-1, f.Gate-1
+	var err error
+	f.For, err = time.ParseDuration(span)
+	return f, err
+}
+
+// shape is a cluster drawn from the seed.
+type shape struct {
+	hosts, replicas int
+	local           bool // gateway and store of a host are one process
+	rot             bool // one store's disk rots
+	victim          int
+	busy            int // faults per 1,000 operations
+}
+
+func (s shape) String() string {
+	out := fmt.Sprintf("%d hosts, %d replicas, %d faults per 1,000 operations", s.hosts, s.replicas, s.busy)
+	if s.local {
+		out += ", hosts are one process"
+	}
+	if s.rot {
+		out += fmt.Sprintf(", store-%d rots", s.victim+1)
+	}
+	return out
+}
+
+func drawShape(r *rand.Rand) shape {
+	s := shape{hosts: 3 + r.IntN(2), replicas: 3, local: r.IntN(2) == 0, busy: []int{2, 8, 20, 40}[r.IntN(4)]}
+	switch r.IntN(8) {
+	case 0:
+		s.replicas = 2
+	case 1:
+		s.replicas = 1
+	case 2:
+		s.hosts, s.replicas = 5, 5
+	}
+	s.rot = s.replicas >= 3 && r.IntN(5) == 0
+	s.victim = r.IntN(s.hosts)
+	return s
+}
+
+// drawFaults plans a run's faults.
+func drawFaults(r *rand.Rand, s shape, steps int) []Fault {
+	total := 0
+	for _, x := range weights {
+		total += x.n
+	}
+	plan := []Fault{}
+	for range steps * s.busy / 1000 {
+		k := r.IntN(total)
+		kind := Kind("")
+		for _, x := range weights {
+			if k -= x.n; k < 0 {
+				kind = x.kind
+				break
+			}
+		}
+		f := Fault{At: 1 + r.IntN(steps), Kind: kind, Host: r.IntN(s.hosts), Gate: r.IntN(s.hosts), Arg: r.Uint64N(1 << 40)}
+		switch r.IntN(4) {
+		case 0:
+			f.For = time.Duration(1+r.IntN(50)) * time.Millisecond
+		case 1, 2:
+			f.For = time.Duration(50+r.IntN(1500)) * time.Millisecond
+		default:
+			f.For = time.Duration(1500+r.IntN(8000)) * time.Millisecond
+		}
+		if isRot(kind) {
+			if !s.rot {
+				continue
+			}
+			f.Host = s.victim
+		}
+		plan = append(plan, f)
+	}
+	slices.SortStableFunc(plan, func(a, b Fault) int { return a.At - b.At })
+	return plan
+}
+
+func isRot(k Kind) bool { return k == BitFlip || k == LostWrite || k == Misdirected }
+
+// takesOut reports whether a fault may keep a store from answering, or make it
+// forget.
+func takesOut(k Kind) bool {
+	switch k {
+	case Reset, SlowNet, KillGate, PauseGate, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk:
+		return false
+	}
+	return !isRot(k)
+}

@@ -1,0 +1,394 @@
+package sim
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/cairnstore/cairn/chunk/volume"
+	"github.com/cairnstore/cairn/meta/state"
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+	"github.com/cairnstore/cairn/proto/wire"
+)
+
+// checker holds the promises against what happens, after every step.
+type checker struct {
+	w         *world
+	registers map[uint64]*register // by sector; never iterated
+	order     []*register
+	undone    []pair            // writes without an answer, not fenced
+	uncovered []*value          // answered and not known durable, by answer
+	returned  map[uint32]uint64 // attach of epoch: when it returned
+	newest    uint32            // epoch whose attach has returned
+	served    uint32            // epoch that has served
+	results   map[string][]byte // first result of each (session, seq)
+	revision  uint64
+}
+
+type pair struct {
+	r *register
+	v *value
+}
+
+func newChecker(w *world) *checker {
+	return &checker{w: w, registers: map[uint64]*register{}, returned: map[uint32]uint64{}, results: map[string][]byte{}}
+}
+
+func (c *checker) register(key uint64) *register {
+	r := c.registers[key]
+	if r == nil {
+		r = &register{key: key}
+		r.vals = append(r.vals, &value{done: 0, deadline: never, covered: true})
+		c.registers[key] = r
+		c.order = append(c.order, r)
+	}
+	return r
+}
+
+// each calls f for the registers of an operation, with their bytes in its data.
+func (c *checker) each(o *op, f func(r *register, from, to uint64)) {
+	for at := uint64(0); at < o.Len; {
+		block := (o.Off + at) / ids.BlockSize
+		n := uint64(sectorBytes)
+		if !inParts(block) {
+			n = ids.BlockSize
+		}
+		f(c.register((o.Off+at)/sectorBytes), at, at+n)
+		at += n
+	}
+}
+
+func inParts(block uint64) bool {
+	for _, w := range windows {
+		if block >= w.first && block < w.first+w.count {
+			return w.parts
+		}
+	}
+	return false
+}
+
+// write enters a write or zeroing as invoked, and fills its data.
+func (c *checker) write(o *op) {
+	c.each(o, func(r *register, from, to uint64) {
+		v := &value{epoch: o.c.a.epoch, inv: o.inv}
+		if o.Kind == volume.OpWrite {
+			c.w.load.value++
+			v.id = c.w.load.value
+			fill(o.Data[from:to], v.id)
+		}
+		r.begin(v)
+		o.vals = append(o.vals, v)
+		c.undone = append(c.undone, pair{r, v})
+	})
+}
+
+// answered checks an answer.
+func (c *checker) answered(o *op, k status.Kind) {
+	now := c.w.tick()
+	if k != status.OK {
+		c.refused(o, k)
+		return
+	}
+	c.w.stats.Ops++
+	if epoch := o.c.a.epoch; epoch < c.newest {
+		for e, at := range c.returned {
+			if e > epoch && at < o.inv {
+				c.w.violate("P4", "%s is answered OK though it was invoked after the attach of epoch %d had returned", o, e)
+				return
+			}
+		}
+	}
+	switch o.Kind {
+	case volume.OpRead:
+		c.readDone(o, now)
+	case volume.OpFlush:
+		c.flushed(o.inv)
+	default:
+		c.writeDone(o, now)
+	}
+}
+
+// refused checks an answer that is an error.
+func (c *checker) refused(o *op, k status.Kind) {
+	c.w.stats.Refused++
+	switch {
+	case k == status.Shutdown && (o.c.a.e.State() == volume.Ended || o.c.a.e.State() == volume.Draining):
+		c.w.stats.Unknown++
+	case k == status.NoSpace && c.w.faults.everFull && o.Kind == volume.OpWrite:
+	case (k == status.IO || k == status.Poison || k == status.Corrupt) && c.w.faults.mayPoison():
+	default:
+		c.w.violate("P7", "%s fails: %s", o, k)
+	}
+}
+
+func (c *checker) readDone(o *op, now uint64) {
+	c.each(o, func(r *register, from, to uint64) {
+		id, whole := decode(o.Data[from:to])
+		if !whole {
+			c.w.violate("P1", "%s finds a torn block %d", o, r.key/sectors)
+			return
+		}
+		if why := r.readValue(id, o.inv, now); why != "" {
+			c.w.violate("P1", "%s: %s\n  %s", o, why, r)
+		}
+	})
+}
+
+func (c *checker) writeDone(o *op, now uint64) {
+	i := 0
+	c.each(o, func(r *register, _, _ uint64) {
+		v := o.vals[i]
+		i++
+		if u := r.answered(v, now); u != nil {
+			c.w.violate("P1", "%s: value %d and value %d are each partly before the other\n  %s", o, v.id, u.id, r)
+		}
+		c.uncovered = append(c.uncovered, v)
+		if o.FUA {
+			v.covered = true
+		}
+	})
+	if o.FUA {
+		c.flushed(o.inv)
+	}
+}
+
+// flushed: everything answered before a flush was invoked is durable.
+func (c *checker) flushed(inv uint64) {
+	n := 0
+	for n < len(c.uncovered) && c.uncovered[n].done < inv {
+		c.uncovered[n].covered = true
+		n++
+	}
+	c.uncovered = c.uncovered[n:]
+	for _, nd := range c.w.nodes {
+		if m := c.w.meta.member(nd); m != nil && m.InSync && nd.lostAt < inv {
+			nd.lostAt, nd.gone = 0, false
+		}
+	}
+}
+
+// attachReturned: from now on older epochs answer nothing new.
+func (c *checker) attachReturned(epoch uint32) {
+	if c.returned[epoch] == 0 {
+		c.returned[epoch] = c.w.tick()
+	}
+	c.newest = max(c.newest, epoch)
+}
+
+// serving: older sessions have done all they will ever do, and everything in
+// sync is equal and durable.
+func (c *checker) serving(a *attachment) {
+	now := c.w.tick()
+	c.w.note(a.g.name, "serving", func() string { return fmt.Sprintf("epoch %d", a.epoch) }, uint64(a.epoch))
+	c.served = max(c.served, a.epoch)
+	c.undone = slices.DeleteFunc(c.undone, func(p pair) bool {
+		if p.v.done != never {
+			return true
+		}
+		if p.v.epoch >= a.epoch {
+			return false
+		}
+		if u := p.r.fence(p.v, now); u != nil {
+			c.w.violate("P1", "a write of a fenced session: value %d and value %d are each partly before the other\n  %s", p.v.id, u.id, p.r)
+		}
+		return true
+	})
+	for _, n := range c.w.nodes {
+		if m := c.w.meta.member(n); m != nil && m.InSync {
+			n.lostAt, n.gone = 0, false
+		}
+	}
+}
+
+// stepped runs after every step of an engine.
+func (c *checker) stepped(*attachment) {}
+
+// asked notes what an engine asks of metadata.
+func (c *checker) asked(a *attachment, m *volume.MetaCall) {
+	c.w.note(a.g.name, "asks", func() string { return fmt.Sprintf("epoch %d: %v%v%v", a.epoch, m.Allocate, m.Change, m.Detach) }, uint64(a.epoch))
+}
+
+// powerLost looks whether what was not flushed may be gone: a chunk all of
+// whose in-sync replicas have lost power, or their disk, since.
+func (c *checker) powerLost() {
+	v := c.w.meta.volume()
+	if v == nil {
+		return
+	}
+	now, readers := c.w.tick(), never
+	for _, cl := range c.w.load.clients {
+		for _, o := range cl.live {
+			if o.Kind == volume.OpRead {
+				readers = min(readers, o.inv)
+			}
+		}
+	}
+	for _, ch := range c.w.meta.chunks() {
+		whole := false
+		for _, n := range c.w.nodes {
+			m := c.w.meta.member(n)
+			holds := slices.ContainsFunc(ch.Stores, func(id []byte) bool { return bytes.Equal(id, n.id[:]) })
+			whole = whole || holds && m != nil && m.InSync && n.lostAt == 0
+		}
+		if !whole {
+			c.shake(ch.Index, now, readers)
+		}
+	}
+}
+
+func (c *checker) shake(chunk uint32, now, readers uint64) {
+	c.w.stats.Shakes++
+	c.w.note("checker", "shake", func() string { return fmt.Sprintf("chunk %d may lose what was not flushed", chunk) }, uint64(chunk))
+	for _, r := range c.order {
+		if r.key/sectors/chunkBlocks != uint64(chunk) {
+			continue
+		}
+		r.shake(now, readers)
+		for _, v := range r.vals {
+			if !v.live { // perhaps done, by when a session serves again
+				v.epoch = 0
+				c.undone = append(c.undone, pair{r, v})
+			}
+		}
+	}
+}
+
+// committed checks P8: a number is done once, whatever is asked again.
+func (c *checker) committed(cmd *pb.Command, res *pb.Result) {
+	if cmd.GetOpenSession() != nil || status.Kind(res.Status) == status.Expired || cmd.Op == nil {
+		return
+	}
+	k := fmt.Sprintf("%s %d", cmd.Session, cmd.Seq)
+	kept := proto.Clone(res).(*pb.Result)
+	kept.Chunks = nil // an attach asked again reads them anew
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(kept)
+	if err != nil {
+		c.w.violate("sim", "a result cannot be encoded: %v", err)
+		return
+	}
+	if old, ok := c.results[k]; ok && !bytes.Equal(old, b) {
+		c.w.violate("P8", "command %s has two results", k)
+	}
+	c.results[k] = b
+	if cmd.GetChangeMembers() != nil || cmd.GetRegisterStore() != nil {
+		c.membersChanged()
+	}
+}
+
+// membersChanged checks P5: a serving volume keeps an in-sync copy of each
+// chunk.
+func (c *checker) membersChanged() {
+	if v := c.w.meta.volume(); v == nil || v.Revision == c.revision {
+		return
+	} else {
+		c.revision = v.Revision
+	}
+	for _, ch := range c.w.meta.chunks() {
+		held := false
+		for _, n := range c.w.nodes {
+			m := c.w.meta.member(n)
+			held = held || m != nil && m.InSync && slices.ContainsFunc(ch.Stores, func(id []byte) bool { return bytes.Equal(id, n.id[:]) })
+		}
+		if !held {
+			c.w.violate("P5", "chunk %d has no in-sync replica any more: %s", ch.Index, c.w.meta.picture())
+		}
+	}
+	c.powerLost()
+}
+
+// allRead reads every register once more.
+func (c *checker) allRead() {
+	if c.w.failed != nil {
+		return
+	}
+	a := c.w.boss.serving()
+	if a == nil {
+		c.w.violate("converge", "nobody serves: %s", c.w.picture())
+		return
+	}
+	var ops []*op
+	for _, win := range windows {
+		ops = append(ops, a.client.submit(&volume.Op{Kind: volume.OpRead, Off: win.first * ids.BlockSize, Len: win.count * ids.BlockSize}))
+	}
+	for _, o := range ops {
+		if !c.w.runUntil(c.w.now+30*time.Second, func() bool { return o.over }) {
+			c.w.violate("P7", "%s of a healthy cluster is not answered: %s", o, c.w.picture())
+			return
+		}
+	}
+}
+
+// equal compares what the in-sync members hold, block by block.
+func (c *checker) equal() {
+	if c.w.failed != nil || !c.w.load.flushed() {
+		return
+	}
+	for _, ch := range c.w.meta.chunks() {
+		var first *node
+		var want []wire.Entry
+		for _, n := range c.w.nodes {
+			if !slices.ContainsFunc(ch.Stores, func(id []byte) bool { return bytes.Equal(id, n.id[:]) }) || !n.up() {
+				continue
+			}
+			rep := n.ask(&wire.Request{Kind: wire.List, Volume: c.w.meta.volumeID(), Chunk: ids.ChunkID(ch.Id), Epoch: ids.MaxEpoch, Count: chunkBlocks})
+			if rep.Status != status.OK {
+				c.w.violate("P5", "%s cannot list chunk %d: %s", n.name, ch.Index, rep.Detail)
+				return
+			}
+			if first == nil {
+				first, want = n, rep.Entries
+			} else if !slices.Equal(want, rep.Entries) {
+				c.w.violate("P1", "chunk %d differs between %s and %s: %s", ch.Index, first.name, n.name, difference(want, rep.Entries))
+				return
+			}
+		}
+	}
+}
+
+func difference(a, b []wire.Entry) string {
+	for _, x := range a {
+		if !slices.Contains(b, x) {
+			return fmt.Sprintf("block %d at %s only on the first (%d and %d blocks)", x.Block, x.Version, len(a), len(b))
+		}
+	}
+	for _, x := range b {
+		if !slices.Contains(a, x) {
+			return fmt.Sprintf("block %d at %s only on the second (%d and %d blocks)", x.Block, x.Version, len(a), len(b))
+		}
+	}
+	return "order"
+}
+
+// followers applies the log to another copy of the state machine, in batches as
+// a follower does: all copies are equal.
+func (c *checker) followers() {
+	kv := state.NewMem()
+	log := c.w.meta.log
+	for len(log) > 0 {
+		n := min(1+c.w.rng.IntN(7), len(log))
+		o := state.NewOverlay(kv)
+		for _, cmd := range log[:n] {
+			state.Apply(o, proto.Clone(cmd).(*pb.Command))
+		}
+		err := o.Changes(func(k, v []byte) error {
+			if v == nil {
+				kv.Delete(k)
+			} else {
+				kv.Set(k, v)
+			}
+			return nil
+		})
+		if err != nil {
+			c.w.violate("sim", "a follower cannot apply: %v", err)
+		}
+		log = log[n:]
+	}
+	if state.HashAll(kv) != c.w.meta.hash() {
+		c.w.violate("P8", "a follower that applied the same log has another state")
+	}
+}

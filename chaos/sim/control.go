@@ -1,0 +1,135 @@
+package sim
+
+import (
+	"time"
+
+	"github.com/cairnstore/cairn/chunk/volume"
+	"github.com/cairnstore/cairn/proto/pb"
+)
+
+// controller is the operator, and the hosts' own recovery: whenever nobody has
+// the volume attached, somebody gets it.
+type controller struct {
+	w      *world
+	agent  *agent
+	asking bool
+	idleAt time.Duration // since when nobody has it; 0: somebody has
+}
+
+const lookEvery = 50 * time.Millisecond
+
+// boot makes the cluster and its one volume.
+func (w *world) boot() {
+	b := &controller{w: w, agent: newAgent(w, "admin", "", func(f func()) { f() })}
+	w.boss = b
+	ready := false
+	hosts := 0
+	for _, n := range w.nodes {
+		b.do(&pb.Command{Op: &pb.Command_RegisterHost{RegisterHost: &pb.RegisterHost{Host: &pb.Host{Name: n.host, DataAddr: n.host + ":1"}}}}, func() {
+			n.start()
+			hosts++
+		})
+	}
+	stores := func() bool { return hosts == len(w.nodes) && w.meta.idle() }
+	if !w.runUntil(time.Minute, stores) {
+		w.violate("sim", "the hosts cannot be registered")
+		return
+	}
+	b.do(&pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: volumeName, SizeBytes: volumeBytes,
+		Replicas: uint32(w.shape.replicas), ChunkBytes: chunkBytes}}}, func() { ready = true })
+	if !w.runUntil(time.Minute, func() bool { return ready }) {
+		w.violate("sim", "the volume cannot be created")
+		return
+	}
+	for _, g := range w.gates {
+		g.start()
+	}
+	b.look()
+}
+
+func (b *controller) do(cmd *pb.Command, then func()) {
+	b.agent.do(cmd, func(_ *pb.Result, err error) {
+		if err != nil {
+			b.w.violate("P8", "metadata refuses the operator: %v", err)
+			return
+		}
+		then()
+	})
+}
+
+// look is a loop: it sees to it that somebody has the volume.
+func (b *controller) look() {
+	w := b.w
+	w.after(lookEvery, func() {
+		b.look()
+		v := w.meta.volume()
+		for _, g := range w.gates {
+			if g.attaching || g.a != nil && g.a.epoch >= v.Epoch && g.a.e.State() != volume.Ended {
+				b.idleAt = 0
+				return
+			}
+		}
+		if b.idleAt == 0 {
+			b.idleAt = w.now
+		}
+		if b.asking || w.now-b.idleAt < 200*time.Millisecond {
+			return
+		}
+		b.take(v)
+	})
+}
+
+// take has some gateway attach the volume: the one that held it, or, after a
+// while, any.
+func (b *controller) take(v *pb.Volume) {
+	w := b.w
+	var able []*gateway
+	for _, g := range w.gates {
+		if g.up && g.pausedUntil <= w.now && g.agent.blockedUntil <= w.now {
+			able = append(able, g)
+		}
+	}
+	if len(able) == 0 {
+		return
+	}
+	g := able[w.rng.IntN(len(able))]
+	for _, o := range able {
+		if o.host == v.HolderHost && w.chance(2) {
+			g = o
+		}
+	}
+	b.attach(g, v.HolderHost != g.host)
+}
+
+func (b *controller) attach(g *gateway, takeover bool) {
+	b.asking = true
+	b.w.note("operator", "attach", func() string { return "on " + g.host })
+	life := g.life
+	g.attach(takeover, true, func(error) { b.asking = false })
+	b.w.after(25*time.Second, func() { // the process may be gone
+		if g.life != life {
+			b.asking = false
+		}
+	})
+}
+
+// started is a gateway process that has begun: it attaches what its host held.
+func (b *controller) started(g *gateway) {
+	b.asking = false
+	g.later(b.w.span(time.Millisecond, 50*time.Millisecond), func() {
+		if v := b.w.meta.volume(); v != nil && v.HolderHost == g.host && v.HolderSession != g.session {
+			g.attach(false, true, func(error) {})
+		}
+	})
+}
+
+// serving returns the attachment of the newest epoch, if it serves.
+func (b *controller) serving() *attachment {
+	v := b.w.meta.volume()
+	for _, g := range b.w.gates {
+		if g.up && g.a != nil && g.a.epoch == v.GetEpoch() && g.a.e.State() == volume.Serving && g.pausedUntil <= b.w.now {
+			return g.a
+		}
+	}
+	return nil
+}

@@ -1,0 +1,276 @@
+package sim
+
+import (
+	"math/rand/v2"
+	"time"
+
+	"github.com/cairnstore/cairn/proto/ids"
+)
+
+// injector does the planned faults and undoes them.
+type injector struct {
+	w         *world
+	plan      []Fault
+	next      int
+	healed    bool
+	everFull  bool
+	echoUntil time.Duration
+	running   []running // faults not over, for the pairs that met
+	outUntil  time.Duration
+}
+
+type running struct {
+	kind  Kind
+	until time.Duration
+}
+
+func newWorld(cfg Config) *world {
+	w := &world{cfg: cfg, rng: rand.New(rand.NewPCG(cfg.Seed, 1)), hash: 0xcbf29ce484222325}
+	draw := rand.New(rand.NewPCG(cfg.Seed, 2))
+	w.shape = drawShape(draw)
+	w.stats.Faults, w.stats.Pairs = map[Kind]int{}, map[[2]Kind]int{}
+	if cfg.Trace {
+		w.traces = []Line{}
+	}
+	w.faults = &injector{w: w, plan: cfg.Faults}
+	if cfg.Faults == nil {
+		w.faults.plan = drawFaults(draw, w.shape, cfg.Steps)
+	}
+	w.check = newChecker(w)
+	w.meta = newMeta(w)
+	for i := range w.shape.hosts {
+		w.nodes = append(w.nodes, newNode(w, i))
+	}
+	for i := range w.shape.hosts {
+		w.gates = append(w.gates, newGateway(w, i, w.shape.local))
+	}
+	w.load = newLoad(w)
+	return w
+}
+
+func (w *world) nodeOf(id ids.StoreID) *node {
+	for _, n := range w.nodes {
+		if n.id == id {
+			return n
+		}
+	}
+	return nil
+}
+
+// begun does the faults that are due with operation n.
+func (in *injector) begun(n int) {
+	for !in.healed && in.next < len(in.plan) && in.plan[in.next].At <= n {
+		f := in.plan[in.next]
+		in.next++
+		if !in.fair(f) {
+			continue
+		}
+		in.count(f)
+		in.w.note("fault", string(f.Kind), f.String, uint64(f.Host), uint64(f.For))
+		in.do(f)
+	}
+}
+
+func (in *injector) count(f Fault) {
+	w := in.w
+	w.stats.Faults[f.Kind]++
+	live := in.running[:0]
+	for _, r := range in.running {
+		if r.until > w.now {
+			live = append(live, r)
+			w.stats.Pairs[[2]Kind{r.kind, f.Kind}]++
+		}
+	}
+	in.running = append(live, running{f.Kind, w.now + f.For})
+	if takesOut(f.Kind) {
+		in.outUntil = max(in.outUntil, w.now+f.For)
+	}
+}
+
+// quiet reports whether every store is up, answers and is in sync.
+func (in *injector) quiet() bool {
+	w := in.w
+	if w.now < in.outUntil || w.meta.leader == nil {
+		return false
+	}
+	for _, n := range w.nodes {
+		m := w.meta.member(n)
+		if !n.up() || n.pausedUntil > w.now || n.disk.hungUntil > w.now || n.store.Usage().State != "ok" || n.lostAt != 0 || n.gone || m != nil && !m.InSync {
+			return false
+		}
+	}
+	return w.boss.serving() != nil
+}
+
+// fair is the atlas's judgement, given how things stand.
+func (in *injector) fair(f Fault) bool {
+	switch {
+	case f.Host >= len(in.w.nodes) || f.Gate >= len(in.w.gates):
+		return false
+	case f.Kind == Amnesia:
+		return in.w.shape.replicas > 1 && in.quiet()
+	case isRot(f.Kind):
+		return in.w.shape.rot
+	case in.w.shape.rot && (f.Kind == PowerAll || f.Kind == KillAll):
+		return false
+	case in.w.shape.rot && takesOut(f.Kind):
+		return in.quiet()
+	}
+	return true
+}
+
+// rotten reports whether a node's disk may hold damage.
+func (in *injector) rotten(n *node) bool { return in.w.shape.rot && n.index == in.w.shape.victim }
+
+// mayPoison reports whether a block without a good copy is thinkable.
+func (in *injector) mayPoison() bool { return in.w.shape.rot }
+
+// echo reports whether a request to metadata arrives twice.
+func (in *injector) echo() bool { return in.echoUntil > in.w.now && in.w.chance(2) }
+
+// heal ends all faults that do not end by themselves.
+func (in *injector) heal() { in.healed = true }
+
+func (in *injector) do(f Fault) {
+	w := in.w
+	n, g := w.nodes[f.Host], w.gates[f.Gate]
+	end := w.now + f.For
+	p := g.paths[f.Host]
+	switch f.Kind {
+	case Reset:
+		in.reset(g, n)
+	case Partition:
+		p.toServer, p.toClient = max(p.toServer, end), max(p.toClient, end)
+	case MuteStore:
+		p.toClient = max(p.toClient, end)
+	case DeafStore:
+		p.toServer = max(p.toServer, end)
+	case SlowNet:
+		slow := time.Duration(1+f.Arg%40) * time.Millisecond
+		p.slow += slow
+		w.after(f.For, func() { p.slow -= slow })
+	case PauseStore, PauseGate, SlowDisk, HangDisk, DiskError, FullDisk, BitFlip, LostWrite, Misdirected:
+		in.machine(f, n)
+	case LeaderFalls:
+		w.meta.fall()
+		w.after(f.For/4+time.Millisecond, func() {
+			if w.meta.leader == nil {
+				w.meta.elect()
+			}
+		})
+	case CutMeta:
+		g.agentCut(end)
+	case Echo:
+		in.echoUntil = max(in.echoUntil, end)
+	case Takeover:
+		w.boss.attach(g, true)
+	case Handover:
+		if a := w.boss.serving(); a != nil {
+			a.g.detach()
+		}
+	default:
+		in.process(f)
+	}
+}
+
+// machine is what happens to a store's machine or a gateway's.
+func (in *injector) machine(f Fault, n *node) {
+	w := in.w
+	end := w.now + f.For
+	switch f.Kind {
+	case PauseStore, PauseGate:
+		if f.Kind == PauseStore || w.shape.local {
+			n.pausedUntil = max(n.pausedUntil, end)
+		}
+		if f.Kind == PauseGate || w.shape.local {
+			w.gates[f.Host].pause(f.For)
+		}
+	case SlowDisk:
+		n.disk.slow = time.Duration(1+f.Arg%30) * time.Millisecond
+		w.after(f.For, func() { n.disk.slow = 0 })
+	case HangDisk:
+		n.disk.hungUntil = max(n.disk.hungUntil, end)
+	case DiskError:
+		n.disk.failNext = true
+		w.after(f.For, func() { in.restart(f.Host, n.kill) })
+	case FullDisk:
+		in.everFull = true
+		n.fullUntil = max(n.fullUntil, end)
+	case BitFlip:
+		blocks := uint64(diskBytes/ids.BlockSize) - 2
+		n.disk.mem.Flip(int64(2+f.Arg%blocks)*ids.BlockSize+int64(f.Arg>>20%ids.BlockSize), uint(f.Arg))
+	case LostWrite, Misdirected:
+		n.disk.rot = f.Kind
+	}
+}
+
+// process is the end of processes, and their return.
+func (in *injector) process(f Fault) {
+	w := in.w
+	n := w.nodes[f.Host]
+	keep := []int{0, 50, 99, int(f.Arg % 100)}[f.Arg/100%4]
+	switch f.Kind {
+	case KillStore:
+		in.down(f.Host, true, w.shape.local, n.kill, f.For)
+	case KillGate:
+		in.down(f.Host, w.shape.local, true, n.kill, f.For)
+	case KillHost:
+		in.down(f.Host, true, true, n.kill, f.For)
+	case KillAll:
+		for i := range w.nodes {
+			in.down(i, true, true, w.nodes[i].kill, f.For)
+		}
+	case PowerHost:
+		in.down(f.Host, true, true, func() { n.powerLoss(keep) }, f.For)
+	case PowerAll:
+		for i, n := range w.nodes {
+			in.down(i, true, true, func() { n.powerLoss(keep) }, f.For+time.Duration(i)*time.Millisecond)
+		}
+	case Amnesia:
+		in.down(f.Host, true, w.shape.local, n.lose, f.For)
+	}
+}
+
+// down ends a host's processes and starts them again later.
+func (in *injector) down(i int, store, gate bool, how func(), d time.Duration) {
+	w := in.w
+	if gate {
+		w.gates[i].kill()
+	}
+	if store {
+		how()
+	}
+	w.after(d, func() {
+		if store {
+			w.nodes[i].start()
+		}
+		if gate {
+			w.gates[i].start()
+		}
+	})
+}
+
+// restart ends what is left of a host's processes and starts them at once.
+func (in *injector) restart(i int, how func()) {
+	in.down(i, true, in.w.shape.local, how, time.Millisecond)
+}
+
+// reset breaks a connection.
+func (in *injector) reset(g *gateway, n *node) {
+	if g.a == nil {
+		return
+	}
+	for _, p := range g.a.peers {
+		if l := p.link; l != nil && l.n == n && l.conn != nil {
+			c := l.conn
+			l.event(func() { l.down(c, "reset") })
+		}
+	}
+}
+
+// agentCut keeps the gateway from the metadata service until a time.
+func (g *gateway) agentCut(until time.Duration) {
+	if g.agent != nil {
+		g.agent.blockedUntil = max(g.agent.blockedUntil, until)
+	}
+}

@@ -1,0 +1,227 @@
+package sim
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/cairnstore/cairn/chunk/disk"
+	"github.com/cairnstore/cairn/chunk/store"
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+	"github.com/cairnstore/cairn/proto/wire"
+)
+
+const (
+	segmentBlocks = 64
+	diskSegments  = 16
+	diskBytes     = (16 + diskSegments*segmentBlocks) * ids.BlockSize
+	nodeStepEvery = 100 * time.Millisecond
+	cluster       = "sim"
+)
+
+// node is one chunk server process with one store, on a host of its own.
+type node struct {
+	w     *world
+	index int
+	name  string // for people
+	host  string
+	id    ids.StoreID
+
+	disk        *faultyDisk
+	store       *store.Store // nil while down
+	boot        int          // of the host's system; raised by a power loss
+	life        int          // of the process
+	served      []*conn      // connections it serves
+	pausedUntil time.Duration
+	fullUntil   time.Duration // writes find no room
+	lostAt      uint64        // logical time of the last power loss; 0: it holds all it accepted
+	gone        bool          // its disk was lost, and it has not joined again
+	formats     int           // lives of the identity given out
+}
+
+func newNode(w *world, i int) *node {
+	n := &node{w: w, index: i, name: fmt.Sprintf("store-%d", i+1), host: fmt.Sprintf("host-%d", i+1), boot: 1}
+	for b := range n.id {
+		n.id[b] = byte(0x10*(i+1) + b)
+	}
+	n.disk = &faultyDisk{w: w, node: n, immediate: w.chance(2)}
+	n.format()
+	return n
+}
+
+// format gives the node an empty disk with the next incarnation.
+func (n *node) format() {
+	n.formats++
+	n.disk.mem = disk.NewMem(diskBytes)
+	n.disk.now = true
+	err := store.Make(n.disk, store.Format{ID: n.id, Incarnation: ids.Incarnation(1000 * n.formats), Cluster: cluster,
+		SegmentBytes: segmentBlocks * ids.BlockSize})
+	n.disk.now = false
+	if err != nil {
+		n.w.violate("sim", "%s cannot be formatted: %v", n.name, err)
+	}
+}
+
+func (n *node) up() bool { return n.store != nil }
+
+// start opens the store and registers it, as a host process does: it serves
+// before metadata knows it.
+func (n *node) start() {
+	if n.up() {
+		return
+	}
+	n.life++
+	n.disk.now = true
+	s, err := store.Open(store.Config{Disk: n.disk, BootID: fmt.Sprintf("boot-%d-%d", n.index, n.boot), Cluster: cluster})
+	n.disk.now = false
+	if err != nil {
+		n.w.note(n.name, "unreadable", func() string { return err.Error() })
+		if !n.w.faults.rotten(n) {
+			n.w.violate("P3", "%s cannot be opened again: %v", n.name, err)
+			return
+		}
+		n.lose()
+		n.start()
+		return
+	}
+	n.store = s
+	n.w.note(n.name, "start", func() string { return fmt.Sprintf("incarnation %d %s", s.Incarnation(), s.Usage().Note) }, uint64(s.Incarnation()))
+	if note := s.Usage().Note; note != "" && !n.w.faults.rotten(n) {
+		n.w.violate("P3", "%s finds damage nobody did: %s", n.name, note)
+		return
+	}
+	n.register()
+	n.steps(n.life)
+}
+
+func (n *node) register() {
+	st := &pb.Store{Id: n.id[:], Incarnation: uint64(n.store.Incarnation()), Host: n.host, CapacityBytes: 1 << 30}
+	n.w.meta.agent(n.host).do(&pb.Command{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: st}}}, func(_ *pb.Result, err error) {
+		if err != nil {
+			n.w.violate("P8", "%s cannot be registered: %v", n.name, err)
+		}
+	})
+}
+
+// steps drives the store's background work.
+func (n *node) steps(life int) {
+	n.w.after(nodeStepEvery, func() {
+		if n.life != life || !n.up() {
+			return
+		}
+		if n.pausedUntil <= n.w.now {
+			n.store.Step(n.w.now)
+		}
+		n.steps(life)
+	})
+}
+
+// stop ends the process, as kill -9 does; keep is what a power loss leaves.
+func (n *node) stop(keep int) {
+	n.life++
+	n.store = nil
+	n.pausedUntil, n.fullUntil = 0, 0
+	n.disk.crash(keep)
+	served := n.served
+	n.served = nil
+	for _, c := range served {
+		c.serverGone()
+	}
+}
+
+func (n *node) kill() {
+	if n.up() {
+		n.w.note(n.name, "kill", func() string { return "" })
+		n.stop(100)
+	}
+}
+
+// powerLoss takes the power: unsynced sectors stay with a chance of keep.
+func (n *node) powerLoss(keep int) {
+	n.w.note(n.name, "power loss", func() string { return fmt.Sprintf("keeps %d %%", keep) }, uint64(keep))
+	n.stop(min(keep, 99))
+	n.boot++
+	n.lostAt = n.w.tick()
+	n.w.check.powerLost()
+}
+
+// lose takes the disk: an empty one comes in its place.
+func (n *node) lose() {
+	n.w.note(n.name, "amnesia", func() string { return "its disk is replaced by an empty one" })
+	n.stop(99)
+	n.format()
+	n.boot++
+	n.gone, n.lostAt = true, n.w.tick()
+	n.w.check.powerLost()
+}
+
+// submit gives a batch that has arrived to the store.
+func (n *node) submit(c wire.Sink, reqs []*wire.Request) {
+	var batch []*wire.Request
+	for _, q := range reqs {
+		switch {
+		case q.Kind == wire.Ping:
+			c.Replies([]*wire.Reply{{Kind: wire.Ping, ID: q.ID}})
+		case n.fullUntil > n.w.now && (q.Kind == wire.Write || q.Kind == wire.Install && len(q.Data) > 0):
+			c.Replies([]*wire.Reply{{Kind: q.Kind, ID: q.ID, Status: status.NoSpace, Detail: "no space (simulated)"}})
+		default:
+			batch = append(batch, q)
+		}
+	}
+	if len(batch) > 0 {
+		n.store.Submit(batch, c)
+	}
+}
+
+// drop forgets a connection the server has closed.
+func (n *node) drop(c *conn) {
+	for i, o := range n.served {
+		if o == c {
+			n.served = append(n.served[:i], n.served[i+1:]...)
+			return
+		}
+	}
+}
+
+// ask puts one question to the store outside the protocol's way, for checkers.
+// The disk answers at once meanwhile.
+func (n *node) ask(q *wire.Request) *wire.Reply {
+	var got replySink
+	n.disk.now = true
+	n.store.Submit([]*wire.Request{q}, &got)
+	n.disk.now = false
+	if len(got) != 1 {
+		return &wire.Reply{Status: status.Internal, Detail: "the store has not answered"}
+	}
+	return got[0]
+}
+
+type replySink []*wire.Reply
+
+// Replies implements wire.Sink.
+func (r *replySink) Replies(rs []*wire.Reply) { *r = append(*r, rs...) }
+
+// digest sums up what the store holds, for the state hash.
+func (n *node) digest() uint64 {
+	if !n.up() {
+		return 0
+	}
+	sum := uint64(n.store.Incarnation())
+	for _, c := range n.w.meta.chunks() {
+		rep := n.ask(&wire.Request{Kind: wire.Digest, Volume: n.w.meta.volumeID(), Chunk: ids.ChunkID(c.Id), Epoch: ids.MaxEpoch, Count: chunkBlocks, Limit: ids.MaxVersion})
+		for _, d := range rep.Digests {
+			sum = sum*31 + d
+		}
+	}
+	return sum
+}
+
+func (n *node) picture() string {
+	if !n.up() {
+		return n.name + " down"
+	}
+	u := n.store.Usage()
+	return fmt.Sprintf("%s up, incarnation %d, %d of %d KiB live, %s %s, paused until %v, disk hung until %v, pending %d", n.name, n.store.Incarnation(),
+		u.LiveBytes>>10, u.CapacityBytes>>10, u.State, u.Note, n.pausedUntil, n.disk.hungUntil, len(n.disk.pending))
+}

@@ -1,0 +1,172 @@
+// Package sim runs a whole cairn cluster on one goroutine in virtual time: one
+// event queue, one seed.
+//
+// Duty: it drives the production cores — chunk/volume's engine, chunk/store on
+// a crashable disk, meta/state's machine, the leader's lease table, the placer
+// — breaks everything around them that may break (atlas.go says what, and which
+// combinations are fair), checks the promises P1 to P8 after every step, heals
+// the cluster and checks that it converges. Floor: F5. It has no second
+// implementation of anything it tests, opens no socket and reads no clock; real
+// processes are chaos/cluster's.
+//
+// # Who stands for what
+//
+//	disk.go      a disk: chunk/disk.Mem behind latencies, hangs, errors, rot
+//	node.go      a chunk server process: connections and its store
+//	link.go      a connection: ordered, cut at any request, stalled one way
+//	gateway.go   the gateway shell: what chunk/gateway does, in virtual time
+//	meta.go      the metadata service: one log, leaders that come and go
+//	session.go   its client: numbers, retries, unknown outcomes
+//	control.go   the operator: somebody has the volume attached, always
+//	load.go      the guests: operations with values never used again
+//	register.go  P1, P2, P3: each block is a register
+//	check.go     the other promises, and convergence
+//	atlas.go     the faults
+//	inject.go    their doing and undoing
+//
+// The same Config gives the same Result.Hash on every machine and at every
+// time; a test holds that.
+package sim
+
+import (
+	"fmt"
+	"time"
+)
+
+// Config says what to run.
+type Config struct {
+	Seed   uint64
+	Steps  int     // client operations; 0: 2,000
+	Faults []Fault // nil: drawn from the seed; empty: none
+	Trace  bool    // keep what happens in Result.Trace
+}
+
+// Result is how a run went.
+type Result struct {
+	Config  Config
+	Shape   string  // of the cluster
+	Faults  []Fault // those that were planned
+	Hash    uint64
+	Stats   Stats
+	Failure *Failure // nil: every promise was kept
+	Trace   []Line
+}
+
+// Failure is a broken promise.
+type Failure struct {
+	Promise string // P1 to P8, or "converge"
+	At      time.Duration
+	Text    string
+}
+
+// Stats counts what a run did.
+type Stats struct {
+	Events   uint64
+	Ops      int // client operations answered OK
+	Unknown  int // unanswered, or answered with the end of the session
+	Refused  int // answered with an error that is allowed
+	Attaches int
+	Shakes   int // power losses that may take back what was not flushed
+	Virtual  time.Duration
+	Faults   map[Kind]int
+	Pairs    map[[2]Kind]int // a fault that began while another was not over
+}
+
+// Run runs one seed.
+func Run(cfg Config) *Result {
+	if cfg.Steps == 0 {
+		cfg.Steps = 2000
+	}
+	w := newWorld(cfg)
+	w.play()
+	w.stats.Virtual = w.now
+	r := &Result{Config: cfg, Shape: w.shape.String(), Faults: w.faults.plan, Hash: w.hash, Stats: w.stats, Failure: w.failed, Trace: w.traces}
+	return r
+}
+
+// healWithin bounds, in virtual time, how long a healed cluster may take until
+// every operation is answered and every member in sync.
+const healWithin = 90 * time.Second
+
+// play is a run: load under faults, healing, the last power cut.
+func (w *world) play() {
+	w.boot()
+	w.load.start()
+	if !w.runUntil(time.Hour, w.load.over) {
+		w.violate("P7", "the load is not over after %v of virtual time: %d of %d operations begun; %s", w.now, w.load.begun, w.cfg.Steps, w.picture())
+		return
+	}
+	w.faults.heal()
+	w.converge("healed")
+	w.check.allRead()
+	w.check.equal()
+	w.lastCut()
+	w.finish()
+}
+
+// converge waits until everybody is well again.
+func (w *world) converge(when string) {
+	if w.failed != nil {
+		return
+	}
+	w.load.reset()
+	if !w.runUntil(w.now+healWithin, w.well) {
+		w.violate("converge", "%s, and after %v the cluster is not well: %s", when, healWithin, w.picture())
+	}
+}
+
+// lastCut takes the power from everything right after a flush, and reads all
+// blocks again: P2 in one go.
+func (w *world) lastCut() {
+	if w.failed != nil {
+		return
+	}
+	if !w.load.flushed() {
+		return
+	}
+	for _, n := range w.nodes {
+		n.powerLoss(w.rng.IntN(101))
+	}
+	for _, g := range w.gates {
+		g.kill()
+	}
+	for _, n := range w.nodes {
+		n.start()
+	}
+	for _, g := range w.gates {
+		g.start()
+	}
+	w.converge("after the last power cut")
+	w.check.allRead()
+	w.check.equal()
+}
+
+// finish enters the final state into the hash.
+func (w *world) finish() {
+	if w.failed == nil {
+		w.check.followers()
+	}
+	w.mix(w.meta.hash())
+	for _, n := range w.nodes {
+		w.mix(n.digest())
+	}
+}
+
+// well reports whether the volume serves, every member is in sync and nothing
+// is unanswered.
+func (w *world) well() bool {
+	a := w.boss.serving()
+	return a != nil && a.allInSync() && w.load.idle() && w.meta.idle()
+}
+
+// picture tells where things stand, for a failure.
+func (w *world) picture() string {
+	out := w.meta.picture()
+	for _, n := range w.nodes {
+		out += "\n  " + n.picture()
+	}
+	for _, g := range w.gates {
+		out += "\n  " + g.picture()
+	}
+	return out + fmt.Sprintf("\n  load: %d begun, %d outstanding", w.load.begun, w.load.outstanding())
+}
