@@ -13,7 +13,7 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-// window keeps depth requests in flight and refills as replies come.
+// loop keeps depth requests in flight and refills as replies come.
 type loop struct {
 	b     *testing.B
 	s     *Store

@@ -166,12 +166,17 @@ func TestGivenUpBehindTheCut(t *testing.T) {
 	if closed.state != segClosed {
 		t.Fatalf("segment 1 is in state %d", closed.state)
 	}
-	first := s.find(1, 0)
-	mustOK(t, ask(s, put(1, 0, 150, ids.MakeVersion(1, 2), 1000)))
-	if first == s.find(1, 0) || closed.live > 0 {
+	last := ids.Block(149) // the last block of segment 1
+	for s.segOf(s.find(1, last)) != closed {
+		last--
+	}
+	mustOK(t, ask(s, put(1, 0, int(last), ids.MakeVersion(1, 2), 1000)))
+	mustOK(t, ask(s, wire.Request{Kind: wire.Flush, Volume: 1}))
+	mustOK(t, ask(s, put(1, last, 1, ids.MakeVersion(1, 2), 1000+uint64(last))))
+	if closed.live > 0 {
 		t.Fatalf("segment 1 still holds %d blocks", closed.live)
 	}
-	torn := s.find(1, 0)
+	torn := s.find(1, last)
 	d.CutAt(d.Ops() + 2) // the record is written, the sync is not done
 	s.Step(0)
 	if closed.state != segLeaving {
@@ -182,6 +187,9 @@ func TestGivenUpBehindTheCut(t *testing.T) {
 	m := model{}
 	for b := range ids.Block(150) {
 		m[blockID{1, b}] = state{wire.EntryData, ids.MakeVersion(1, 1), 1 + uint64(b)}
+		if b < last {
+			m[blockID{1, b}] = state{wire.EntryData, ids.MakeVersion(1, 2), 1000 + uint64(b)}
+		}
 	}
 	verify(t, s, m, 0, "the old state")
 }

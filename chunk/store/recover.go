@@ -109,6 +109,7 @@ func (s *Store) chooseHead(c *course) error {
 		}
 	}
 	// What was given up behind the head may be reused or empty by now.
+	gone := map[use]bool{}
 	for _, u := range later {
 		err := s.scan(&c.w, u, func(h *batchHead, _ uint32, b []byte) error {
 			if h.lsn >= c.cut {
@@ -116,10 +117,7 @@ func (s *Store) chooseHead(c *course) error {
 			}
 			return eachRecord(b, h, func(r *record, _ uint32) error {
 				if r.kind == kindFree {
-					if old, ok := inUse[r.block]; ok && old.gen == r.version {
-						delete(inUse, r.block)
-					}
-					later = slices.DeleteFunc(later, func(u use) bool { return u.seg.n == r.block && u.gen == r.version })
+					gone[use{seg: s.segs[r.block%uint32(len(s.segs))], gen: r.version}] = true
 				}
 				return nil
 			})
@@ -129,9 +127,13 @@ func (s *Store) chooseHead(c *course) error {
 		}
 	}
 	for _, u := range inUse {
-		c.chain = append(c.chain, u)
+		later = append(later, u)
 	}
-	c.chain = append(c.chain, later...)
+	for _, u := range later {
+		if !gone[use{seg: u.seg, gen: u.gen}] {
+			c.chain = append(c.chain, u)
+		}
+	}
 	slices.SortFunc(c.chain, func(a, b use) int { return cmp.Compare(a.gen, b.gen) })
 	return nil
 }

@@ -110,6 +110,27 @@ func TestDroppedStaysDropped(t *testing.T) {
 	}
 }
 
+// The drop outlives the segment that recorded it, as long as an older segment
+// still has what was dropped.
+func TestDropOutlivesItsSegment(t *testing.T) {
+	d := formatMem(t)
+	s := open(t, d, testBoot)
+	mustOK(t, ask(s, put(2, 0, 10, 1, 1)))
+	mustOK(t, ask(s, put(1, 0, 45, 1, 1))) // lives on beside it
+	mustOK(t, ask(s, put(3, 0, 60, 1, 1)))
+	mustOK(t, ask(s, wire.Request{Kind: wire.Drop, Volume: 1, Chunk: 2}))
+	told := s.open
+	gen := told.gen
+	for i := ids.Version(2); told.gen == gen && told.state != segFree; i++ {
+		mustOK(t, ask(s, put(3, 0, 60, i, 1)))
+		s.Step(0)
+	}
+	s = open(t, d.Crash(1, 100), testBoot)
+	if u := s.Usage(); u.LiveBytes != 105*blockBytes {
+		t.Fatalf("%d live blocks, want 105", u.LiveBytes/blockBytes)
+	}
+}
+
 // A repair heals the same version and never turns a newer write back.
 func TestRepairHealsTheSameVersionOnly(t *testing.T) {
 	d := formatMem(t)
