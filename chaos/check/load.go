@@ -136,6 +136,17 @@ func (l *Load) Stats() LoadStats {
 	return LoadStats{Kinds: append([]KindStats(nil), l.stats[:]...), Reconnects: l.lost, LongestOutageNs: l.outage}
 }
 
+// Waiting is how many clients wait for an answer now.
+func (l *Load) Waiting() int {
+	n := 0
+	for _, w := range l.workers {
+		if w.busySince.Load() != 0 {
+			n++
+		}
+	}
+	return n
+}
+
 // Run makes I/O until ctx ends or Config.Ops are done, and returns the first
 // failure: an error answer, torn content, or patience lost. Operations in
 // flight at the end are waited for.

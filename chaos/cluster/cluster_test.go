@@ -59,6 +59,40 @@ func TestAllKilledAtOnce(t *testing.T) {
 	linearizable(t, l)
 }
 
+// A gateway that dies while one copy lags behind leaves its last writes on the
+// others only. The next one makes all equal before it serves: every copy is
+// read after every death, before anything is written again.
+func TestCopiesAreEqualAfterAGatewaysDeath(t *testing.T) {
+	c := startCluster(t)
+	l := newLoad(t, startVolume(t, c), 26, 0)
+	hosts := c.Names(fault.KindHost)
+	for i, host := range hosts {
+		if err := c.Detach(t.Context(), volumeName); err != nil {
+			t.Fatal(err)
+		}
+		l.SetDial(check.NBD(attach(t, c, host), nil))
+		stop, done := start(t.Context(), l)
+		awaitOps(t, l, done, 3000)
+		// What a stopped process has not read when it is killed is lost to it.
+		lagging := hosts[(i+1)%len(hosts)]
+		paused := make(chan error, 1)
+		go func() { paused <- c.Pause(lagging, testMaxWait) }()
+		awaitWaiting(t, l, done)
+		if err := c.killAtOnce([]string{host, lagging}); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-paused; err != nil {
+			t.Fatal(err)
+		}
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+		readAll(t, l) // it is back
+		readEverywhere(t, c, l)
+	}
+	linearizable(t, l)
+}
+
 // A replica that died costs no client an error, and catches up by itself.
 func TestKilledReplicaCatchesUp(t *testing.T) {
 	c := startCluster(t)

@@ -77,6 +77,12 @@ func (c *Cluster) KillAll() error {
 			return err
 		}
 	}
+	return c.killAtOnce(names)
+}
+
+// killAtOnce kills nodes at about the same instant; one that is down already
+// is left so.
+func (c *Cluster) killAtOnce(names []string) error {
 	died := make(chan error, len(names))
 	for _, name := range names {
 		go func() { died <- c.Kill(name) }()

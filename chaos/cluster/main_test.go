@@ -101,6 +101,18 @@ func awaitOps(t *testing.T, l *check.Load, done <-chan error, n int) {
 	}
 }
 
+// awaitWaiting waits until most of the load's clients wait for an answer.
+func awaitWaiting(t *testing.T, l *check.Load, done <-chan error) {
+	t.Helper()
+	for l.Waiting() < 24 { // of 32
+		select {
+		case err := <-done:
+			t.Fatalf("the load ended early: %v", err)
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
 func waitInSync(t *testing.T, c *Cluster) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), testMaxWait)
