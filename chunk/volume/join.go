@@ -46,9 +46,10 @@ const (
 	joinBackoffMax = 5 * time.Second
 )
 
-// stepJoins moves every join as far as it can go.
+// stepJoins moves every join as far as it can go. While draining too: the last
+// flush may wait for a member that only goes when another one has come.
 func (e *Engine) stepJoins() {
-	if e.state != Serving {
+	if e.state != Serving && e.state != Draining {
 		return
 	}
 	for _, r := range e.replicas {
