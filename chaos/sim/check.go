@@ -121,9 +121,22 @@ func (c *checker) refused(o *op, k status.Kind) {
 		c.w.stats.Unknown++
 	case k == status.NoSpace && c.w.faults.everFull && o.Kind == volume.OpWrite:
 	case (k == status.IO || k == status.Poison || k == status.Corrupt) && c.w.faults.mayPoison():
+	case k == status.IO && (c.noneWell(o.c.a.g) || c.w.shape.replicas == 1 && o.at <= c.w.faults.failedUntil): // P5: wait or EIO
 	default:
 		c.w.violate("P7", "%s fails: %s", o, k)
 	}
+}
+
+// noneWell reports whether no in-sync member could serve a gateway now.
+func (c *checker) noneWell(g *gateway) bool {
+	for _, n := range c.w.nodes {
+		m, p, now := c.w.meta.member(n), g.paths[n.index], c.w.now
+		if m != nil && m.InSync && n.up() && n.store.Usage().State == "ok" && n.lostAt == 0 &&
+			max(n.pausedUntil, n.disk.hungUntil, p.toServer, p.toClient) <= now {
+			return false
+		}
+	}
+	return true
 }
 
 func (c *checker) readDone(o *op, now uint64) {

@@ -9,14 +9,16 @@ import (
 
 // injector does the planned faults and undoes them.
 type injector struct {
-	w         *world
-	plan      []Fault
-	next      int
-	healed    bool
-	everFull  bool
-	echoUntil time.Duration
-	running   []running // faults not over, for the pairs that met
-	outUntil  time.Duration
+	w        *world
+	plan     []Fault
+	next     int
+	healed   bool
+	everFull bool
+	// failedUntil is when the last store whose disk failed was started again.
+	failedUntil time.Duration
+	echoUntil   time.Duration
+	running     []running // faults not over, for the pairs that met
+	outUntil    time.Duration
 }
 
 type running struct {
@@ -191,8 +193,7 @@ func (in *injector) machine(f Fault, n *node) {
 	case HangDisk:
 		n.disk.hungUntil = max(n.disk.hungUntil, end)
 	case DiskError:
-		n.disk.failNext = true
-		w.after(f.For, func() { in.restart(f.Host, n.kill) })
+		n.disk.failNext, n.disk.failFor = true, f.For
 	case FullDisk:
 		in.everFull = true
 		n.fullUntil = max(n.fullUntil, end)
@@ -250,9 +251,10 @@ func (in *injector) down(i int, store, gate bool, how func(), d time.Duration) {
 	})
 }
 
-// restart ends what is left of a host's processes and starts them at once.
-func (in *injector) restart(i int, how func()) {
-	in.down(i, true, in.w.shape.local, how, time.Millisecond)
+// replace is what an operator does about a store whose disk has failed: its
+// process is started again.
+func (in *injector) replace(n *node) {
+	in.down(n.index, true, in.w.shape.local, n.kill, time.Millisecond)
 }
 
 // reset breaks a connection.

@@ -119,7 +119,7 @@ func (c *client) start() {
 func (c *client) next() {
 	l := c.w.load
 	c.w.after(c.w.span(0, 2*l.think), func() {
-		if c.gone || c.a.dead || c.a.e.State() == volume.Ended || l.over() {
+		if st := c.a.e.State(); c.gone || c.a.dead || st == volume.Draining || st == volume.Ended || l.over() {
 			return
 		}
 		if c.a.g.pausedUntil > c.w.now {

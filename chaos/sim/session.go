@@ -20,6 +20,7 @@ type agent struct {
 	opened       int
 	free         []*session
 	closed       bool
+	calls        int          // not answered
 	run          func(func()) // lets something happen in the process
 }
 
@@ -34,7 +35,12 @@ func newAgent(w *world, name, host string, run func(func())) *agent {
 	return &agent{w: w, name: name, host: host, run: run}
 }
 
-func (a *agent) close() { a.closed = true }
+// close is the end of the process: nobody waits for answers any more.
+func (a *agent) close() {
+	a.closed = true
+	a.w.meta.calls -= a.calls
+	a.calls = 0
+}
 
 // agent returns the client of a host's chunk server process.
 func (m *meta) agent(host string) *agent {
@@ -66,6 +72,7 @@ func (a *agent) do(cmd *pb.Command, done func(*pb.Result, error)) {
 		a.opened++
 		s = &session{name: fmt.Sprintf("%s/%d", a.name, a.opened)}
 	}
+	a.calls++
 	a.w.meta.calls++
 	c := &call{a: a, s: s, cmd: proto.Clone(cmd).(*pb.Command), done: done}
 	c.try(0)
@@ -76,7 +83,6 @@ func (c *call) try(d time.Duration) {
 	a := c.a
 	a.w.after(d, func() {
 		if a.closed {
-			a.w.meta.calls--
 			return
 		}
 		cmd := proto.Clone(c.cmd).(*pb.Command)
@@ -102,11 +108,9 @@ func (c *call) send(cmd *pb.Command) {
 	answer := func(res *pb.Result) {
 		if !answered {
 			answered = true
-			if a.closed {
-				w.meta.calls--
-				return
+			if !a.closed {
+				c.answer(res, cmd)
 			}
-			c.answer(res, cmd)
 		}
 	}
 	out := w.span(100*time.Microsecond, time.Millisecond)
@@ -180,6 +184,7 @@ func (c *call) answer(res *pb.Result, cmd *pb.Command) {
 
 func (c *call) end(res *pb.Result, err error) {
 	c.a.free = append(c.a.free, c.s)
+	c.a.calls--
 	c.a.w.meta.calls--
 	c.done(res, err)
 }
