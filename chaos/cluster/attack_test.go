@@ -197,7 +197,7 @@ func TestBadOnlyCopyIsAnError(t *testing.T) {
 func TestTakeoverFencesTheOldGateway(t *testing.T) {
 	c := startCluster(t)
 	dialOld := check.NBD(startVolume(t, c), nil)
-	l := check.NewLoad(check.Config{Dial: dialOld, Seed: 32, Base: areaBase, Blocks: areaBlocks, Ops: 3000, Log: t.Logf})
+	l := check.NewLoad(check.Config{Dial: dialOld, Seed: 32, Base: areaBase, Blocks: areaBlocks, Ops: 1000, Log: t.Logf})
 	if err := l.Run(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -206,8 +206,10 @@ func TestTakeoverFencesTheOldGateway(t *testing.T) {
 		t.Fatal(err)
 	}
 	paused := make(chan error, 1)
-	// Longer than the old lease lasts, or a takeover would not need the fence.
-	go func() { paused <- c.Pause(gateway, 14*time.Second) }()
+	// Longer than the old lease lasts (8 s), or the takeover would wait for it to
+	// come back; shorter than what an NBD server takes for a freeze (10 s), upon
+	// which it would not even look at the requests.
+	go func() { paused <- c.Pause(gateway, 9500*time.Millisecond) }()
 	ctx, cancel := context.WithTimeout(t.Context(), commandMaxWait)
 	defer cancel()
 	uri, err := c.Cairn(ctx, "volume", "attach", volumeName, "--host", "host-2", "--takeover")
