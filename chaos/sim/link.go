@@ -181,6 +181,7 @@ type conn struct {
 	clientGone bool // nothing goes back; what is in toServer still arrives
 	serverDead bool
 
+	tap                wire.Sink // takes the replies to a checker's question
 	toServer           []*wire.Request
 	toClient           []*wire.Reply
 	serverBusy, comeIn bool // a delivery is under way
@@ -258,6 +259,10 @@ func (c *conn) arriveServer(in time.Duration) {
 
 // Replies implements wire.Sink: the store's answers.
 func (c *conn) Replies(rs []*wire.Reply) {
+	if c.tap != nil {
+		c.tap.Replies(rs)
+		return
+	}
 	if c.clientGone || c.serverDead {
 		return
 	}

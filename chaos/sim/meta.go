@@ -10,7 +10,6 @@ import (
 	"github.com/cairnstore/cairn/meta/server"
 	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/placement/driver"
-	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -268,8 +267,6 @@ func (m *meta) place(op *pb.Allocate) error {
 // volume is the volume as the state machine has it now; checkers and fairness
 // look here, the cluster's own parts ask.
 func (m *meta) volume() *pb.Volume { return state.VolumeByName(m.kv, volumeName) }
-
-func (m *meta) volumeID() ids.VolumeID { return ids.VolumeID(m.volume().GetId()) }
 
 func (m *meta) chunks() []*pb.Chunk { return state.Chunks(m.kv, m.volume().GetId()) }
 

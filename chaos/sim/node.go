@@ -184,37 +184,45 @@ func (n *node) drop(c *conn) {
 	}
 }
 
-// ask puts one question to the store outside the protocol's way, for checkers.
-// The disk answers at once meanwhile.
-func (n *node) ask(q *wire.Request) *wire.Reply {
+// ask puts one question to the store for a checker, over the connection of the
+// attachment that sealed it last: another one's would not be answered. The disk
+// answers at once meanwhile.
+func (n *node) ask(a *attachment, q *wire.Request) *wire.Reply {
 	var got replySink
-	n.disk.now = true
-	n.store.Submit([]*wire.Request{q}, &got)
-	n.disk.now = false
+	for _, p := range a.peers {
+		n.disk.now = true
+		switch {
+		case p.link != nil && p.link.n == n && p.link.conn != nil:
+			c := p.link.conn
+			c.tap = &got
+			n.store.Submit([]*wire.Request{q}, c)
+			c.tap = nil
+		case p.local != nil && p.local.n == n:
+			p.local.tap = &got
+			n.store.Submit([]*wire.Request{q}, p.local)
+			p.local.tap = nil
+		}
+		n.disk.now = false
+	}
 	if len(got) != 1 {
 		return &wire.Reply{Status: status.Internal, Detail: "the store has not answered"}
 	}
 	return got[0]
 }
 
+// replySink keeps replies.
 type replySink []*wire.Reply
 
 // Replies implements wire.Sink.
 func (r *replySink) Replies(rs []*wire.Reply) { *r = append(*r, rs...) }
 
-// digest sums up what the store holds, for the state hash.
+// digest is the checksum of every byte on the disk, for the state hash.
 func (n *node) digest() uint64 {
-	if !n.up() {
-		return 0
+	b := make([]byte, n.disk.Size())
+	if err := disk.ReadAt(n.disk.mem, b, 0); err != nil {
+		n.w.violate("sim", "the disk of %s cannot be read: %v", n.name, err)
 	}
-	sum := uint64(n.store.Incarnation())
-	for _, c := range n.w.meta.chunks() {
-		rep := n.ask(&wire.Request{Kind: wire.Digest, Volume: n.w.meta.volumeID(), Chunk: ids.ChunkID(c.Id), Epoch: ids.MaxEpoch, Count: chunkBlocks, Limit: ids.MaxVersion})
-		for _, d := range rep.Digests {
-			sum = sum*31 + d
-		}
-	}
-	return sum
+	return uint64(wire.Checksum(b))
 }
 
 func (n *node) picture() string {

@@ -32,6 +32,10 @@ type world struct {
 	faults *injector
 }
 
+// maxEvents bounds the events per client operation of a run; a usual one has 10
+// to 40.
+const maxEvents = 2000
+
 // event is something that happens at a time.
 type event struct {
 	at  time.Duration
@@ -73,7 +77,9 @@ func (w *world) runUntil(limit time.Duration, ok func() bool) bool {
 		}
 		e := heap.Pop(&w.queue).(event)
 		w.now = e.at
-		w.stats.Events++
+		if w.stats.Events++; w.stats.Events > maxEvents*uint64(w.cfg.Steps) {
+			w.violate("P7", "%d events for %d operations: something goes round in circles; %s", w.stats.Events, w.load.begun, w.picture())
+		}
 		e.do()
 	}
 	return false

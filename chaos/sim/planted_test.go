@@ -1,0 +1,179 @@
+package sim
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestHunt runs seeds until one fails, and says which. It is what TestPlanted
+// runs with a bug planted in the production code.
+func TestHunt(t *testing.T) {
+	most := envInt("CAIRN_SIM_HUNT", 0)
+	if most == 0 {
+		t.Skip("CAIRN_SIM_HUNT is the number of seeds to try")
+	}
+	for seed := 1; seed <= most; seed++ {
+		if r := Run(Config{Seed: uint64(seed)}); r.Failure != nil {
+			fmt.Printf("found by seed %d: %s: %s\n", seed, r.Failure.Promise, r.Failure.Text)
+			return
+		}
+	}
+	fmt.Printf("not found in %d seeds\n", most)
+}
+
+// TestPlanted builds this package once for each bug of planted/ and has the
+// simulator look for it: each must be found. CAIRN_SIM_PLANTED is a pattern of
+// names ("*": all) and CAIRN_SIM_STATE a file of what was found before.
+func TestPlanted(t *testing.T) {
+	pattern := os.Getenv("CAIRN_SIM_PLANTED")
+	if pattern == "" {
+		t.Skip("CAIRN_SIM_PLANTED names the bugs to plant")
+	}
+	names, err := filepath.Glob(filepath.Join("planted", pattern+".patch"))
+	if err != nil || len(names) == 0 {
+		t.Fatalf("no planted bug matches %q: %v", pattern, err)
+	}
+	state := os.Getenv("CAIRN_SIM_STATE")
+	known := ""
+	if b, err := os.ReadFile(state); err == nil {
+		known = string(b)
+	}
+	for _, name := range names {
+		label := strings.TrimSuffix(filepath.Base(name), ".patch")
+		t.Run(label, func(t *testing.T) {
+			if strings.Contains(known, label+" found") {
+				t.Skip("found before")
+			}
+			said := hunt(t, name)
+			fmt.Printf("%-28s %s\n", label, said)
+			if !strings.HasPrefix(said, "found") {
+				t.Errorf("%s was not found: %s", label, said)
+			} else if state != "" {
+				remember(t, state, label+" "+said)
+			}
+		})
+	}
+}
+
+func remember(t *testing.T, file, line string) {
+	t.Helper()
+	f, err := os.OpenFile(file, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = fmt.Fprintln(f, line)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hunt builds with one bug planted, looks for it, and says how it went in one
+// line.
+func hunt(t *testing.T, patch string) string {
+	t.Helper()
+	dir := t.TempDir()
+	bin, overlay := filepath.Join(dir, "sim.test"), plant(t, dir, patch)
+	out, err := exec.Command("go", "test", "-c", "-o", bin, "-overlay", overlay, ".").CombinedOutput()
+	if err != nil {
+		t.Fatalf("it does not build: %v\n%s", err, out)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, bin, "-test.run", "^TestHunt$")
+	cmd.Env = append(os.Environ(), fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
+	out, err = cmd.CombinedOutput()
+	line, _, _ := strings.Cut(string(out), "\n")
+	switch {
+	case ctx.Err() != nil:
+		return "found: it hangs"
+	case bytes.Contains(out, []byte("panic:")):
+		return "found by a panic: " + line
+	case err != nil:
+		return "failed: " + err.Error() + ": " + line
+	}
+	return line
+}
+
+// plant applies a patch to copies and returns the overlay that go build takes.
+func plant(t *testing.T, dir, patch string) string {
+	t.Helper()
+	b, err := os.ReadFile(patch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := filepath.Abs(filepath.Join("..", ".."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	replace := map[string]string{}
+	for i, part := range strings.Split(string(b), "\n--- a/")[1:] {
+		file, hunks, _ := strings.Cut(part, "\n")
+		path := filepath.Join(root, file)
+		src, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := applyHunks(string(src), hunks)
+		if err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		replace[path] = filepath.Join(dir, fmt.Sprintf("%d.go", i))
+		if err := os.WriteFile(replace[path], []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err = json.Marshal(map[string]any{"Replace": replace})
+	if err != nil {
+		t.Fatal(err)
+	}
+	overlay := filepath.Join(dir, "overlay.json")
+	if err := os.WriteFile(overlay, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return overlay
+}
+
+// applyHunks replaces what each hunk takes away by what it adds. Places are
+// found by their text: line numbers may be old.
+func applyHunks(src, hunks string) (string, error) {
+	for _, h := range strings.Split(hunks, "\n@@ ")[1:] {
+		_, body, _ := strings.Cut(h, "\n")
+		var before, after strings.Builder
+		for _, l := range strings.SplitAfter(strings.TrimSuffix(body, "\n")+"\n", "\n") {
+			if l == "" {
+				continue
+			}
+			if l[0] != '+' {
+				before.WriteString(l[1:])
+			}
+			if l[0] != '-' {
+				after.WriteString(l[1:])
+			}
+		}
+		if n := strings.Count(src, before.String()); n != 1 {
+			return "", fmt.Errorf("the patch fits %d times: write it anew\n%s", n, before.String())
+		}
+		src = strings.Replace(src, before.String(), after.String(), 1)
+	}
+	return src, nil
+}
+
+// Every planted bug still fits the code it is planted in.
+func TestPlantedPatchesApply(t *testing.T) {
+	names, err := filepath.Glob("planted/*.patch")
+	if err != nil || len(names) < 40 {
+		t.Fatalf("%d planted bugs: %v", len(names), err)
+	}
+	for _, n := range names {
+		plant(t, t.TempDir(), n)
+	}
+}
