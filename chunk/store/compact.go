@@ -34,6 +34,7 @@ type compaction struct {
 	victim  *segment
 	at      uint32 // next block of it to look at
 	reading bool
+	blocked bool   // nothing to copy to, until a segment is freed or the clock ticks
 	staged  uint64 // LSN of the last copy; the next window waits for it
 	buf     []byte
 }
@@ -55,7 +56,11 @@ func (c *compaction) step(out *outbox, tick bool) error {
 	if c.victim != nil && c.victim.state != segClosed {
 		c.end() // everything in it died by itself
 	}
+	c.blocked = c.blocked && !tick
 	if c.victim == nil {
+		if c.blocked {
+			return nil
+		}
 		if c.victim = c.pick(); c.victim == nil {
 			return nil
 		}
@@ -132,7 +137,7 @@ func (c *compaction) got(buf []byte, err error) {
 		c.end()
 	default:
 		if err := c.copy(buf); err == errNoRoom {
-			c.victim.stuck = true // what it holds is more scattered than it seemed
+			c.blocked = true // what it holds is more scattered than it seemed
 			c.end()
 		} else if err != nil {
 			s.fail(err, &out)

@@ -76,16 +76,14 @@ func (p *player) reopen(d *disk.Mem, boot, what string) {
 // operation: what was flushed is there, nothing is torn or invented, a kill
 // loses nothing answered, what was read once stays, and the store goes on.
 func TestCrashAtEveryDiskOperation(t *testing.T) {
-	seeds := uint64(6)
+	seeds, step := uint64(4), 1
 	if testing.Short() {
-		seeds = 2
+		seeds, step = 2, 5
 	}
 	for seed := range seeds {
 		ops := 0
 		for cut := 1; ; cut++ {
-			if seed >= 2 {
-				cut += 3 // later seeds go in steps
-			}
+			cut += (step - 1) + int(seed/2)*3 // later seeds go in steps
 			d := formatMem(t)
 			s := open(t, d, testBoot)
 			p := newPlayer(t, seed, s)
@@ -135,7 +133,7 @@ func (p *player) crashed(d *disk.Mem, models []model, seed uint64, keep int, boo
 func TestCrashDuringRecovery(t *testing.T) {
 	seeds := uint64(12)
 	if testing.Short() {
-		seeds = 8
+		seeds = 3
 	}
 	for seed := range seeds {
 		for cut := 1; cut <= 5; cut++ {

@@ -225,6 +225,7 @@ func (s *Store) discardOp(g *segment) *disk.Op {
 		}
 		g.state, g.tail, g.written = segFree, 0, 0
 		s.free = append(s.free, g)
+		s.compact.blocked = false
 		s.proceed(&out)
 		s.unlock(&out)
 	}
