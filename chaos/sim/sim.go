@@ -62,6 +62,7 @@ type Failure struct {
 // Stats counts what a run did.
 type Stats struct {
 	Events   uint64
+	Begun    int // client operations
 	Ops      int // client operations answered OK
 	Unknown  int // unanswered, or answered with the end of the session
 	Refused  int // answered with an error that is allowed
@@ -79,7 +80,7 @@ func Run(cfg Config) *Result {
 	}
 	w := newWorld(cfg)
 	w.play()
-	w.stats.Virtual = w.now
+	w.stats.Virtual, w.stats.Begun = w.now, w.load.begun
 	r := &Result{Config: cfg, Shape: w.shape.String(), Faults: w.faults.plan, Hash: w.hash, Stats: w.stats, Failure: w.failed, Trace: w.traces}
 	return r
 }
@@ -169,4 +170,13 @@ func (w *world) picture() string {
 		out += "\n  " + g.picture()
 	}
 	return out + fmt.Sprintf("\n  load: %d begun, %d outstanding", w.load.begun, w.load.outstanding())
+}
+
+// FaultCount is how many faults happened.
+func (s *Stats) FaultCount() int {
+	n := 0
+	for _, k := range s.Faults {
+		n += k
+	}
+	return n
 }

@@ -86,7 +86,7 @@ Start here:
 	f.StringVar(&c.meta, "meta", os.Getenv("CAIRN_META"), "metadata nodes of a remote cluster, host:port[,host:port…] (CAIRN_META)")
 	root.AddCommand(upCommand(c), downCommand(c), metaCommand(c), hostCommand(c), configCommand(),
 		volumeCommand(c), vmCommand(c), storeCommand(c), statusCommand(c), eventsCommand(c), placeCommand(c),
-		demoCommand(), benchCommand())
+		demoCommand(), benchCommand(), chaosCommand())
 	asUsage(root)
 	return root
 }
