@@ -10,6 +10,7 @@ import (
 	"github.com/cairnstore/cairn/meta/server"
 	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/placement/driver"
+	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -233,7 +234,7 @@ func (m *meta) place(op *pb.Allocate) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	req := server.ChunkRequest{Count: len(missing), Replicas: int(v.Replicas), ChunkBytes: v.ChunkBytes, PreferHost: op.PreferHost}
+	req := server.ChunkRequest{Volume: ids.VolumeID(v.Id), Count: len(missing), Replicas: int(v.Replicas), ChunkBytes: v.ChunkBytes, PreferHost: op.PreferHost}
 	for _, n := range m.w.nodes {
 		s := state.StoreByID(m.kv, n.id[:])
 		if s == nil {

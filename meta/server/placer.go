@@ -21,6 +21,7 @@ type Placer interface {
 
 // ChunkRequest asks for places of new chunks of one volume.
 type ChunkRequest struct {
+	Volume     ids.VolumeID // tells apart volumes that ask between two heartbeats
 	Count      int
 	Replicas   int
 	ChunkBytes uint64

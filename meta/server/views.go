@@ -88,7 +88,7 @@ func (s *Server) place(t *tenure, op *pb.Allocate) error {
 			}
 			seen[ix] = true
 		}
-		req = ChunkRequest{Count: len(missing), Replicas: int(v.Replicas), ChunkBytes: v.ChunkBytes, PreferHost: op.PreferHost}
+		req = ChunkRequest{Volume: ids.VolumeID(v.Id), Count: len(missing), Replicas: int(v.Replicas), ChunkBytes: v.ChunkBytes, PreferHost: op.PreferHost}
 		req.Stores = t.storeViews(kv, v, boottime())
 	})
 	if err != nil || len(missing) == 0 {

@@ -66,11 +66,12 @@ func VMRequest(req server.VMRequest) placement.VMRequest {
 	return out
 }
 
-// seed hashes what tells requests apart: the writer's host, and what each
-// store holds. The stores are sorted first: their order says nothing.
+// seed hashes what tells requests apart: the volume (several ask between two
+// heartbeats, and must not all draw the same stores), the writer's host, and
+// what each store holds. The stores are sorted first: their order says nothing.
 func seed(req server.ChunkRequest) uint64 {
 	stores := slices.SortedFunc(slices.Values(req.Stores), func(a, b server.StoreView) int { return slices.Compare(a.ID[:], b.ID[:]) })
-	b := append([]byte(req.PreferHost), 0)
+	b := binary.LittleEndian.AppendUint64(append([]byte(req.PreferHost), 0), uint64(req.Volume))
 	for _, s := range stores {
 		b = append(b, s.ID[:]...)
 		b = binary.LittleEndian.AppendUint64(b, s.UsedBytes)

@@ -62,6 +62,7 @@ func TestSeedFollowsContent(t *testing.T) {
 	base := server.ChunkRequest{Count: 1, Replicas: 1, ChunkBytes: 1, Stores: stores()}
 	seen := map[uint64]bool{seed(base): true}
 	for _, change := range []func(*server.ChunkRequest){
+		func(r *server.ChunkRequest) { r.Volume = 7 },
 		func(r *server.ChunkRequest) { r.PreferHost = "host-1" },
 		func(r *server.ChunkRequest) { r.Stores[0].UsedBytes = 4096 },
 		func(r *server.ChunkRequest) { r.Stores[1].UsedBytes = 4096 },
