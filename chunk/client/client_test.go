@@ -267,6 +267,7 @@ func wait(t testing.TB, wg *sync.WaitGroup) {
 func TestManyRequestsAnsweredInAnyOrder(t *testing.T) {
 	noLeak(t)
 	st := newMemStore(true)
+	t.Cleanup(st.wg.Wait) // after the node is closed: until then a late request may come
 	n := startNode(t, "127.0.0.1:0", st)
 	srvTLS, cliTLS := testTLS(t)
 	secure := startTLSNode(t, srvTLS, st)
@@ -306,7 +307,6 @@ func TestManyRequestsAnsweredInAnyOrder(t *testing.T) {
 			}
 		})
 	}
-	st.wg.Wait()
 }
 
 // readBack reads n blocks with one request each and one request for all, and

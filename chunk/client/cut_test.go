@@ -205,6 +205,7 @@ func (r *resender) Replies(gen uint64, rs []*wire.Reply) {
 func TestConnectionsCutAnywhere(t *testing.T) {
 	noLeak(t)
 	st := newMemStore(true)
+	t.Cleanup(st.wg.Wait) // after the node is closed: until then a late request may come
 	n := startNode(t, "127.0.0.1:0", st)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -223,5 +224,4 @@ func TestConnectionsCutAnywhere(t *testing.T) {
 			t.Fatalf("not all is answered\n%s", stacks())
 		}
 	}
-	st.wg.Wait()
 }

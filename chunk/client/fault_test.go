@@ -448,6 +448,7 @@ func TestWhatWaitsIsBounded(t *testing.T) {
 func TestCloseAtAnyMoment(t *testing.T) {
 	noLeak(t)
 	st := newMemStore(true)
+	t.Cleanup(st.wg.Wait) // after the node is closed: until then a late request may come
 	n := startNode(t, "127.0.0.1:0", st)
 	for i := range 300 {
 		p := newProbe()
@@ -474,7 +475,6 @@ func TestCloseAtAnyMoment(t *testing.T) {
 			}
 		}
 	}
-	st.wg.Wait()
 }
 
 func TestRefusals(t *testing.T) {

@@ -97,6 +97,9 @@ func (s *Store) seal(c *caller, q *wire.Request, out *outbox) error {
 	}
 	rep := &wire.Reply{Kind: q.Kind, ID: q.ID, Epoch: v.epoch}
 	if q.Kind == wire.Seal {
+		if c.same {
+			v.sealer = c.sink
+		}
 		rep.Version, rep.Floor, rep.Incarnation = v.high, v.floor, s.incarnation
 		if v.intact {
 			rep.Flags = wire.FlagIntact

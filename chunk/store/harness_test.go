@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/cairnstore/cairn/chunk/disk"
@@ -43,17 +44,27 @@ func (b *inbox) Replies(rs []*wire.Reply) {
 	b.cond.Broadcast()
 }
 
+// asker is the connection of ask to each store; asked numbers its requests.
+var (
+	asker sync.Map
+	asked atomic.Uint64
+)
+
 // ask submits one request and waits for its reply.
 func ask(s *Store, q wire.Request) *wire.Reply {
-	b := newInbox()
-	q.ID = 77
+	c, _ := asker.LoadOrStore(s, newInbox())
+	b := c.(*inbox)
+	id := 1<<40 + asked.Add(1)
+	q.ID = id
 	s.Submit([]*wire.Request{&q}, b)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for b.got[77] == nil {
+	for b.got[id] == nil {
 		b.cond.Wait()
 	}
-	return b.got[77]
+	r := b.got[id]
+	delete(b.got, id)
+	return r
 }
 
 func mustOK(t testing.TB, r *wire.Reply) *wire.Reply {

@@ -80,8 +80,9 @@ type vol struct {
 	high   ids.Version // ≥ every version ever held
 	live   uint64      // data blocks
 	chunks map[chunkKey]*chunk
-	order  []*chunk // sorted by (id, layer)
-	last   *chunk   // the last one asked for
+	order  []*chunk  // sorted by (id, layer)
+	last   *chunk    // the last one asked for
+	sealer wire.Sink // the connection that sealed it last; nil: none since the store was opened
 }
 
 type chunkKey struct {

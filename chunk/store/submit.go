@@ -255,6 +255,10 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 			Detail: status.Errorf(status.Fenced, "epoch %d of volume %d is over: epoch %d was sealed", q.Epoch, q.Volume, v.epoch).Error()})
 		return nil
 	}
+	if v.superseded(c, q.Kind) {
+		out.fail(c, q.Kind, q.ID, status.Errorf(status.Unavailable, "volume %d was sealed over a newer connection", q.Volume))
+		return nil
+	}
 	if q.Kind != wire.Drop && s.dropped(q.Volume, q.Chunk, 0) {
 		out.fail(c, q.Kind, q.ID, status.Errorf(status.NotFound, "volume %d or its chunk %d was dropped", q.Volume, q.Chunk))
 		return nil
@@ -286,6 +290,17 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 	}
 	out.fail(c, q.Kind, q.ID, status.Errorf(status.Unsupported, "a store does not answer %s requests", q.Kind))
 	return nil
+}
+
+// superseded reports whether a request comes late: over another connection than
+// the one that sealed the volume. The writer has given up what it sent over
+// older ones, and may have made the members equal since.
+func (v *vol) superseded(c *caller, k wire.Kind) bool {
+	switch k {
+	case wire.Seal, wire.Drop, wire.Stat:
+		return false
+	}
+	return v != nil && v.sealer != nil && !(c.same && v.sealer == c.sink)
 }
 
 // appends reports whether requests of this kind need room in the log.
