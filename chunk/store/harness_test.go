@@ -44,17 +44,15 @@ func (b *inbox) Replies(rs []*wire.Reply) {
 	b.cond.Broadcast()
 }
 
-// asker is the connection of ask to each store; asked numbers its requests.
+// asker is the connection of ask to every store; asked numbers its requests.
 var (
-	asker sync.Map
+	asker = newInbox()
 	asked atomic.Uint64
 )
 
 // ask submits one request and waits for its reply.
 func ask(s *Store, q wire.Request) *wire.Reply {
-	c, _ := asker.LoadOrStore(s, newInbox())
-	b := c.(*inbox)
-	id := 1<<40 + asked.Add(1)
+	b, id := asker, 1<<40+asked.Add(1)
 	q.ID = id
 	s.Submit([]*wire.Request{&q}, b)
 	b.mu.Lock()
