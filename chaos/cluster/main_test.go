@@ -101,13 +101,16 @@ func awaitOps(t *testing.T, l *check.Load, done <-chan error, n int) {
 	}
 }
 
-// awaitWaiting waits until most of the load's clients wait for an answer.
-func awaitWaiting(t *testing.T, l *check.Load, done <-chan error) {
+// awaitWaiting waits until most of the load's clients wait for an answer. Both
+// the load and the pause that makes them wait must last until then.
+func awaitWaiting(t *testing.T, l *check.Load, done, paused <-chan error) {
 	t.Helper()
 	for l.Waiting() < 24 { // of 32
 		select {
 		case err := <-done:
 			t.Fatalf("the load ended early: %v", err)
+		case err := <-paused:
+			t.Fatalf("the pause ended early: %v", err)
 		case <-time.After(time.Millisecond):
 		}
 	}
