@@ -52,6 +52,7 @@ const (
 	DiskError   Kind = "disk-error"   // one write or sync fails; the store is restarted later
 	FullDisk    Kind = "full-disk"    // writes find no room
 	LeaderFalls Kind = "leader-falls" // of metadata; another one after a while
+	Isolate     Kind = "isolate"      // a host reaches nothing but itself; its volume is taken over
 	CutMeta     Kind = "cut-meta"     // a gateway does not reach metadata
 	Echo        Kind = "echo"         // metadata requests arrive twice for a while
 	Takeover    Kind = "takeover"     // the volume is attached elsewhere, the old writer goes on
@@ -69,7 +70,7 @@ var weights = []struct {
 }{
 	{Reset, 10}, {Partition, 5}, {MuteStore, 4}, {DeafStore, 4}, {SlowNet, 3}, {KillStore, 10}, {KillGate, 6}, {KillHost, 6}, {KillAll, 2},
 	{PowerHost, 8}, {PowerAll, 3}, {PauseStore, 5}, {PauseGate, 5}, {SlowDisk, 3}, {HangDisk, 4}, {DiskError, 3}, {FullDisk, 2},
-	{LeaderFalls, 6}, {CutMeta, 4}, {Echo, 2}, {Takeover, 6}, {Handover, 3}, {Amnesia, 3}, {BitFlip, 4}, {LostWrite, 2}, {Misdirected, 2},
+	{LeaderFalls, 6}, {Isolate, 6}, {CutMeta, 4}, {Echo, 2}, {Takeover, 6}, {Handover, 3}, {Amnesia, 3}, {BitFlip, 4}, {LostWrite, 2}, {Misdirected, 2},
 }
 
 // Kinds lists every fault there is.
@@ -119,6 +120,7 @@ type shape struct {
 	rot             bool // one store's disk rots
 	victim          int
 	busy            int // faults per 1,000 operations
+	flushes         int // of 100 operations
 }
 
 func (s shape) String() string {
@@ -142,6 +144,7 @@ func drawShape(r *rand.Rand) shape {
 	case 2:
 		s.hosts, s.replicas = 5, 5
 	}
+	s.flushes = []int{0, 2, 9, 25}[r.IntN(4)]
 	s.rot = s.replicas >= 3 && r.IntN(5) == 0
 	s.victim = r.IntN(s.hosts)
 	return s
@@ -171,6 +174,9 @@ func drawFaults(r *rand.Rand, s shape, steps int) []Fault {
 			f.For = time.Duration(50+r.IntN(1500)) * time.Millisecond
 		default:
 			f.For = time.Duration(1500+r.IntN(8000)) * time.Millisecond
+		}
+		if (kind == Amnesia || kind == PowerHost) && r.IntN(2) == 0 {
+			f.For = time.Millisecond // nobody notices in time
 		}
 		if isRot(kind) {
 			if !s.rot {

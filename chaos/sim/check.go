@@ -117,7 +117,7 @@ func (c *checker) answered(o *op, k status.Kind) {
 func (c *checker) refused(o *op, k status.Kind) {
 	c.w.stats.Refused++
 	switch {
-	case k == status.Shutdown && (o.c.a.e.State() == volume.Ended || o.c.a.e.State() == volume.Draining):
+	case (k == status.Shutdown || k == status.Fenced) && (o.c.a.e.State() == volume.Ended || o.c.a.e.State() == volume.Draining):
 		c.w.stats.Unknown++
 	case k == status.NoSpace && c.w.faults.everFull && o.Kind == volume.OpWrite:
 	case (k == status.IO || k == status.Poison || k == status.Corrupt) && c.w.faults.mayPoison():

@@ -162,6 +162,8 @@ func (in *injector) do(f Fault) {
 		})
 	case CutMeta:
 		g.agentCut(end)
+	case Isolate:
+		in.isolate(f, end)
 	case Echo:
 		in.echoUntil = max(in.echoUntil, end)
 	case Takeover:
@@ -172,6 +174,22 @@ func (in *injector) do(f Fault) {
 		}
 	default:
 		in.process(f)
+	}
+}
+
+// isolate cuts a host off, and has another one take its volume over.
+func (in *injector) isolate(f Fault, end time.Duration) {
+	w := in.w
+	for i, g := range w.gates {
+		for j, p := range g.paths {
+			if (i == f.Host) != (j == f.Host) {
+				p.toServer, p.toClient = max(p.toServer, end), max(p.toClient, end)
+			}
+		}
+	}
+	w.gates[f.Host].agentCut(end)
+	if f.Gate != f.Host {
+		w.after(time.Duration(f.Arg%3000)*time.Millisecond, func() { w.boss.attach(w.gates[f.Gate], true) })
 	}
 }
 

@@ -66,7 +66,7 @@ func (l *link) arrive(deadline time.Duration) {
 	if l.closed {
 		return
 	}
-	blocked := max(p.toServer, p.toClient) > w.now || n.pausedUntil > w.now
+	blocked := max(p.toServer, p.toClient) > w.now || n.pausedUntil > w.now || n.dark
 	switch {
 	case blocked:
 		w.after(deadline-w.now, func() { l.event(func() { l.failed("timeout") }) })
@@ -110,7 +110,7 @@ func (l *link) watch(c *conn, silent int) {
 				return
 			}
 			now, p := l.w().now, l.path()
-			if max(p.toServer, p.toClient, c.n.pausedUntil) <= now {
+			if max(p.toServer, p.toClient, c.n.pausedUntil) <= now && !c.serverDead {
 				silent = -1
 			}
 			if silent++; silent >= silentPings {
@@ -199,16 +199,13 @@ func (c *conn) cut() {
 	c.pumpServer()
 }
 
-// serverGone is the end of the server's process.
-func (c *conn) serverGone() {
-	c.serverDead = true
-	c.toServer = nil
+// reset tells the client that the server's process is gone, as its kernel does.
+// A machine without power says nothing until it is back.
+func (c *conn) reset() {
 	if c.clientGone {
 		return
 	}
 	l := c.l
-	// A machine without power says nothing: the client finds out by its pings,
-	// or when it sends. A killed process's kernel resets.
 	c.n.w.after(c.n.w.span(50*time.Microsecond, 2*time.Millisecond), func() {
 		l.event(func() { l.down(c, "reset") })
 	})

@@ -35,11 +35,10 @@ type load struct {
 	depth   int           // operations in flight of each client
 	think   time.Duration // mean pause between two
 	clients []*client
-	more    int // operations allowed beyond cfg.Steps, for final reads
 }
 
 func newLoad(w *world) *load {
-	return &load{w: w, depth: 1 + w.rng.IntN(12), think: time.Duration(1+w.rng.IntN(20)) * time.Millisecond}
+	return &load{w: w, depth: 1 + w.rng.IntN(12), think: []time.Duration{2, 10, 40, 150}[w.rng.IntN(4)] * time.Millisecond}
 }
 
 func (l *load) start()     { l.w.faults.begun(0) }
@@ -142,17 +141,18 @@ func (l *load) draw() *volume.Op {
 	first := win.first + r.Uint64N(win.count)
 	n := min(1+r.Uint64N(4), win.first+win.count-first)
 	o := &volume.Op{Off: first * ids.BlockSize, Len: n * ids.BlockSize}
-	switch k := r.IntN(100); {
-	case k < 42:
-		o.Kind = volume.OpRead
-	case k < 84:
-		o.Kind, o.FUA = volume.OpWrite, l.w.chance(10)
-	case k < 88:
-		o.Kind = volume.OpZero
-	case k < 91:
-		o.Kind = volume.OpTrim
-	default:
+	if r.IntN(100) < l.w.shape.flushes {
 		return &volume.Op{Kind: volume.OpFlush}
+	}
+	switch k := r.IntN(100); {
+	case k < 46:
+		o.Kind = volume.OpRead
+	case k < 92:
+		o.Kind, o.FUA = volume.OpWrite, l.w.shape.flushes > 0 && l.w.chance(10)
+	case k < 96:
+		o.Kind = volume.OpZero
+	default:
+		o.Kind = volume.OpTrim
 	}
 	if win.parts && o.Kind != volume.OpTrim {
 		cut := r.Uint64N(sectors)

@@ -33,6 +33,8 @@ type node struct {
 	boot        int          // of the host's system; raised by a power loss
 	life        int          // of the process
 	served      []*conn      // connections it serves
+	dark        bool         // its host has no power: nobody says so to its peers
+	unheard     []*conn      // connections whose peers do not know yet that it lost power
 	pausedUntil time.Duration
 	fullUntil   time.Duration // writes find no room
 	lostAt      uint64        // logical time of the last power loss; 0: it holds all it accepted
@@ -85,7 +87,11 @@ func (n *node) start() {
 		n.start()
 		return
 	}
-	n.store = s
+	n.store, n.dark = s, false
+	for _, c := range n.unheard { // whatever they send now is answered with a reset
+		c.reset()
+	}
+	n.unheard = nil
 	n.w.note(n.name, "start", func() string { return fmt.Sprintf("incarnation %d %s", s.Incarnation(), s.Usage().Note) }, uint64(s.Incarnation()))
 	if note := s.Usage().Note; note != "" && !n.w.faults.rotten(n) {
 		n.w.violate("P3", "%s finds damage nobody did: %s", n.name, note)
@@ -126,8 +132,14 @@ func (n *node) stop(keep int) {
 	served := n.served
 	n.served = nil
 	for _, c := range served {
-		c.serverGone()
+		c.serverDead, c.toServer = true, nil
+		if keep < 100 {
+			n.unheard = append(n.unheard, c)
+		} else {
+			c.reset()
+		}
 	}
+	n.dark = n.dark || keep < 100
 }
 
 func (n *node) kill() {
