@@ -1,0 +1,282 @@
+package placement
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+	"sort"
+	"strings"
+
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// Score is a plugin that rates a host for a job, in [0, 1], larger is better.
+type Score struct {
+	Name string
+	Rate func(Look) float64
+}
+
+// Look is what a score sees: a host with the job on it.
+type Look struct {
+	Shares [kinds]float64 // of each resource's limit in use, with the job; 0 where the host has none
+	Has    [kinds]bool    // the host has the resource at all
+	Gain   float64        // part of the job's traffic that the host would serve itself
+	Empty  bool           // nothing is bound to the host yet
+}
+
+// fullest and leanest are the largest and the smallest share.
+func (l *Look) fullest() (m float64) {
+	for k := range kinds {
+		m = max(m, l.Shares[k])
+	}
+	return m
+}
+
+func (l *Look) skew() float64 {
+	lo, hi := 1.0, 0.0
+	for k := range kinds {
+		if l.Has[k] {
+			lo, hi = min(lo, l.Shares[k]), max(hi, l.Shares[k])
+		}
+	}
+	return max(0, hi-lo)
+}
+
+// The scores that come with cairn.
+var (
+	GainScore     = Score{"gain", func(l Look) float64 { return l.Gain }}
+	FitScore      = Score{"fit", func(l Look) float64 { return l.fullest() }}
+	HeadroomScore = Score{"headroom", func(l Look) float64 { return 1 - l.fullest() }}
+	BalanceScore  = Score{"balance", func(l Look) float64 { return 1 - l.skew() }}
+	OpenScore     = Score{"open", func(l Look) float64 { // rather a host in use than a new one
+		if l.Empty {
+			return 0
+		}
+		return 1
+	}}
+)
+
+// Weighted is a score and how much it counts.
+type Weighted struct {
+	Score
+	Weight float64
+}
+
+// Weights returns a policy's scores. A weight far above the others makes its
+// score decide alone, and the others its ties.
+func Weights(p Policy) []Weighted {
+	switch p {
+	case BestFit:
+		return []Weighted{{OpenScore, 10}, {FitScore, 1}, {BalanceScore, 1}, {GainScore, 0.001}}
+	case WorstFit:
+		return []Weighted{{HeadroomScore, 1}, {GainScore, 0.001}}
+	case Balanced:
+		return []Weighted{{OpenScore, 10}, {BalanceScore, 2}, {FitScore, 1}, {GainScore, 0.001}}
+	}
+	return []Weighted{{GainScore, 10}, {HeadroomScore, 1}}
+}
+
+// SampleHosts is how many random hosts a sampled decision looks at beside
+// those that hold the job's data.
+const SampleHosts = 100
+
+// Scheduler decides where jobs of a fleet go. One goroutine owns it; several
+// schedulers may share a fleet.
+type Scheduler struct {
+	Fleet   *Fleet
+	Weights []Weighted
+	Sample  int // SampleHosts, or 0: look at every host
+	Seed    uint64
+
+	rng   uint64
+	holds []int // scratch
+}
+
+// NewScheduler returns a scheduler with a policy's scores.
+func NewScheduler(f *Fleet, p Policy, sample int, seed uint64) *Scheduler {
+	return &Scheduler{Fleet: f, Weights: Weights(p), Sample: sample, Seed: seed, rng: seed ^ 0x9e3779b97f4a7c15}
+}
+
+// next is splitmix64.
+func (s *Scheduler) next() uint64 {
+	s.rng += 0x9e3779b97f4a7c15
+	x := s.rng
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
+}
+
+// Decision is an answer.
+type Decision struct {
+	Host  int // -1: none fits
+	Score float64
+	Gain  float64
+}
+
+// Decide returns the best host for a job among those it looks at. When no
+// sampled host fits it looks at all: a refusal is never a matter of luck.
+func (s *Scheduler) Decide(j *Job) Decision {
+	best := Decision{Host: -1}
+	if s.Sample == 0 || s.Sample+len(j.Gains) >= s.Fleet.Len() {
+		for i := range s.Fleet.hosts {
+			s.try(j, i, &best)
+		}
+		return best
+	}
+	s.holds = s.holds[:0]
+	for i := range j.Gains {
+		s.holds = append(s.holds, i)
+	}
+	slices.Sort(s.holds)
+	for _, i := range s.holds {
+		s.try(j, i, &best)
+	}
+	n := uint64(s.Fleet.Len())
+	for range s.Sample {
+		i, _ := bits.Mul64(s.next(), n)
+		s.try(j, int(i), &best)
+	}
+	if best.Host < 0 {
+		for i := range s.Fleet.hosts {
+			s.try(j, i, &best)
+		}
+	}
+	return best
+}
+
+// try rates one host and keeps it if it is better. Equal scores go to the
+// lower number, so that the order of looking does not matter.
+func (s *Scheduler) try(j *Job, i int, best *Decision) {
+	h := s.Fleet.hosts[i]
+	if !h.passes(j) {
+		return
+	}
+	if (j.Near != "" || j.Apart != "") && s.Fleet.apart(j, h) != "" {
+		return
+	}
+	l := h.look(j, j.Gains[i])
+	sum := 0.0
+	for w := range s.Weights {
+		sum += s.Weights[w].Weight * s.Weights[w].Rate(l)
+	}
+	if best.Host < 0 || sum > best.Score || sum == best.Score && i < best.Host {
+		*best = Decision{Host: i, Score: sum, Gain: l.Gain}
+	}
+}
+
+func (f *Fleet) apart(j *Job, h *node) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.groupRefusal(j, h)
+}
+
+func (h *node) look(j *Job, gain float64) (l Look) {
+	l.Gain, l.Empty = gain, true
+	for k := range kinds {
+		used := h.used[k].Load()
+		l.Empty = l.Empty && used == 0
+		if h.limit[k] > 0 {
+			l.Has[k] = true
+			l.Shares[k] = float64(used+j.Need[k]) / float64(h.limit[k])
+		}
+	}
+	return l
+}
+
+// bindTries bounds how often one call decides anew after a conflict.
+const bindTries = 16
+
+// Place decides and binds, again after a conflict with another scheduler. It
+// returns how many conflicts there were.
+func (s *Scheduler) Place(j *Job) (d Decision, conflicts int, err error) {
+	for conflicts < bindTries {
+		if d = s.Decide(j); d.Host < 0 {
+			return d, conflicts, s.none(j)
+		}
+		if err = s.Fleet.Bind(j, d.Host); err != ErrConflict {
+			return d, conflicts, err
+		}
+		conflicts++
+	}
+	return Decision{Host: -1}, conflicts, ErrConflict
+}
+
+// none counts why no host fits.
+func (s *Scheduler) none(j *Job) error {
+	count := map[string]int{}
+	for _, h := range s.Fleet.hosts {
+		why := h.refuse(j)
+		if why == "" {
+			why = s.Fleet.apart(j, h)
+		}
+		if i := strings.Index(why, "has "); i == 0 && strings.HasSuffix(why, "free") {
+			why = "too little " + why[strings.LastIndexByte(strings.TrimSuffix(why, " free"), ' ')+1:len(why)-len(" free")]
+		}
+		count[why]++
+	}
+	var whys []string
+	for w, n := range count {
+		whys = append(whys, fmt.Sprintf("%s: %s", plural(n, "host"), w))
+	}
+	sort.Strings(whys)
+	return status.Errorf(status.NoSpace, "no host fits VM %s (%s); add hosts, stop a VM or ask for less", j.Name, strings.Join(whys, ", "))
+}
+
+// Explain is a table of every host: whether it passes, each score × its weight,
+// and their sum, best first; a person can add the columns up.
+func (s *Scheduler) Explain(j *Job) string {
+	head := []string{"HOST"}
+	for _, w := range s.Weights {
+		head = append(head, fmt.Sprintf("%g × %s", w.Weight, strings.ToUpper(w.Name)))
+	}
+	type row struct {
+		cells []string
+		sum   float64
+		ok    bool
+		name  string
+	}
+	var rows []row
+	for i, h := range s.Fleet.hosts {
+		why := h.refuse(j)
+		if why == "" {
+			why = s.Fleet.apart(j, h)
+		}
+		r := row{cells: []string{h.Name}, ok: why == "", name: h.Name}
+		l := h.look(j, j.Gains[i])
+		for _, w := range s.Weights {
+			v := w.Rate(l)
+			r.sum += w.Weight * v
+			cell := "-"
+			if r.ok {
+				cell = fmt.Sprintf("%.4f", v)
+			}
+			r.cells = append(r.cells, cell)
+		}
+		if r.ok {
+			r.cells = append(r.cells, fmt.Sprintf("%.4f", r.sum), "fits")
+		} else {
+			r.cells = append(r.cells, "-", why)
+		}
+		rows = append(rows, r)
+	}
+	slices.SortStableFunc(rows, func(a, b row) int {
+		if a.ok != b.ok {
+			return b2i(b.ok) - b2i(a.ok)
+		}
+		if a.ok && a.sum != b.sum {
+			if a.sum > b.sum {
+				return -1
+			}
+			return 1
+		}
+		return 0 // the fleet's order, as in Decide
+	})
+	out := [][]string{append(head, "SUM", "VERDICT")}
+	for i, r := range rows {
+		if i == 0 && r.ok {
+			r.cells[len(r.cells)-1] = "best"
+		}
+		out = append(out, r.cells)
+	}
+	return table(out)
+}
