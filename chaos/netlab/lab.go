@@ -1,0 +1,361 @@
+// Package netlab builds a leaf-spine storage network out of network namespaces
+// on one machine, cuts it, and measures what connections notice.
+//
+// Duty: namespaces, cables, addresses (by netplane/kernel), routing (by
+// netplane/bird), cuts and probes. Floor: F5. The namespaces have no name and
+// every process dies with this one: nothing is left, however it ends. It
+// routes nothing itself.
+package netlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/cairnstore/cairn/netplane"
+	"github.com/cairnstore/cairn/netplane/bird"
+	"github.com/cairnstore/cairn/netplane/kernel"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+// Limits of a lab.
+const (
+	MinSpines, MaxSpines = 1, 4
+	MinHosts, MaxHosts   = 2, 8
+)
+
+// Config says what to build.
+type Config struct {
+	Dir      string // for the routing daemons' files; made if missing
+	Spines   int
+	Hosts    int
+	Protocol bird.Protocol
+	NoBFD    bool
+	Log      *slog.Logger // nil: no log
+}
+
+// Lab is a running fabric.
+type Lab struct {
+	Topology bird.Topology
+	cfg      Config
+	nodes    map[string]*node
+}
+
+// node is one host or spine.
+type node struct {
+	name   string
+	work   chan func()
+	ended  chan struct{}
+	fd     netns.NsHandle
+	nl     *netlink.Handle
+	kernel *kernel.Reconciler
+	bird   *bird.Daemon
+}
+
+// Topology is the fabric that a lab of this shape has. Plane s has the
+// addresses 10.(100+s).h.0/31, the host's end is the odd one.
+func Topology(protocol bird.Protocol, spines, hosts int, noBFD bool) bird.Topology {
+	t := bird.Topology{Protocol: protocol, BFD: bird.BFD{Off: noBFD},
+		Range: []netip.Prefix{netip.MustParsePrefix("10.255.0.0/16"), netip.MustParsePrefix("fd00:ca1f::/64")}}
+	for h := 1; h <= hosts; h++ {
+		t.Nodes = append(t.Nodes, bird.Node{Name: fmt.Sprintf("host-%d", h), ASN: uint32(4200000000 + h), Addrs: []netip.Addr{
+			Stable(h), netip.MustParseAddr(fmt.Sprintf("fd00:ca1f::%x", h))}})
+	}
+	for s := 1; s <= spines; s++ {
+		t.Nodes = append(t.Nodes, bird.Node{Name: fmt.Sprintf("spine-%d", s), Spine: true, ASN: uint32(4200001000 + s), Addrs: []netip.Addr{
+			netip.AddrFrom4([4]byte{10, 255, 1, byte(s)}), netip.MustParseAddr(fmt.Sprintf("fd00:ca1f::1:%x", s))}})
+		for h := 1; h <= hosts; h++ {
+			t.Cables = append(t.Cables, bird.Cable{Host: fmt.Sprintf("host-%d", h), HostLink: fmt.Sprintf("s%d", s), Spine: fmt.Sprintf("spine-%d", s),
+				SpineLink: fmt.Sprintf("h%d", h), Key: "lab-secret", Ends: []bird.End{
+					{Host: Plane(h, s), Spine: netip.AddrFrom4([4]byte{10, byte(100 + s), byte(h), 0})},
+					{Host: netip.MustParseAddr(fmt.Sprintf("fd00:%x:%x::2", s, h)), Spine: netip.MustParseAddr(fmt.Sprintf("fd00:%x:%x::1", s, h))},
+				}})
+		}
+	}
+	return t
+}
+
+// Stable is the storage address of host h, reached over any spine.
+func Stable(h int) netip.Addr { return netip.AddrFrom4([4]byte{10, 255, 0, byte(h)}) }
+
+// Plane is the address of host h that is reached over spine s alone.
+func Plane(h, s int) netip.Addr { return netip.AddrFrom4([4]byte{10, byte(100 + s), byte(h), 1}) }
+
+// New builds a fabric and starts its routing; Converged waits for that to work.
+func New(cfg Config) (*Lab, error) {
+	if cfg.Spines < MinSpines || cfg.Spines > MaxSpines || cfg.Hosts < MinHosts || cfg.Hosts > MaxHosts {
+		return nil, status.Errorf(status.Invalid, "a lab has %d to %d spines and %d to %d hosts, not %d and %d", MinSpines, MaxSpines, MinHosts, MaxHosts, cfg.Spines, cfg.Hosts)
+	}
+	if os.Geteuid() != 0 {
+		return nil, status.Errorf(status.Permission, "a lab is made of network namespaces: run it as root")
+	}
+	t, err := Topology(cfg.Protocol, cfg.Spines, cfg.Hosts, cfg.NoBFD).Normal()
+	if err != nil {
+		return nil, err
+	}
+	l := &Lab{Topology: t, cfg: cfg, nodes: map[string]*node{}}
+	if err := l.build(); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+func (l *Lab) build() error {
+	for _, n := range l.Topology.Nodes {
+		nd, err := newNode(n.Name)
+		if err != nil {
+			return err
+		}
+		l.nodes[n.Name] = nd
+	}
+	for _, c := range l.Topology.Cables {
+		a, b := l.nodes[c.Host], l.nodes[c.Spine]
+		if err := a.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: c.HostLink}, PeerName: c.SpineLink, PeerNamespace: netlink.NsFd(b.fd)}); err != nil {
+			return fmt.Errorf("cannot lay a cable from %s to %s: %w", c.Host, c.Spine, err)
+		}
+	}
+	for _, n := range l.Topology.Nodes {
+		if err := l.address(n); err != nil {
+			return fmt.Errorf("%s: %w", n.Name, err)
+		}
+	}
+	for _, n := range l.Topology.Nodes {
+		d, err := bird.Start(bird.Config{Dir: filepath.Join(l.cfg.Dir, n.Name), Topology: l.Topology, Node: n.Name, NamespaceFD: int(l.nodes[n.Name].fd), Log: l.cfg.Log})
+		if err != nil {
+			return fmt.Errorf("%s: %w", n.Name, err)
+		}
+		l.nodes[n.Name].bird = d
+	}
+	return nil
+}
+
+func newNode(name string) (*node, error) {
+	n := &node{name: name, work: make(chan func()), ended: make(chan struct{})}
+	made := make(chan error)
+	go func() {
+		defer close(n.ended)
+		runtime.LockOSThread() // and never unlocked: the thread ends with the node
+		fd, err := netns.New()
+		n.fd = fd
+		made <- err
+		if err == nil {
+			for f := range n.work {
+				f()
+			}
+		}
+	}()
+	if err := <-made; err != nil {
+		return nil, fmt.Errorf("cannot make a network namespace for %s: %w", name, err)
+	}
+	return n, n.in(func() (err error) {
+		if n.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+			return err
+		}
+		lo, err := n.nl.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return n.nl.LinkSetUp(lo)
+	})
+}
+
+// in runs f on the node's thread. Processes f starts live in its namespace.
+func (n *node) in(f func() error) error {
+	done := make(chan error)
+	n.work <- func() { done <- f() }
+	return <-done
+}
+
+// address gives a node its addresses and static routes: a plane's other hosts
+// are reached over that plane's spine alone.
+func (l *Lab) address(n bird.Node) (err error) {
+	nd := l.nodes[n.Name]
+	cfg := netplane.Config{Addrs: n.Addrs, Forward: n.Spine}
+	for _, c := range l.Topology.Cables {
+		switch n.Name {
+		case c.Host:
+			via := c.Ends[0].Spine.As4()
+			cfg.Links = append(cfg.Links, netplane.Link{Name: c.HostLink, Addrs: []netip.Prefix{netip.PrefixFrom(c.Ends[0].Host, 31), netip.PrefixFrom(c.Ends[1].Host, 64)}})
+			cfg.Routes = append(cfg.Routes, netplane.Route{To: netip.PrefixFrom(netip.AddrFrom4([4]byte{via[0], via[1]}), 16), Hops: []netplane.Hop{{Via: c.Ends[0].Spine, Link: c.HostLink}}})
+		case c.Spine:
+			cfg.Links = append(cfg.Links, netplane.Link{Name: c.SpineLink, Addrs: []netip.Prefix{netip.PrefixFrom(c.Ends[0].Spine, 31), netip.PrefixFrom(c.Ends[1].Spine, 64)}})
+		}
+	}
+	if nd.kernel, err = kernel.New(kernel.Config{NamespaceFD: int(nd.fd)}); err != nil {
+		return err
+	}
+	_, err = nd.kernel.Apply(cfg)
+	return err
+}
+
+// Close takes the fabric down.
+func (l *Lab) Close() error {
+	var mu sync.Mutex
+	var errs []error
+	var wg sync.WaitGroup
+	for _, n := range l.nodes {
+		wg.Go(func() {
+			err := n.close()
+			mu.Lock()
+			defer mu.Unlock()
+			errs = append(errs, err)
+		})
+	}
+	wg.Wait()
+	l.nodes = nil
+	return errors.Join(errs...)
+}
+
+func (n *node) close() error {
+	var errs []error
+	if n.bird != nil {
+		errs = append(errs, n.bird.Close())
+	}
+	if n.kernel != nil {
+		errs = append(errs, n.kernel.Close())
+	}
+	if n.nl != nil {
+		n.nl.Close()
+	}
+	close(n.work)
+	<-n.ended
+	return errors.Join(append(errs, n.fd.Close())...)
+}
+
+// In runs f on a thread inside a node's namespace: sockets made and processes
+// started there belong to the node.
+func (l *Lab) In(name string, f func() error) error {
+	n := l.nodes[name]
+	if n == nil {
+		return status.Errorf(status.NotFound, "the lab has no node %q", name)
+	}
+	return n.in(f)
+}
+
+// Status is what a node's routing says.
+func (l *Lab) Status(name string) (bird.Status, error) {
+	n := l.nodes[name]
+	if n == nil {
+		return bird.Status{}, status.Errorf(status.NotFound, "the lab has no node %q", name)
+	}
+	return n.bird.Status()
+}
+
+// Daemon is a node's routing daemon.
+func (l *Lab) Daemon(name string) *bird.Daemon { return l.nodes[name].bird }
+
+// Hops returns a node's next hops in the kernel by storage address.
+func (l *Lab) Hops(name string) (map[netip.Prefix]int, error) {
+	out := map[netip.Prefix]int{}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := l.nodes[name].nl.RouteListFiltered(family, &netlink.Route{Protocol: bird.KernelProtocol}, netlink.RT_FILTER_PROTOCOL)
+		if err != nil {
+			return nil, fmt.Errorf("list the routes of %s: %w", name, err)
+		}
+		for _, r := range routes {
+			a, _ := netip.AddrFromSlice(r.Dst.IP)
+			a = a.Unmap()
+			out[netip.PrefixFrom(a, a.BitLen())] += max(1, len(r.MultiPath))
+		}
+	}
+	return out, nil
+}
+
+// Converged waits until every host reaches every other over all spines, in
+// both families, and returns how long that took.
+func (l *Lab) Converged(ctx context.Context) (time.Duration, error) {
+	start := time.Now()
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	for {
+		missing, err := l.missing()
+		if err != nil || missing == "" {
+			return time.Since(start), err
+		}
+		select {
+		case <-ctx.Done():
+			return 0, status.Errorf(status.Timeout, "the fabric has not converged: %s", missing)
+		case <-t.C:
+		}
+	}
+}
+
+func (l *Lab) missing() (string, error) {
+	for _, from := range l.Topology.Nodes {
+		if from.Spine {
+			continue
+		}
+		hops, err := l.Hops(from.Name)
+		if err != nil {
+			return "", err
+		}
+		for _, to := range l.Topology.Nodes {
+			for _, a := range to.Addrs {
+				if n := hops[netip.PrefixFrom(a, a.BitLen())]; !to.Spine && to.Name != from.Name && n != l.cfg.Spines {
+					return fmt.Sprintf("%s has %d of %d next hops to %v", from.Name, n, l.cfg.Spines, a), nil
+				}
+			}
+		}
+	}
+	return "", nil
+}
+
+// LinkDown switches a host's link to a spine off, LinkUp on again.
+func (l *Lab) LinkDown(host, spine int) error { return l.setLink(host, spine, false) }
+
+// LinkUp undoes LinkDown.
+func (l *Lab) LinkUp(host, spine int) error { return l.setLink(host, spine, true) }
+
+func (l *Lab) setLink(host, spine int, up bool) error {
+	nl := l.nodes[fmt.Sprintf("host-%d", host)].nl
+	k, err := nl.LinkByName(fmt.Sprintf("s%d", spine))
+	if err != nil {
+		return fmt.Errorf("host-%d has no link to spine-%d: %w", host, spine, err)
+	}
+	if up {
+		return nl.LinkSetUp(k)
+	}
+	return nl.LinkSetDown(k)
+}
+
+// Silence has a spine drop all it gets and sends; its links stay up.
+func (l *Lab) Silence(spine int) error {
+	return l.nft(spine, "table inet cut { chain in { type filter hook prerouting priority -300; policy drop; }\n chain out { type filter hook output priority -300; policy drop; }\n}\n")
+}
+
+// DropData has a spine drop what it should pass on, and answer all else: no
+// routing protocol sees that.
+func (l *Lab) DropData(spine int) error {
+	return l.nft(spine, "table inet cut { chain fwd { type filter hook forward priority -300; policy drop; }\n}\n")
+}
+
+// Heal ends Silence and DropData.
+func (l *Lab) Heal(spine int) error { return l.nft(spine, "delete table inet cut") }
+
+func (l *Lab) nft(spine int, rules string) error {
+	n := l.nodes[fmt.Sprintf("spine-%d", spine)]
+	if n == nil {
+		return status.Errorf(status.NotFound, "the lab has no spine %d", spine)
+	}
+	return n.in(func() error {
+		cmd := exec.Command("/usr/sbin/nft", "-f", "-")
+		cmd.Stdin = strings.NewReader(rules)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("nft on spine-%d: %s: %w", spine, strings.TrimSpace(string(out)), err)
+		}
+		return nil
+	})
+}
