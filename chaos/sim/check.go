@@ -23,11 +23,38 @@ type checker struct {
 	order     []*register
 	undone    []pair            // writes without an answer, not fenced
 	uncovered []*value          // answered and not known durable, by answer
-	returned  map[uint32]uint64 // attach of epoch: when it returned
-	newest    uint32            // epoch whose attach has returned
-	served    uint32            // epoch that has served
+	returned  epochs            // attaches that metadata has answered
+	served    epochs            // attaches that have served
 	results   map[string][]byte // first result of each (session, seq)
 	revision  uint64
+}
+
+// epochs are writer epochs with the time something was first true of each.
+type epochs []struct {
+	epoch uint32
+	at    uint64
+}
+
+func (es *epochs) add(epoch uint32, now uint64) {
+	for _, e := range *es {
+		if e.epoch == epoch {
+			return
+		}
+	}
+	*es = append(*es, struct {
+		epoch uint32
+		at    uint64
+	}{epoch, now})
+}
+
+// after returns an epoch above the given one that it was true of before t, or 0.
+func (es epochs) after(epoch uint32, t uint64) uint32 {
+	for _, e := range es {
+		if e.epoch > epoch && e.at < t {
+			return e.epoch
+		}
+	}
+	return 0
 }
 
 type pair struct {
@@ -36,7 +63,7 @@ type pair struct {
 }
 
 func newChecker(w *world) *checker {
-	return &checker{w: w, registers: map[uint64]*register{}, returned: map[uint32]uint64{}, results: map[string][]byte{}}
+	return &checker{w: w, registers: map[uint64]*register{}, results: map[string][]byte{}}
 }
 
 func (c *checker) register(key uint64) *register {
@@ -95,13 +122,15 @@ func (c *checker) answered(o *op, k status.Kind) {
 		return
 	}
 	c.w.stats.Ops++
-	if epoch := o.c.a.epoch; epoch < c.newest {
-		for e, at := range c.returned {
-			if e > epoch && at < o.inv {
-				c.w.violate("P4", "%s is answered OK though it was invoked after the attach of epoch %d had returned", o, e)
-				return
-			}
-		}
+	// Reads end with their lease, before metadata answers the next attach; writes
+	// with the seals, before that attach serves.
+	over := c.served
+	if o.Kind == volume.OpRead {
+		over = c.returned
+	}
+	if e := over.after(o.c.a.epoch, o.inv); e > 0 {
+		c.w.violate("P4", "%s is answered OK though it was invoked after the attach of epoch %d had returned", o, e)
+		return
 	}
 	switch o.Kind {
 	case volume.OpRead:
@@ -121,22 +150,37 @@ func (c *checker) refused(o *op, k status.Kind) {
 		c.w.stats.Unknown++
 	case k == status.NoSpace && c.w.faults.everFull && o.Kind == volume.OpWrite:
 	case (k == status.IO || k == status.Poison || k == status.Corrupt) && c.w.faults.mayPoison():
-	case k == status.IO && (c.noneWell(o.c.a.g) || c.w.shape.replicas == 1 && o.at <= c.w.faults.failedUntil): // P5: wait or EIO
+	case k == status.IO && (c.noneWell(o) || c.w.shape.replicas == 1 && o.at <= c.w.faults.failedUntil): // P5: wait or EIO
 	default:
 		c.w.violate("P7", "%s fails: %s", o, k)
 	}
 }
 
-// noneWell reports whether no in-sync member could serve a gateway now.
-func (c *checker) noneWell(g *gateway) bool {
-	for _, n := range c.w.nodes {
-		m, p, now := c.w.meta.member(n), g.paths[n.index], c.w.now
-		if m != nil && m.InSync && n.up() && n.store.Usage().State == "ok" && n.lostAt == 0 &&
-			max(n.pausedUntil, n.disk.hungUntil, p.toServer, p.toClient) <= now {
-			return false
+// noneWell reports whether some chunk of an operation has no in-sync replica
+// that could serve its gateway now.
+func (c *checker) noneWell(o *op) bool {
+	for _, ch := range c.w.meta.chunks() {
+		first := uint64(ch.Index) * chunkBytes
+		if o.Off >= first+chunkBytes || o.Off+o.Len <= first {
+			continue
+		}
+		if !slices.ContainsFunc(c.w.nodes, func(n *node) bool { return holds(ch, n) && c.serves(o.c.a.g, n) }) {
+			return true
 		}
 	}
-	return true
+	return false
+}
+
+// serves reports whether a store is in sync and could answer a gateway now.
+func (c *checker) serves(g *gateway, n *node) bool {
+	m, p := c.w.meta.member(n), g.paths[n.index]
+	return m != nil && m.InSync && n.up() && n.store.Usage().State == "ok" && n.lostAt == 0 &&
+		max(n.pausedUntil, n.disk.hungUntil, p.toServer, p.toClient) <= c.w.now
+}
+
+// holds reports whether a node has a replica of a chunk.
+func holds(ch *pb.Chunk, n *node) bool {
+	return slices.ContainsFunc(ch.Stores, func(id []byte) bool { return bytes.Equal(id, n.id[:]) })
 }
 
 func (c *checker) readDone(o *op, now uint64) {
@@ -187,10 +231,7 @@ func (c *checker) flushed(inv uint64) {
 
 // attachReturned: from now on older epochs answer nothing new.
 func (c *checker) attachReturned(epoch uint32) {
-	if c.returned[epoch] == 0 {
-		c.returned[epoch] = c.w.tick()
-	}
-	c.newest = max(c.newest, epoch)
+	c.returned.add(epoch, c.w.tick())
 }
 
 // serving: older sessions have done all they will ever do, and everything in
@@ -198,7 +239,7 @@ func (c *checker) attachReturned(epoch uint32) {
 func (c *checker) serving(a *attachment) {
 	now := c.w.tick()
 	c.w.note(a.g.name, "serving", func() string { return fmt.Sprintf("epoch %d", a.epoch) }, uint64(a.epoch))
-	c.served = max(c.served, a.epoch)
+	c.served.add(a.epoch, now)
 	c.undone = slices.DeleteFunc(c.undone, func(p pair) bool {
 		if p.v.done != never {
 			return true
@@ -245,8 +286,7 @@ func (c *checker) powerLost() {
 		whole := false
 		for _, n := range c.w.nodes {
 			m := c.w.meta.member(n)
-			holds := slices.ContainsFunc(ch.Stores, func(id []byte) bool { return bytes.Equal(id, n.id[:]) })
-			whole = whole || holds && m != nil && m.InSync && n.lostAt == 0
+			whole = whole || holds(ch, n) && m != nil && m.InSync && n.lostAt == 0
 		}
 		if !whole {
 			c.shake(ch.Index, now, readers)
@@ -305,7 +345,7 @@ func (c *checker) membersChanged() {
 		held := false
 		for _, n := range c.w.nodes {
 			m := c.w.meta.member(n)
-			held = held || m != nil && m.InSync && slices.ContainsFunc(ch.Stores, func(id []byte) bool { return bytes.Equal(id, n.id[:]) })
+			held = held || m != nil && m.InSync && holds(ch, n)
 		}
 		if !held {
 			c.w.violate("P5", "chunk %d has no in-sync replica any more: %s", ch.Index, c.w.meta.picture())
@@ -341,15 +381,16 @@ func (c *checker) equal() {
 	if c.w.failed != nil || !c.w.load.flushed() {
 		return
 	}
+	c.w.converge("flushed") // a member may just have been lost
 	a := c.w.boss.serving()
-	if a == nil {
-		return // it moved on; the next time will do
+	if c.w.failed != nil || a == nil {
+		return
 	}
 	for _, ch := range c.w.meta.chunks() {
 		var first *node
 		var want []wire.Entry
 		for _, n := range c.w.nodes {
-			if !slices.ContainsFunc(ch.Stores, func(id []byte) bool { return bytes.Equal(id, n.id[:]) }) || !n.up() {
+			if !holds(ch, n) || !n.up() {
 				continue
 			}
 			rep := n.ask(a, &wire.Request{Kind: wire.List, Volume: a.id, Chunk: ids.ChunkID(ch.Id), Epoch: ids.Epoch(a.epoch), Count: chunkBlocks})
