@@ -83,6 +83,13 @@ func (s *Store) synced(target uint64, err error) {
 func (s *Store) seal(c *caller, q *wire.Request, out *outbox) error {
 	v := s.vol(q.Volume)
 	changed := q.Epoch > v.epoch
+	if q.Kind == wire.Seal {
+		if !changed && q.Count < v.sealed { // it was late on its way
+			out.fail(c, q.Kind, q.ID, errSuperseded(q))
+			return nil
+		}
+		v.sealed = q.Count
+	}
 	v.epoch = q.Epoch
 	if q.Kind == wire.Settle {
 		changed = changed || !v.intact || q.Floor > v.floor

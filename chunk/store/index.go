@@ -83,6 +83,7 @@ type vol struct {
 	order  []*chunk  // sorted by (id, layer)
 	last   *chunk    // the last one asked for
 	sealer wire.Sink // the connection that sealed it last; nil: none since the store was opened
+	sealed uint32    // its number among those of epoch's writer
 }
 
 type chunkKey struct {

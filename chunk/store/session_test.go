@@ -26,8 +26,8 @@ func TestAnOlderConnectionIsRefused(t *testing.T) {
 	zero := func() *wire.Request {
 		return &wire.Request{Kind: wire.Zero, Chunk: 1, Block: 5, Count: 1, Version: ids.MakeVersion(3, 9)}
 	}
-	for _, c := range []*lastReply{older, newer} {
-		if k := ask(c, &wire.Request{Kind: wire.Seal}); k != status.OK {
+	for i, c := range []*lastReply{older, newer} {
+		if k := ask(c, &wire.Request{Kind: wire.Seal, Count: uint32(i + 1)}); k != status.OK {
 			t.Fatalf("seal: %v", k)
 		}
 		if k := ask(c, zero()); k != status.OK {
@@ -36,7 +36,7 @@ func TestAnOlderConnectionIsRefused(t *testing.T) {
 	}
 	late := []*wire.Request{zero(), {Kind: wire.Flush, Floor: ids.MakeVersion(3, 9)}, {Kind: wire.Settle, Floor: ids.MakeVersion(3, 9)},
 		{Kind: wire.Install, Chunk: 1, Limit: ids.MakeVersion(3, 0), Entries: []wire.Entry{{Chunk: 1, Block: 5, Kind: wire.EntryHole}}},
-		{Kind: wire.Read, Chunk: 1, Block: 5, Count: 1}}
+		{Kind: wire.Read, Chunk: 1, Block: 5, Count: 1}, {Kind: wire.Seal, Count: 1}}
 	for _, q := range late {
 		if k := ask(older, q); k != status.Unavailable {
 			t.Errorf("a late %s over the older connection: %v", q.Kind, k)

@@ -256,7 +256,7 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 		return nil
 	}
 	if v.superseded(c, q.Kind) {
-		out.fail(c, q.Kind, q.ID, status.Errorf(status.Unavailable, "volume %d was sealed over a newer connection", q.Volume))
+		out.fail(c, q.Kind, q.ID, errSuperseded(q))
 		return nil
 	}
 	if q.Kind != wire.Drop && s.dropped(q.Volume, q.Chunk, 0) {
@@ -301,6 +301,10 @@ func (v *vol) superseded(c *caller, k wire.Kind) bool {
 		return false
 	}
 	return v != nil && v.sealer != nil && !(c.same && v.sealer == c.sink)
+}
+
+func errSuperseded(q *wire.Request) error {
+	return status.Errorf(status.Unavailable, "volume %d was sealed over a newer connection", q.Volume)
 }
 
 // appends reports whether requests of this kind need room in the log.

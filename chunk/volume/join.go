@@ -68,7 +68,7 @@ func (e *Engine) stepJoins() {
 func (e *Engine) beginJoin(r *replica) {
 	jn := &join{}
 	r.join, r.joinedBytes, r.sealed, r.lastReply = jn, 0, false, e.now
-	e.call(r, &wire.Request{Kind: wire.Seal}, func(rep *wire.Reply) {
+	e.call(r, &wire.Request{Kind: wire.Seal, Count: uint32(r.gen)}, func(rep *wire.Reply) {
 		if r.join != jn {
 			return
 		}

@@ -181,7 +181,7 @@ func (e *Engine) linkUp(ev *Up) {
 
 // seal raises the store's epoch for the volume; the answer tells what it holds.
 func (e *Engine) seal(r *replica) {
-	e.call(r, &wire.Request{Kind: wire.Seal}, func(rep *wire.Reply) {
+	e.call(r, &wire.Request{Kind: wire.Seal, Count: uint32(r.gen)}, func(rep *wire.Reply) {
 		if rep.Status == status.Unavailable || !r.inSync {
 			return
 		}

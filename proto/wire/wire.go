@@ -77,7 +77,8 @@ const (
 	// earlier appends are finished: Reply.Version = highest version held,
 	// Floor = highest floor logged, Incarnation, FlagIntact = nothing accepted
 	// since Floor was lost. Fenced when Epoch is below the sealed epoch; equal
-	// is accepted (idempotent).
+	// is accepted (idempotent), unless Count, which numbers the connections of
+	// the epoch's writer, is below that of a seal that came before: Unavailable.
 	Seal Kind = 7
 	// Newer lists entries of the volume with version > Version, in order of
 	// (chunk, layer, block) from (Chunk, Layer, Block) on, at most Count of
