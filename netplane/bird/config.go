@@ -62,7 +62,9 @@ func (w *writer) f(format string, args ...any) { fmt.Fprintf(&w.Builder, format+
 // (a spine: hosts'), a spine takes from a port what belongs to the host there
 // and nothing else, and a host takes single addresses inside Range that are
 // not its own. OSPF floods, so there each address counts only with the router
-// identity of its owner.
+// identity of its owner; that is weaker: a node that takes over another's
+// identity and address as well is not believed, but cuts the other off while
+// it lasts.
 func (t Topology) Config(name string) (string, error) {
 	n, ok := t.Node(name)
 	if !ok {
