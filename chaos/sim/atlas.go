@@ -15,11 +15,16 @@ import (
 //   - The loss of a disk (Amnesia) needs another in-sync member of every chunk
 //     that kept its power and its disk, and no other fault of a store under
 //     way: P2 and P3 speak of all but one of the in-sync replicas.
+//   - So does the loss of all disks but one (Survivor), right behind a completed
+//     flush, when all are in sync: that one has everything flushed, even if it
+//     loses its power too (P2).
 //   - Rot (BitFlip, LostWrite, Misdirected) happens on one store of a run, the
 //     victim, and only where there are three replicas; the faults that take
 //     another store out then come one at a time, when all are in sync: a block
 //     whose only copy rots is lost. A victim that cannot be opened any more is
-//     given an empty disk.
+//     given an empty disk. So is one that is restarted and finds nothing wrong:
+//     rot at the end of its log looks like a tail that was never promised, and
+//     until a scrub compares replicas nothing tells the two apart.
 //   - Power lost by all in-sync replicas of a chunk, even one after the other,
 //     may take back what was not flushed (P3); the checker then expects the
 //     last durable value or a later one, and one answer for ever.
@@ -45,6 +50,8 @@ const (
 	KillAll     Kind = "kill-all"     // every process of every host
 	PowerHost   Kind = "power-host"   // a host loses power
 	PowerAll    Kind = "power-all"    // all do
+	PowerFlush  Kind = "power-flush"  // all lose it at the moment a flush is answered
+	Survivor    Kind = "survivor"     // then all in-sync disks but one are lost, and that one loses power
 	PauseStore  Kind = "pause-store"  // SIGSTOP
 	PauseGate   Kind = "pause-gate"   //
 	SlowDisk    Kind = "slow-disk"    // every operation takes longer
@@ -69,7 +76,7 @@ var weights = []struct {
 	n    int
 }{
 	{Reset, 10}, {Partition, 5}, {MuteStore, 4}, {DeafStore, 4}, {SlowNet, 3}, {KillStore, 10}, {KillGate, 6}, {KillHost, 6}, {KillAll, 2},
-	{PowerHost, 8}, {PowerAll, 3}, {PauseStore, 5}, {PauseGate, 5}, {SlowDisk, 3}, {HangDisk, 4}, {DiskError, 3}, {FullDisk, 2},
+	{PowerHost, 8}, {PowerAll, 3}, {PowerFlush, 4}, {Survivor, 4}, {PauseStore, 5}, {PauseGate, 5}, {SlowDisk, 3}, {HangDisk, 4}, {DiskError, 3}, {FullDisk, 2},
 	{LeaderFalls, 6}, {Isolate, 6}, {CutMeta, 4}, {Echo, 2}, {Takeover, 6}, {Handover, 3}, {Amnesia, 3}, {BitFlip, 4}, {LostWrite, 2}, {Misdirected, 2},
 }
 
@@ -121,6 +128,7 @@ type shape struct {
 	victim          int
 	busy            int // faults per 1,000 operations
 	flushes         int // of 100 operations
+	zeros           int // of 100 writes
 }
 
 func (s shape) String() string {
@@ -145,6 +153,7 @@ func drawShape(r *rand.Rand) shape {
 		s.hosts, s.replicas = 5, 5
 	}
 	s.flushes = []int{0, 2, 9, 25}[r.IntN(4)]
+	s.zeros = []int{2, 10, 40}[r.IntN(3)]
 	s.rot = s.replicas >= 3 && r.IntN(5) == 0
 	s.victim = r.IntN(s.hosts)
 	return s
@@ -166,7 +175,11 @@ func drawFaults(r *rand.Rand, s shape, steps int) []Fault {
 				break
 			}
 		}
-		f := Fault{At: 1 + r.IntN(steps), Kind: kind, Host: r.IntN(s.hosts), Gate: r.IntN(s.hosts), Arg: r.Uint64N(1 << 40)}
+		at := 1 + r.IntN(steps)
+		if len(plan) > 0 && r.IntN(3) == 0 { // misfortunes come together
+			at = min(plan[len(plan)-1].At+r.IntN(3), steps)
+		}
+		f := Fault{At: at, Kind: kind, Host: r.IntN(s.hosts), Gate: r.IntN(s.hosts), Arg: r.Uint64N(1 << 40)}
 		switch r.IntN(4) {
 		case 0:
 			f.For = time.Duration(1+r.IntN(50)) * time.Millisecond

@@ -222,6 +222,7 @@ func (c *checker) flushed(inv uint64) {
 		n++
 	}
 	c.uncovered = c.uncovered[n:]
+	defer c.w.faults.flushed()
 	for _, nd := range c.w.nodes {
 		if m := c.w.meta.member(nd); m != nil && m.InSync && nd.lostAt < inv {
 			nd.lostAt, nd.gone = 0, false
@@ -257,10 +258,48 @@ func (c *checker) serving(a *attachment) {
 			n.lostAt, n.gone = 0, false
 		}
 	}
+	c.w.after(time.Millisecond, c.below)
 }
 
 // stepped runs after every step of an engine.
 func (c *checker) stepped(*attachment) {}
+
+// below compares the in-sync members the serving engine reaches: what is not
+// above its floor is the same on all.
+func (c *checker) below() {
+	a := c.w.boss.serving()
+	if a == nil || c.w.failed != nil {
+		return
+	}
+	floor := a.e.Info().Floor
+	for _, ch := range c.w.meta.chunks() {
+		var first *node
+		var want map[ids.Block]wire.Entry
+		for _, n := range c.w.nodes {
+			if !holds(ch, n) || n.disk.hungUntil > c.w.now || !c.serves(a.g, n) {
+				continue
+			}
+			rep := n.ask(a, &wire.Request{Kind: wire.List, Volume: a.id, Chunk: ids.ChunkID(ch.Id), Epoch: ids.Epoch(a.epoch), Count: chunkBlocks})
+			if rep.Status != status.OK {
+				continue // it has just been lost
+			}
+			got := map[ids.Block]wire.Entry{}
+			for _, en := range rep.Entries {
+				got[en.Block] = en
+			}
+			if first == nil {
+				first, want = n, got
+				continue
+			}
+			for b := range ids.Block(chunkBlocks) {
+				if x, y := want[b], got[b]; x != y && max(x.Version, y.Version) <= floor {
+					c.w.violate("P1", "block %d of chunk %d is %s on %s and %s on %s, and the floor is %s", b, ch.Index, x.Version, first.name, y.Version, n.name, floor)
+					return
+				}
+			}
+		}
+	}
+}
 
 // asked notes what an engine asks of metadata.
 func (c *checker) asked(a *attachment, m *volume.MetaCall) {
@@ -328,6 +367,9 @@ func (c *checker) committed(cmd *pb.Command, res *pb.Result) {
 		c.w.violate("P8", "command %s has two results", k)
 	}
 	c.results[k] = b
+	if ch := cmd.GetChangeMembers(); ch != nil && slices.ContainsFunc(ch.Changes, func(m *pb.MemberChange) bool { return len(m.Add) > 0 }) {
+		c.w.after(0, c.below)
+	}
 	if cmd.GetChangeMembers() != nil || cmd.GetRegisterStore() != nil {
 		c.membersChanged()
 	}

@@ -107,6 +107,7 @@ func (d *faultyDisk) finish(op *disk.Op) error {
 
 // rotten is a write the disk answers OK and does wrong.
 func (d *faultyDisk) rotten(op *disk.Op, kind Kind) error {
+	d.node.rots = true
 	d.w.note(d.node.name, string(kind), func() string { return "a write is answered and not done right" }, uint64(op.Off))
 	if kind == LostWrite {
 		return nil

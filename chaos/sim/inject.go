@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"bytes"
 	"math/rand/v2"
 	"time"
 
@@ -17,6 +18,7 @@ type injector struct {
 	// failedUntil is when the last store whose disk failed was started again.
 	failedUntil time.Duration
 	echoUntil   time.Duration
+	armed       []Fault   // wait for a flush
 	running     []running // faults not over, for the pairs that met
 	outUntil    time.Duration
 }
@@ -109,6 +111,8 @@ func (in *injector) fair(f Fault) bool {
 	switch {
 	case f.Host >= len(in.w.nodes) || f.Gate >= len(in.w.gates):
 		return false
+	case f.Kind == PowerFlush || f.Kind == Survivor:
+		return !in.w.shape.rot && (f.Kind == PowerFlush || in.w.shape.replicas > 1)
 	case f.Kind == Amnesia:
 		return in.w.shape.replicas > 1 && in.quiet()
 	case isRot(f.Kind):
@@ -162,6 +166,8 @@ func (in *injector) do(f Fault) {
 		})
 	case CutMeta:
 		g.agentCut(end)
+	case PowerFlush, Survivor:
+		in.armed = append(in.armed, f)
 	case Isolate:
 		in.isolate(f, end)
 	case Echo:
@@ -175,6 +181,40 @@ func (in *injector) do(f Fault) {
 	default:
 		in.process(f)
 	}
+}
+
+// flushed is a flush, or a write with FUA, that has just been answered.
+func (in *injector) flushed() {
+	if len(in.armed) == 0 || in.healed {
+		return
+	}
+	f := in.armed[0]
+	if f.Kind == Survivor && !in.quiet() {
+		in.armed = append(in.armed[1:], f)
+		return
+	}
+	in.armed = in.armed[1:]
+	w := in.w
+	w.note("fault", string(f.Kind), func() string { return "a flush is answered" })
+	for i, n := range w.nodes {
+		how := func() { n.powerLoss(int(f.Arg % 100)) }
+		if m := w.meta.member(n); f.Kind == Survivor && m != nil && !in.survives(n, f) {
+			how = n.lose
+		}
+		in.down(i, true, true, how, f.For/4+time.Duration(i)*time.Millisecond)
+	}
+}
+
+// survives reports whether a node's disk is the one that is left of some chunk
+// that loses the others.
+func (in *injector) survives(n *node, f Fault) bool {
+	for _, ch := range in.w.meta.chunks() {
+		left := int(f.Arg>>8) % len(ch.Stores)
+		if bytes.Equal(ch.Stores[left], n.id[:]) {
+			return true
+		}
+	}
+	return false
 }
 
 // isolate cuts a host off, and has another one take its volume over.
@@ -216,6 +256,7 @@ func (in *injector) machine(f Fault, n *node) {
 		in.everFull = true
 		n.fullUntil = max(n.fullUntil, end)
 	case BitFlip:
+		n.rots = true
 		blocks := uint64(diskBytes/ids.BlockSize) - 2
 		n.disk.mem.Flip(int64(2+f.Arg%blocks)*ids.BlockSize+int64(f.Arg>>20%ids.BlockSize), uint(f.Arg))
 	case LostWrite, Misdirected:

@@ -147,9 +147,9 @@ func (l *load) draw() *volume.Op {
 	switch k := r.IntN(100); {
 	case k < 46:
 		o.Kind = volume.OpRead
-	case k < 92:
+	case r.IntN(100) >= l.w.shape.zeros:
 		o.Kind, o.FUA = volume.OpWrite, l.w.shape.flushes > 0 && l.w.chance(10)
-	case k < 96:
+	case k%2 == 0:
 		o.Kind = volume.OpZero
 	default:
 		o.Kind = volume.OpTrim

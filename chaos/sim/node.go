@@ -38,6 +38,7 @@ type node struct {
 	pausedUntil time.Duration
 	fullUntil   time.Duration // writes find no room
 	lostAt      uint64        // logical time of the last power loss; 0: it holds all it accepted
+	rots        bool          // its disk has rotted since the store was opened
 	gone        bool          // its disk was lost, and it has not joined again
 	formats     int           // lives of the identity given out
 }
@@ -87,7 +88,13 @@ func (n *node) start() {
 		n.start()
 		return
 	}
-	n.store, n.dark = s, false
+	if n.rots && s.Usage().Note == "" { // see the atlas: nothing tells it
+		n.rots = false
+		n.lose()
+		n.start()
+		return
+	}
+	n.store, n.dark, n.rots = s, false, false
 	for _, c := range n.unheard { // whatever they send now is answered with a reset
 		c.reset()
 	}
@@ -164,7 +171,7 @@ func (n *node) lose() {
 	n.stop(99)
 	n.format()
 	n.boot++
-	n.gone, n.lostAt = true, n.w.tick()
+	n.gone, n.rots, n.lostAt = true, false, n.w.tick()
 	n.w.check.powerLost()
 }
 
@@ -197,12 +204,11 @@ func (n *node) drop(c *conn) {
 }
 
 // ask puts one question to the store for a checker, over the connection of the
-// attachment that sealed it last: another one's would not be answered. The disk
-// answers at once meanwhile.
+// attachment that sealed it last: another one's would not be answered. The
+// answer must not need the disk.
 func (n *node) ask(a *attachment, q *wire.Request) *wire.Reply {
 	var got replySink
 	for _, p := range a.peers {
-		n.disk.now = true
 		switch {
 		case p.link != nil && p.link.n == n && p.link.conn != nil:
 			c := p.link.conn
@@ -214,7 +220,6 @@ func (n *node) ask(a *attachment, q *wire.Request) *wire.Reply {
 			n.store.Submit([]*wire.Request{q}, p.local)
 			p.local.tap = nil
 		}
-		n.disk.now = false
 	}
 	if len(got) != 1 {
 		return &wire.Reply{Status: status.Internal, Detail: "the store has not answered"}
