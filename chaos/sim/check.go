@@ -408,7 +408,7 @@ func (c *checker) allRead() {
 	}
 	var ops []*op
 	for _, win := range windows {
-		ops = append(ops, a.client.submit(&volume.Op{Kind: volume.OpRead, Off: win.first * ids.BlockSize, Len: win.count * ids.BlockSize}))
+		ops = append(ops, a.client.submit(&volume.Op{Kind: volume.OpRead, Off: win.first * ids.BlockSize, Len: win.count * ids.BlockSize}, false))
 	}
 	for _, o := range ops {
 		if !c.w.runUntil(c.w.now+30*time.Second, func() bool { return o.over }) {

@@ -32,6 +32,9 @@ func newWorld(cfg Config) *world {
 	w := &world{cfg: cfg, rng: rand.New(rand.NewPCG(cfg.Seed, 1)), hash: 0xcbf29ce484222325}
 	draw := rand.New(rand.NewPCG(cfg.Seed, 2))
 	w.shape = drawShape(draw)
+	if cfg.shape != nil {
+		w.shape = *cfg.shape
+	}
 	w.stats.Faults, w.stats.Pairs = map[Kind]int{}, map[[2]Kind]int{}
 	if cfg.Trace {
 		w.traces = []Line{}
@@ -169,6 +172,9 @@ func (in *injector) do(f Fault) {
 	case PowerFlush, Survivor:
 		in.armed = append(in.armed, f)
 	case Isolate:
+		if f.Arg%2 == 1 { // longer than a lease
+			end += 9 * time.Second
+		}
 		in.isolate(f, end)
 	case Echo:
 		in.echoUntil = max(in.echoUntil, end)

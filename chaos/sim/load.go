@@ -63,7 +63,7 @@ func (l *load) flushed() bool {
 		l.w.violate("converge", "nobody serves: %s", l.w.picture())
 		return false
 	}
-	o := a.client.submit(&volume.Op{Kind: volume.OpFlush})
+	o := a.client.submit(&volume.Op{Kind: volume.OpFlush}, false)
 	if !l.w.runUntil(l.w.now+healWithin, func() bool { return o.over }) {
 		l.w.violate("P7", "a flush of a healthy cluster is not answered: %s", l.w.picture())
 		return false
@@ -86,13 +86,13 @@ type client struct {
 // op is one operation of a client, from invocation to answer.
 type op struct {
 	volume.Op
-	c       *client
-	inv     uint64
-	at      time.Duration
-	vals    []*value // of a write: what each register gets
-	over    bool
-	status  status.Kind
-	unknown bool
+	c      *client
+	inv    uint64
+	at     time.Duration
+	vals   []*value // of a write: what each register gets
+	over   bool
+	status status.Kind
+	reader bool // it was the client's one read
 }
 
 func newClient(w *world, a *attachment) *client {
@@ -109,20 +109,23 @@ func (c *client) busy() int {
 }
 
 func (c *client) start() {
+	c.next(true)
 	for range c.w.load.depth {
-		c.next()
+		c.next(false)
 	}
 }
 
-// next begins the client's next operation after a while.
-func (c *client) next() {
+// next begins the client's next operation after a while. One of them in flight
+// is always a read: a writer that is cut off would soon have nothing but writes
+// that wait.
+func (c *client) next(reader bool) {
 	l := c.w.load
 	c.w.after(c.w.span(0, 2*l.think), func() {
 		if st := c.a.e.State(); c.gone || c.a.dead || st == volume.Draining || st == volume.Ended || l.over() {
 			return
 		}
 		if c.a.g.pausedUntil > c.w.now {
-			c.next() // a client that gets no answers sends no more
+			c.next(reader) // a client that gets no answers sends no more
 			return
 		}
 		l.begun++
@@ -130,7 +133,11 @@ func (c *client) next() {
 		if c.gone || c.a.dead {
 			return
 		}
-		c.submit(l.draw())
+		o := l.draw()
+		for reader && o.Kind != volume.OpRead {
+			o = l.draw()
+		}
+		c.submit(o, reader)
 	})
 }
 
@@ -163,9 +170,9 @@ func (l *load) draw() *volume.Op {
 }
 
 // submit invokes an operation.
-func (c *client) submit(v *volume.Op) *op {
+func (c *client) submit(v *volume.Op, reader bool) *op {
 	w := c.w
-	o := &op{Op: *v, c: c, at: w.now, inv: w.tick()}
+	o := &op{Op: *v, c: c, reader: reader, at: w.now, inv: w.tick()}
 	o.User = o
 	c.live = append(c.live, o)
 	switch o.Kind {
@@ -201,7 +208,7 @@ func (c *client) done(d volume.Done) {
 			o.Data[i] = 0xee
 		}
 	}
-	c.next()
+	c.next(o.reader)
 }
 
 func (c *client) forget(o *op) {
@@ -220,10 +227,7 @@ func (c *client) abandon() {
 		return
 	}
 	c.gone = true
-	for _, o := range c.live {
-		o.unknown = true
-		c.w.stats.Unknown++
-	}
+	c.w.stats.Unknown += len(c.live)
 	c.live = nil
 }
 

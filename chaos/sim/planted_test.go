@@ -86,11 +86,25 @@ func hunt(t *testing.T, patch string) string {
 	if err != nil {
 		t.Fatalf("it does not build: %v\n%s", err, out)
 	}
+	if out := runHunter(t, bin, "TestTrapHunt", "CAIRN_SIM_TRAP="+bugName(patch)); strings.HasPrefix(out, "found") {
+		return out
+	}
+	return runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
+}
+
+// bugName is a patch's name without its number.
+func bugName(patch string) string {
+	_, name, _ := strings.Cut(strings.TrimSuffix(filepath.Base(patch), ".patch"), "-")
+	return name
+}
+
+func runHunter(t *testing.T, bin, test, env string) string {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, bin, "-test.run", "^TestHunt$")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
-	out, err = cmd.CombinedOutput()
+	cmd := exec.CommandContext(ctx, bin, "-test.run", "^"+test+"$")
+	cmd.Env = append(os.Environ(), env)
+	out, err := cmd.CombinedOutput()
 	line, _, _ := strings.Cut(string(out), "\n")
 	switch {
 	case ctx.Err() != nil:

@@ -39,6 +39,7 @@ type Config struct {
 	Steps  int     // client operations; 0: 2,000
 	Faults []Fault // nil: drawn from the seed; empty: none
 	Trace  bool    // keep what happens in Result.Trace
+	shape  *shape  // nil: drawn from the seed
 }
 
 // Result is how a run went.

@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -14,7 +17,7 @@ import (
 // report prints what a failing run needs to be understood and replayed.
 func report(t *testing.T, r *Result) {
 	t.Helper()
-	t.Errorf("seed %d (%s): %s at %v: %s", r.Config.Seed, r.Shape, r.Failure.Promise, r.Failure.At, r.Failure.Text)
+	t.Errorf("seed %d (%s): %s at %v: %s\ncairn chaos sim --seed %d --steps %d shows it", r.Config.Seed, r.Shape, r.Failure.Promise, r.Failure.At, r.Failure.Text, r.Config.Seed, r.Config.Steps)
 }
 
 func envInt(name string, other int) int {
@@ -24,28 +27,82 @@ func envInt(name string, other int) int {
 	return other
 }
 
+// TestSeeds runs seeds on all processors until CAIRN_SIM_SEEDS are done or
+// CAIRN_SIM_SECONDS are over: how many that were is printed, not judged.
 func TestSeeds(t *testing.T) {
-	first, n := envInt("CAIRN_SIM_SEED", 1), envInt("CAIRN_SIM_SEEDS", 20)
-	start := time.Now()
-	bad := 0
-	for seed := first; seed < first+n; seed++ {
-		r := Run(Config{Seed: uint64(seed), Trace: os.Getenv("CAIRN_SIM_TRACE") != ""})
-		if os.Getenv("CAIRN_SIM_STATS") != "" {
-			fmt.Printf("%d %s: %+v\n", seed, r.Shape, r.Stats)
-		}
-		if r.Failure != nil {
-			report(t, r)
-			if bad++; bad >= 8 {
-				break
-			}
-		}
-		if r.Config.Trace {
-			if err := Print(os.Stderr, r.Trace); err != nil {
-				t.Fatal(err)
-			}
-		}
+	seeds, seconds := 2000, 150
+	if testing.Short() {
+		seeds, seconds = 100, 15
 	}
-	fmt.Println(time.Since(start)/time.Duration(n), "per seed", bad, "bad")
+	first := envInt("CAIRN_SIM_SEED", 1)
+	last := first + envInt("CAIRN_SIM_SEEDS", seeds) - 1
+	var next, bad atomic.Int64
+	next.Store(int64(first))
+	end := time.Now().Add(time.Duration(envInt("CAIRN_SIM_SECONDS", seconds)) * time.Second)
+	var mu sync.Mutex
+	sum := &totals{}
+	var wg sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for time.Now().Before(end) && bad.Load() < 5 {
+				seed := next.Add(1) - 1
+				if seed > int64(last) {
+					return
+				}
+				r := Run(Config{Seed: uint64(seed)})
+				mu.Lock()
+				sum.add(r)
+				if r.Failure != nil {
+					bad.Add(1)
+					report(t, r)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	fmt.Print(sum)
+	if sum.runs == 0 || sum.stats.Ops == 0 || sum.stats.FaultCount() == 0 {
+		t.Error("nothing was tried")
+	}
+}
+
+// totals are the figures of many runs.
+type totals struct {
+	runs  int
+	stats Stats
+}
+
+func (s *totals) add(r *Result) {
+	if s.stats.Faults == nil {
+		s.stats.Faults, s.stats.Pairs = map[Kind]int{}, map[[2]Kind]int{}
+	}
+	s.runs++
+	x := r.Stats
+	s.stats.Ops += x.Ops
+	s.stats.Unknown += x.Unknown
+	s.stats.Attaches += x.Attaches
+	s.stats.Events += x.Events
+	s.stats.Shakes += x.Shakes
+	s.stats.Virtual += x.Virtual
+	for k, n := range x.Faults {
+		s.stats.Faults[k] += n
+	}
+	for k, n := range x.Pairs {
+		s.stats.Pairs[k] += n
+	}
+}
+
+func (s *totals) String() string {
+	var b strings.Builder
+	x := s.stats
+	fmt.Fprintf(&b, "seeds %d  operations %d  unanswered %d  attaches %d  events %d  virtual %v\nfaults %d:", s.runs, x.Ops, x.Unknown, x.Attaches, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
+	for _, k := range Kinds() {
+		fmt.Fprintf(&b, " %s %d", k, x.Faults[k])
+	}
+	n := len(Kinds())
+	fmt.Fprintf(&b, "\npairs of faults that met: %d of %d\n", len(x.Pairs), n*n)
+	return b.String()
 }
 
 // The same seed gives the same run, to the last byte on every disk.

@@ -1,0 +1,119 @@
+package sim
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// scenario is a trap of the protocol: faults that lead into it, again and again
+// during a run, and the planted bugs that take its guards away.
+type scenario struct {
+	trap    string
+	shape   shape
+	faults  []Fault // At counts from the beginning of each round
+	planted []string
+}
+
+const ms = time.Millisecond
+
+var (
+	three = shape{hosts: 3, replicas: 3, local: true, flushes: 9, zeros: 10}
+	apart = shape{hosts: 3, replicas: 3, flushes: 2, zeros: 10}
+	rare  = shape{hosts: 3, replicas: 3, local: true, flushes: 0, zeros: 10}
+	trims = shape{hosts: 3, replicas: 3, flushes: 9, zeros: 40}
+	rots  = shape{hosts: 3, replicas: 3, flushes: 9, zeros: 10, rot: true, victim: 1}
+)
+
+var scenarios = []scenario{
+	{"a writer dies with writes in flight", three, []Fault{{At: 20, Kind: KillHost, Host: 0, For: 900 * ms}, {At: 60, Kind: KillHost, Host: 1, For: 900 * ms}, {At: 100, Kind: KillHost, Host: 2, For: 900 * ms}}, []string{"no-reconcile", "older-wins"}},
+	{"blocks only the dead writer's replica had", three, []Fault{{At: 10, Kind: SlowNet, For: 3000 * ms, Gate: 0, Host: 1}, {At: 20, Kind: Isolate, Host: 0, Gate: 1, For: 4000 * ms, Arg: 300}}, []string{"join-keeps-own", "join-newer-wins"}},
+	{"a fenced writer that still reads", three, []Fault{{At: 20, Kind: Isolate, Host: 0, Gate: 1, For: 15000 * ms}, {At: 90, Kind: Isolate, Host: 1, Gate: 2, For: 15000 * ms}}, []string{"lease-ignored", "attach-does-not-wait"}},
+	{"acknowledging before an exclusion is committed", three, []Fault{{At: 20, Kind: LeaderFalls, For: 2000 * ms}, {At: 21, Kind: KillStore, Host: 2, For: 3000 * ms}, {At: 24, Kind: KillGate, Host: 0, For: 2000 * ms}}, []string{"ack-before-exclusion", "ack-after-one"}},
+	{"a joiner counts only when it has everything", apart, []Fault{{At: 10, Kind: KillStore, Host: 1, For: 400 * ms}, {At: 40, Kind: KillStore, Host: 2, For: 400 * ms}}, []string{"joiner-read", "join-source-behind"}},
+	{"the disk of a store is lost and nobody notices", apart, []Fault{{At: 40, Kind: Amnesia, Host: 1, For: 1 * ms}, {At: 200, Kind: Amnesia, Host: 2, For: 1 * ms}}, []string{"incarnation-ignored", "amnesia-in-sync"}},
+	{"an epoch is used only once it is kept", rare, []Fault{{At: 20, Kind: Takeover, Gate: 1}, {At: 21, Kind: PowerAll, For: 300 * ms}, {At: 40, Kind: Takeover, Gate: 2}}, []string{"epoch-not-kept", "seal-too-early"}},
+	{"writes of a fenced writer arrive late", apart, []Fault{{At: 20, Kind: PauseGate, Host: 0, For: 2000 * ms}, {At: 21, Kind: Takeover, Gate: 1}, {At: 60, Kind: PauseGate, Host: 1, For: 2000 * ms}, {At: 61, Kind: Takeover, Gate: 2}}, []string{"no-fence", "no-seal"}},
+	{"a connection's requests arrive after it was given up", apart, []Fault{{At: 10, Kind: DeafStore, Host: 1, Gate: 0, For: 1600 * ms}, {At: 14, Kind: Reset, Host: 2, Gate: 0}, {At: 15, Kind: Takeover, Gate: 0}}, []string{"old-connection", "late-seal"}},
+	{"a late exclusion of a fenced writer", apart, []Fault{{At: 20, Kind: CutMeta, Gate: 0, For: 3000 * ms}, {At: 22, Kind: KillStore, Host: 2, For: 500 * ms}, {At: 23, Kind: Takeover, Gate: 1}}, []string{"no-epoch", "no-revision"}},
+	{"a dropped tombstone", trims, []Fault{{At: 80, Kind: KillStore, Host: 1, For: 5 * ms}, {At: 150, Kind: KillStore, Host: 2, For: 5 * ms}}, []string{"tombstones-dropped"}},
+	{"an in-sync member loses power before the floor", rare, []Fault{{At: 20, Kind: PowerHost, Host: 1, For: 1 * ms}, {At: 60, Kind: PowerHost, Host: 2, For: 1 * ms}, {At: 61, Kind: KillGate, Host: 0, For: 500 * ms}}, []string{"power-loss-ignored", "dirty-power-loss", "always-intact", "attach-insufficient"}},
+	{"reading a write in flight", three, []Fault{{At: 20, Kind: HangDisk, Host: 1, For: 700 * ms}, {At: 24, Kind: KillHost, Host: 0, For: 700 * ms}}, []string{"read-in-flight", "read-before-write"}},
+	{"writes in parts of a block", three, []Fault{{At: 20, Kind: SlowDisk, Host: 0, For: 900 * ms, Arg: 9}, {At: 60, Kind: KillGate, Host: 0, For: 100 * ms}}, []string{"merge-race"}},
+	{"a failed sync ends the store", apart, []Fault{{At: 20, Kind: DiskError, Host: 1, For: 600 * ms}, {At: 70, Kind: DiskError, Host: 2, For: 600 * ms}}, []string{"flush-of-all-but-one"}},
+	{"power fails behind a flush", three, []Fault{{At: 20, Kind: PowerFlush, For: 800 * ms}, {At: 120, Kind: Survivor, For: 800 * ms, Arg: 256}}, []string{"flush-without-flush", "sync-skipped", "sync-covers-later", "flush-not-reissued"}},
+	{"the metadata leader falls with an unknown outcome", three, []Fault{{At: 20, Kind: KillStore, Host: 1, For: 600 * ms}, {At: 20, Kind: LeaderFalls, For: 200 * ms}, {At: 22, Kind: Echo, For: 3000 * ms}, {At: 40, Kind: LeaderFalls, For: 200 * ms}}, []string{"reapply", "dead-join-forgotten", "new-leader-forgets"}},
+	{"double attach", apart, []Fault{{At: 20, Kind: Takeover, Gate: 1}, {At: 22, Kind: Takeover, Gate: 2}, {At: 60, Kind: Takeover, Gate: 0}}, []string{"attach-without-exclusion"}},
+	{"rot on one disk", rots, []Fault{{At: 20, Kind: BitFlip, Host: 1, Arg: 77 << 20}, {At: 40, Kind: Misdirected, Host: 1}, {At: 60, Kind: LostWrite, Host: 1}, {At: 140, Kind: KillStore, Host: 1, For: 5 * ms}}, []string{"unverified-reads", "torn-tail"}},
+	{"a detach while a copy is missing", apart, []Fault{{At: 20, Kind: DiskError, Host: 1, For: 600 * ms}, {At: 22, Kind: Handover}, {At: 22, Kind: KillStore, Host: 2, For: 300 * ms}}, []string{"drain-without-joins"}},
+}
+
+// Each trap, with what leads into it, for several seeds.
+func TestTraps(t *testing.T) {
+	seeds := 8
+	if testing.Short() {
+		seeds = 2
+	}
+	for _, s := range scenarios {
+		t.Run(s.trap, func(t *testing.T) {
+			met := 0
+			for seed := 1; seed <= seeds; seed++ {
+				r := s.run(uint64(seed))
+				if met += r.Stats.FaultCount(); r.Failure != nil {
+					report(t, r)
+				}
+			}
+			if met == 0 {
+				t.Error("none of its faults happened")
+			}
+		})
+	}
+}
+
+// run repeats the scenario's faults through a run.
+func (s scenario) run(seed uint64) *Result {
+	const steps, round = 1000, 250
+	cfg := Config{Seed: seed, Steps: steps, Faults: []Fault{}, shape: &s.shape}
+	for at := 0; at < steps; at += round {
+		for _, f := range s.faults {
+			f.At += at
+			f.Arg += uint64(at) << 21
+			cfg.Faults = append(cfg.Faults, f)
+		}
+	}
+	return Run(cfg)
+}
+
+// Every guard has its planted bug.
+func TestTrapsNamePlantedBugs(t *testing.T) {
+	for _, s := range scenarios {
+		for _, p := range s.planted {
+			if found, err := filepath.Glob(filepath.Join("planted", "[0-9][0-9]-"+p+".patch")); err != nil || len(found) != 1 {
+				t.Errorf("%s: there are %d planted bugs called %s (%v)", s.trap, len(found), p, err)
+			}
+		}
+	}
+}
+
+// TestTrapHunt is what TestPlanted runs first: the scenarios of one planted bug.
+func TestTrapHunt(t *testing.T) {
+	name := os.Getenv("CAIRN_SIM_TRAP")
+	if name == "" {
+		t.Skip("CAIRN_SIM_TRAP names a planted bug")
+	}
+	for seed := uint64(1); seed <= 40; seed++ {
+		for _, s := range scenarios {
+			for _, p := range s.planted {
+				if p != name {
+					continue
+				}
+				if r := s.run(seed); r.Failure != nil {
+					fmt.Printf("found by trap %q, seed %d: %s: %s\n", s.trap, seed, r.Failure.Promise, r.Failure.Text)
+					return
+				}
+			}
+		}
+	}
+}
