@@ -69,7 +69,7 @@ func (in *injector) begun(n int) {
 	for !in.healed && in.next < len(in.plan) && in.plan[in.next].At <= n {
 		f := in.plan[in.next]
 		in.next++
-		if !in.fair(f) {
+		if !in.w.cfg.unfair && !in.fair(f) {
 			continue
 		}
 		in.count(f)

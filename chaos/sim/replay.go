@@ -87,7 +87,9 @@ func (m *minimizer) try(steps int, faults []Fault) bool {
 		return false
 	}
 	m.tries--
-	r := Run(Config{Seed: m.best.Config.Seed, Steps: steps, Faults: faults})
+	cfg := m.best.Config
+	cfg.Steps, cfg.Faults = steps, faults
+	r := Run(cfg)
 	if r.Failure == nil || r.Failure.Promise != m.best.Failure.Promise {
 		return false
 	}

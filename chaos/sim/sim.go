@@ -40,6 +40,7 @@ type Config struct {
 	Faults []Fault // nil: drawn from the seed; empty: none
 	Trace  bool    // keep what happens in Result.Trace
 	shape  *shape  // nil: drawn from the seed
+	unfair bool    // do faults the atlas forbids, too: a run that must fail
 }
 
 // Result is how a run went.

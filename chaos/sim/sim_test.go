@@ -144,3 +144,28 @@ func TestReplayFile(t *testing.T) {
 		}
 	}
 }
+
+// A run that loses every copy breaks a promise; of its many faults only those
+// that matter are kept, and the smaller run fails alike from its file.
+func TestMinimize(t *testing.T) {
+	cfg := Config{Seed: 3, Steps: 600, unfair: true, shape: &shape{hosts: 3, replicas: 3, flushes: 9, zeros: 10}, Faults: []Fault{}}
+	for i := range 12 {
+		cfg.Faults = append(cfg.Faults, Fault{At: 20 * (i + 1), Kind: Reset, Host: i % 3, Gate: (i + 1) % 3})
+	}
+	for i := range 3 {
+		cfg.Faults = append(cfg.Faults, Fault{At: 300, Kind: Amnesia, Host: i, For: ms})
+	}
+	r := Run(cfg)
+	if r.Failure == nil {
+		t.Fatal("all copies are lost and nobody noticed")
+	}
+	small := Minimize(r, 120)
+	if small.Failure == nil || small.Failure.Promise != r.Failure.Promise || len(small.Faults) > 4 || small.Config.Steps >= r.Config.Steps {
+		t.Fatalf("%d faults and %d operations are left: %+v", len(small.Faults), small.Config.Steps, small.Failure)
+	}
+	again := small.Config
+	again.Faults = small.Faults
+	if b := Run(again); b.Failure == nil || b.Hash != small.Hash {
+		t.Fatalf("the smaller run does not fail alike: %+v", b.Failure)
+	}
+}
