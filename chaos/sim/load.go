@@ -20,6 +20,9 @@ const (
 	sectors     = ids.BlockSize / sectorBytes
 )
 
+// maxDepth bounds the operations a client has in flight, but for its reader's.
+const maxDepth = 12
+
 type window struct {
 	first, count uint64
 	parts        bool
@@ -38,7 +41,7 @@ type load struct {
 }
 
 func newLoad(w *world) *load {
-	return &load{w: w, depth: 1 + w.rng.IntN(12), think: []time.Duration{2, 10, 40, 150}[w.rng.IntN(4)] * time.Millisecond}
+	return &load{w: w, depth: 1 + w.rng.IntN(maxDepth), think: []time.Duration{2, 10, 40, 150}[w.rng.IntN(4)] * time.Millisecond}
 }
 
 func (l *load) start()     { l.w.faults.begun(0) }
@@ -92,7 +95,7 @@ type op struct {
 	vals   []*value // of a write: what each register gets
 	over   bool
 	status status.Kind
-	reader bool // it was the client's one read
+	reader bool // it is the reader's
 }
 
 func newClient(w *world, a *attachment) *client {
@@ -115,9 +118,9 @@ func (c *client) start() {
 	}
 }
 
-// next begins the client's next operation after a while. One of them in flight
-// is always a read: a writer that is cut off would soon have nothing but writes
-// that wait.
+// next begins the client's next operation after a while. The reader goes on
+// whether its reads are answered or not: a writer that is cut off would soon have
+// nothing but writes that wait, and reads of what they write.
 func (c *client) next(reader bool) {
 	l := c.w.load
 	c.w.after(c.w.span(0, 2*l.think), func() {
@@ -136,6 +139,13 @@ func (c *client) next(reader bool) {
 		o := l.draw()
 		for reader && o.Kind != volume.OpRead {
 			o = l.draw()
+		}
+		if reader {
+			o.Len = min(o.Len, ids.BlockSize)
+			c.next(true)
+			if len(c.live) > 4*maxDepth {
+				return
+			}
 		}
 		c.submit(o, reader)
 	})
@@ -208,7 +218,9 @@ func (c *client) done(d volume.Done) {
 			o.Data[i] = 0xee
 		}
 	}
-	c.next(o.reader)
+	if !o.reader {
+		c.next(false)
+	}
 }
 
 func (c *client) forget(o *op) {
