@@ -317,9 +317,10 @@ func (c *conn) get(ctx context.Context) (Device, error) {
 			return dev, nil
 		}
 		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
 		case <-limit.Done():
+			if ctx.Err() != nil { // the run's end, not its patience's
+				return nil, ctx.Err()
+			}
 			return nil, fmt.Errorf("the disk could not be reached again in %v: %w", c.load.cfg.Patient, err)
 		case <-time.After(redialEvery):
 		}

@@ -268,6 +268,17 @@ func TestLoadGivesUpOnADiskThatIsGone(t *testing.T) {
 	}
 }
 
+// A run that is told to stop while the disk is away has not failed.
+func TestLoadStopsWhileTheDiskIsAway(t *testing.T) {
+	for range 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		l := NewLoad(Config{Dial: func(context.Context) (Device, error) { cancel(); return nil, errors.New("connection refused") }, Rate: 1_000_000})
+		if err := l.Run(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestPowerLoss(t *testing.T) {
 	for _, c := range []struct {
 		bug  string
