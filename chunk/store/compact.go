@@ -112,12 +112,12 @@ func (c *compaction) pick() *segment {
 			best = g
 		}
 	}
-	if best == nil || !s.roomFor(best.weight(), 0) {
+	if best == nil || !s.roomFor(best.weight(), reserveCopies) {
 		return nil
 	}
 	wide := used > s.live+s.live/2+4*uint64(s.super.segBlocks)
 	switch w := best.weight(); {
-	case oldest, s.low() && w < best.tail, w*4 <= best.tail, wide && w*2 <= best.tail:
+	case oldest, s.low() && w < s.super.segBlocks-s.headBlocks(), w*4 <= best.tail, wide && w*2 <= best.tail:
 		return best
 	}
 	return nil
@@ -219,7 +219,7 @@ func (c *compaction) copyRecord(r *record, at, data uint32, blocks []byte) error
 		if r.kind != kindData {
 			need = 0 // one record, however many blocks
 		}
-		if n > 0 && !s.roomFor(need, 0) {
+		if n > 0 && !s.roomFor(need, reserveCopies) {
 			return errNoRoom
 		}
 		if n > 0 {

@@ -63,7 +63,10 @@ func (s *Store) recover() error {
 		return status.Errorf(status.IO, "sync the disk: %w", err)
 	}
 	s.adopt(c)
-	return s.firstHead()
+	if err := s.firstHead(); err != nil {
+		return err
+	}
+	return s.replenish()
 }
 
 // survey fixes chain, bound and cut.
@@ -318,6 +321,37 @@ func (s *Store) adopt(c *course) {
 	if n := len(s.pinned); len(s.free) == 0 && n > 0 {
 		s.free, s.pinned = s.pinned[n-1:], s.pinned[:n-1]
 	}
+}
+
+// replenish compacts until a few segments are free, if that is possible. Every
+// opening takes one: a store that is opened again and again, and falls each time
+// before compaction gets anywhere, would otherwise run out, and open no more.
+func (s *Store) replenish() error {
+	s.mu.Lock()
+	s.opening = true
+	defer func() { s.opening = false; s.mu.Unlock() }()
+	for s.failed == nil && len(s.free) <= reserveSystem {
+		var out outbox
+		lsn := s.lsn
+		err := s.releaseDead()
+		if err == nil {
+			err = s.compact.step(&out, true)
+		}
+		if err != nil {
+			s.fail(err, &out)
+		}
+		s.proceed(&out)
+		idle := s.lsn == lsn && !s.compact.reading && s.discards == 0
+		s.unlock(&out)
+		s.mu.Lock()
+		for s.failed == nil && (s.writing != nil || s.syncing || s.compact.reading || s.discards > 0) {
+			s.cond.Wait()
+		}
+		if idle {
+			break // nothing is left that would yield
+		}
+	}
+	return s.failed
 }
 
 // firstHead opens a segment and waits until its head is durable.

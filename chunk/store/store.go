@@ -44,9 +44,11 @@ type Usage struct {
 	Note          string // what the last opening found damaged; "": nothing
 }
 
-// Reserves of free segments: compaction may take all, tombstones, drops and
-// seals leave one, guests' writes leave four.
+// Reserves of free segments: compaction leaves one, because the next opening,
+// after whatever crash, begins a segment; tombstones, drops and seals leave two,
+// guests' writes leave four.
 const (
+	reserveCopies = 1
 	reserveSystem = 2
 	reserveWrites = 4
 	minSegments   = 12
@@ -64,10 +66,11 @@ type Store struct {
 	note        string
 	capacity    uint64 // blocks
 
-	mu     sync.Mutex // guards everything below; never held over a disk call or a sink
-	cond   *sync.Cond // a disk call has ended
-	failed error      // the store has stopped for good
-	closed bool       // no request is taken any more
+	mu      sync.Mutex // guards everything below; never held over a disk call or a sink
+	cond    *sync.Cond // a disk call has ended
+	failed  error      // the store has stopped for good
+	closed  bool       // no request is taken any more
+	opening bool       // Open waits for disk calls to end
 
 	vols  map[ids.VolumeID]*vol
 	idx   index

@@ -82,7 +82,7 @@ func (s *Store) proceed(out *outbox) {
 		}
 	}
 	s.pump(out)
-	if s.closed {
+	if s.closed || s.opening {
 		s.cond.Broadcast()
 	}
 }
