@@ -16,8 +16,9 @@ import (
 //     that kept its power and its disk, and no other fault of a store under
 //     way: P2 and P3 speak of all but one of the in-sync replicas.
 //   - So does the loss of all disks but one (Survivor), right behind a completed
-//     flush, when all are in sync: that one has everything flushed, even if it
-//     loses its power too (P2).
+//     flush, when no change of members is under way: that one, if it is in sync
+//     and lost no power since, has everything flushed, even if it loses its
+//     power too (P2).
 //   - Rot (BitFlip, LostWrite, Misdirected) happens on one store of a run, the
 //     victim, and only where there are three replicas; the faults that take
 //     another store out then come one at a time, when all are in sync: a block

@@ -1,8 +1,8 @@
 package sim
 
 import (
-	"bytes"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/cairnstore/cairn/proto/ids"
@@ -195,32 +195,41 @@ func (in *injector) flushed() {
 		return
 	}
 	f := in.armed[0]
-	if f.Kind == Survivor && !in.quiet() {
+	w := in.w
+	left := in.survivors(f)
+	if f.Kind == Survivor && left == nil {
 		in.armed = append(in.armed[1:], f)
 		return
 	}
 	in.armed = in.armed[1:]
-	w := in.w
 	w.note("fault", string(f.Kind), func() string { return "a flush is answered" })
 	for i, n := range w.nodes {
 		how := func() { n.powerLoss(int(f.Arg % 100)) }
-		if m := w.meta.member(n); f.Kind == Survivor && m != nil && !in.survives(n, f) {
+		if m := w.meta.member(n); f.Kind == Survivor && m != nil && !slices.Contains(left, n) {
 			how = n.lose
 		}
 		in.down(i, true, true, how, f.For/4+time.Duration(i)*time.Millisecond)
 	}
 }
 
-// survives reports whether a node's disk is the one that is left of some chunk
-// that loses the others.
-func (in *injector) survives(n *node, f Fault) bool {
+// survivors chooses an in-sync replica of each chunk that is to keep its disk;
+// nil: not now, because a change of members is under way, or a chunk has none
+// that holds all it accepted.
+func (in *injector) survivors(f Fault) []*node {
+	var left []*node
 	for _, ch := range in.w.meta.chunks() {
-		left := int(f.Arg>>8) % len(ch.Stores)
-		if bytes.Equal(ch.Stores[left], n.id[:]) {
-			return true
+		var able []*node
+		for _, n := range in.w.nodes {
+			if m := in.w.meta.member(n); holds(ch, n) && m != nil && m.InSync && n.lostAt == 0 {
+				able = append(able, n)
+			}
 		}
+		if len(able) == 0 || !in.w.meta.idle() {
+			return nil
+		}
+		left = append(left, able[int(f.Arg>>8)%len(able)])
 	}
-	return false
+	return left
 }
 
 // isolate cuts a host off, and has another one take its volume over.

@@ -10,7 +10,7 @@ import (
 )
 
 // The volume: four chunks of 1 MiB, of which the load uses few blocks, so that
-// operations meet. Blocks of the windows are registers as a whole; those of the
+// operations meet; those of the first window are many, and meet rarely. Blocks of the windows are registers as a whole; those of the
 // last window are written in parts, and each sector is a register.
 const (
 	chunkBytes  = 1 << 20
@@ -28,7 +28,7 @@ type window struct {
 	parts        bool
 }
 
-var windows = []window{{first: chunkBlocks - 6, count: 12}, {first: 2 * chunkBlocks, count: 6}, {first: 3*chunkBlocks - 1, count: 3, parts: true}}
+var windows = []window{{first: 60, count: 100}, {first: chunkBlocks - 6, count: 12}, {first: 2 * chunkBlocks, count: 6}, {first: 3*chunkBlocks - 1, count: 3, parts: true}}
 
 // load is all the clients together.
 type load struct {
