@@ -158,6 +158,11 @@ func (w *world) finish() {
 // well reports whether the volume serves, every member is in sync and nothing
 // is unanswered.
 func (w *world) well() bool {
+	for _, g := range w.gates {
+		if g.attaching { // the volume is about to move
+			return false
+		}
+	}
 	a := w.boss.serving()
 	return a != nil && a.allInSync() && w.load.idle() && w.meta.idle()
 }
