@@ -244,7 +244,11 @@ func (in *injector) isolate(f Fault, end time.Duration) {
 	}
 	w.gates[f.Host].agentCut(end)
 	if f.Gate != f.Host {
-		w.after(time.Duration(f.Arg%3000)*time.Millisecond, func() { w.boss.attach(w.gates[f.Gate], true) })
+		w.after(time.Duration(f.Arg%3000)*time.Millisecond, func() {
+			if !in.healed {
+				w.boss.attach(w.gates[f.Gate], true)
+			}
+		})
 	}
 }
 
