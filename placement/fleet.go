@@ -72,16 +72,14 @@ type Job struct {
 	Gains map[int]float64
 }
 
-// node is a machine with what is bound to it. A seqlock would be faster to
-// read; a mutex per host is simpler and a decision locks only the winner.
+// node is a machine with what is bound to it. A decision reads without the
+// lock what Bind then checks again under it.
 type node struct {
 	Machine
 	limit Amounts // capacity × ratio: 0 ≤ used ≤ limit, always
 
-	mu      sync.Mutex // guards the fields below
-	jobs    map[string]*Job
-	groups  map[string]int
-	version uint64 // rises with every bind and release
+	mu   sync.Mutex // guards the fields below
+	jobs map[string]*Job
 
 	used [kinds]atomic.Uint64 // written under mu; a decision reads it without
 }
@@ -107,7 +105,7 @@ func (f *Fleet) Add(m Machine) (int, error) {
 	if _, ok := f.byName[m.Name]; ok || m.Name == "" {
 		return 0, status.Errorf(status.Invalid, "host %q is in the fleet already or has no name: give each host its own name", m.Name)
 	}
-	h := &node{Machine: m, jobs: map[string]*Job{}, groups: map[string]int{}}
+	h := &node{Machine: m, jobs: map[string]*Job{}}
 	for k := range kinds {
 		r := m.Ratios[k]
 		if r == 0 {
@@ -195,7 +193,6 @@ func (f *Fleet) Bind(j *Job, i int) error {
 	f.where[j.Name] = i
 	f.count(j, h, 1)
 	h.jobs[j.Name] = j
-	h.version++
 	for k := range kinds {
 		h.used[k].Add(j.Need[k])
 	}
@@ -220,7 +217,6 @@ func (f *Fleet) Release(name string) error {
 	delete(f.where, name)
 	f.count(j, h, -1)
 	delete(h.jobs, name)
-	h.version++
 	for k := range kinds {
 		h.used[k].Store(h.used[k].Load() - j.Need[k])
 	}

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 )
 
 // rack is a fleet of n hosts of 16 processors and 64 GiB.
@@ -53,7 +54,7 @@ func TestSchedulersTogetherNeverOvercommit(t *testing.T) {
 	}
 }
 
-func TestApartAndNear(t *testing.T) {
+func TestApart(t *testing.T) {
 	f := rack(t, 2)
 	s := NewScheduler(f, NearData, 0, 1)
 	a := job("a", 1)
@@ -196,3 +197,92 @@ func TestRebalanceSwapsOnce(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestNearStaysInItsDomain(t *testing.T) {
+	f := NewFleet()
+	for i, r := range []string{"r1", "r2", "r2"} {
+		if _, err := f.Add(Machine{Name: fmt.Sprint(i), Up: true, Labels: map[string]string{"rack": r}, Capacity: Amounts{CPU: 2000, Memory: 64 * gib}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := NewScheduler(f, NearData, 0, 1)
+	for i := range 5 {
+		j := job(fmt.Sprint(i), 1)
+		j.Group, j.Near, j.Domain = "g", "g", "rack"
+		if i == 0 {
+			j.Gains = map[int]float64{1: 1}
+		}
+		d, _, err := s.Place(j)
+		if fits := i < 4; fits != (err == nil) || fits && d.Host == 0 {
+			t.Errorf("VM %d went to %d: %v", i, d.Host, err)
+		}
+	}
+}
+
+func TestGainAndDecay(t *testing.T) {
+	g := Gain([]ChunkHeat{{Heat: Heat{Read: 60}, Hosts: []int{1, 2}}, {Heat: Heat{Write: 80}, Hosts: []int{2, 3}}})
+	if want := map[int]float64{1: 0.6, 2: 1, 3: 0.4}; fmt.Sprint(g) != fmt.Sprint(want) {
+		t.Errorf("gains %v, want %v", g, want)
+	}
+	if h := (Heat{Read: 8, Write: 4}).Decay(2 * HalfLife); h != (Heat{2, 1}) {
+		t.Errorf("after two half-lives %v", h)
+	}
+	if h := (Heat{Read: 8}).Decay(time.Duration(0)); h.Read != 8 {
+		t.Errorf("after no time %v", h)
+	}
+}
+
+func TestColdChunksGoFirst(t *testing.T) {
+	c := []ChunkHeat{{Heat: Heat{Read: 9}, Bytes: 10}, {Heat: Heat{Read: 1}, Bytes: 10}, {Heat: Heat{Write: 3}, Bytes: 10}}
+	if got := Coldest(c, 15, 5); !slices.Equal(got, []int{1, 2}) {
+		t.Errorf("moves %v", got)
+	}
+	if got := Coldest(c, 100, 5); !slices.Equal(got, []int{1, 2}) {
+		t.Errorf("a hot chunk moves: %v", got)
+	}
+	if Warm(c[0], 5) || !Warm(c[0], 4) {
+		t.Error("moving back needs twice the heat that moving away allows")
+	}
+}
+
+// Same seed, same placements; and a full scan finds the one host with room.
+func TestSampledDecisions(t *testing.T) {
+	run := func() (out []int) {
+		f := rack(t, 500)
+		s := NewScheduler(f, NearData, SampleHosts, 7)
+		for i := range 1000 {
+			d, _, err := s.Place(job(fmt.Sprint(i), 8))
+			if err != nil {
+				t.Fatal(i, err) // 1,000 VMs fill it exactly
+			}
+			out = append(out, d.Host)
+		}
+		return out
+	}
+	if !slices.Equal(run(), run()) {
+		t.Error("the same seed placed differently")
+	}
+}
+
+func benchmarkDecide(b *testing.B, sample int) {
+	f := rack(b, 10_000)
+	s := NewScheduler(f, NearData, sample, 1)
+	for i := range 20_000 {
+		if _, _, err := s.Place(job(fmt.Sprint(i), 4)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	j := job("next", 4)
+	j.Gains = map[int]float64{17: 1, 4711: 0.7, 9000: 0.3}
+	var took []time.Duration
+	for b.Loop() {
+		t0 := time.Now()
+		s.Decide(j)
+		took = append(took, time.Since(t0))
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)*99/100].Nanoseconds()), "p99-ns")
+}
+
+func BenchmarkDecideSampled(b *testing.B) { benchmarkDecide(b, SampleHosts) }
+func BenchmarkDecideFull(b *testing.B)    { benchmarkDecide(b, 0) }

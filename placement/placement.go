@@ -3,8 +3,17 @@
 // Duty: pure policies over a snapshot of the cluster: filter, score, choose,
 // and say why with every candidate's scores. The same request with the same
 // seed gives the same answer. Floor: F2. It reads no clock and no cluster
-// state, binds nothing (the metadata state machine checks and commits a
-// choice), and does not move what is already placed.
+// state and changes no cluster: a Fleet is a picture that decisions are bound
+// to, the metadata state machine checks and commits a choice, and Rebalance
+// and Price plan moves that others carry out.
+//
+//	chunks   stores for new chunks
+//	vms      a host for a VM, as the metadata service asks
+//	fleet    hosts and what is bound to them; filters
+//	decide   score plugins, sampled and full decisions
+//	queue    which VM goes next; preemption; time slices
+//	heat     what part of a VM's traffic a host would serve itself
+//	price    what staying, moving the VM or moving the data costs
 package placement
 
 import (
