@@ -60,7 +60,8 @@ func TestRegister(t *testing.T) {
 			h.write(1).covered = true
 			h.write(2)
 			h.r.shake(h.tick(), never)
-			return h.read(1) && h.read(1)
+			first := h.read(1) // and it stays so
+			return first && h.read(1)
 		}},
 		{"or it does not", true, func(h *history) bool {
 			h.write(1).covered = true
