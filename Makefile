@@ -35,12 +35,13 @@ check: lint
 # the first one that exists.
 test: deps lint proto-check test-unit $(if $(strip $(INT_PKGS)),test-int)
 
-# The crash points of the store are counted in tens of thousands: a sample runs
-# with the race detector, all of them without.
+# Crash points and simulated seeds are counted in tens of thousands: a sample
+# runs with the race detector, all of them without.
+MANY := chunk/store chaos/sim
 test-unit:
-	$(GO) test -race -timeout 8m $$($(GO) list $(UNIT_PKGS) | grep -v '/chunk/store$$')
-	$(GO) test -race -short -timeout 8m ./chunk/store
-	$(GO) test -timeout 8m ./chunk/store
+	$(GO) test -race -timeout 8m $$($(GO) list $(UNIT_PKGS) $(foreach d,$(MANY),| grep -v '/$(d)$$'))
+	$(GO) test -race -short -timeout 8m $(addprefix ./,$(MANY))
+	$(GO) test -timeout 8m $(addprefix ./,$(MANY))
 
 test-int: build
 	@if [ -z "$(INT_PKGS)" ]; then echo "no integration tests found in $(INT_DIRS)" >&2; exit 1; fi
