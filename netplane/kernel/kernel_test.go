@@ -28,7 +28,7 @@ func TestDirectRoutesWithoutLinkAddresses(t *testing.T) {
 	b.until("b's route", func() bool { return len(b.routes()) == 1 })
 	a.until("a's route", func() bool { return len(a.routes()) == 1 })
 	b.echo("10.9.0.2")
-	check(t, a.talk("10.9.0.1", "10.9.0.2"))
+	a.talks("10.9.0.1", "10.9.0.2")
 	if rep := a.apply(config([]string{"10.9.0.1"}, links(named("to-b")), to("10.9.0.2/32", on("to-b")))); len(rep.Changes)+len(rep.Problems) > 0 {
 		t.Errorf("the same again does %v, %v", rep.Changes, rep.Problems)
 	}
@@ -49,7 +49,7 @@ func TestGatewaysMayBeStorageAddresses(t *testing.T) {
 		h.until("two routes", func() bool { return len(h.routes()) == 2 })
 	}
 	b.echo("10.9.0.2")
-	check(t, a.talk("10.9.0.1", "10.9.0.2"))
+	a.talks("10.9.0.1", "10.9.0.2")
 	whole := a.routes()
 	a.down("to-m")
 	a.until("the loss", func() bool { return a.routes() == nil })
@@ -85,15 +85,15 @@ func aConfig() netplane.Config {
 		to("10.9.0.2/32", via("10.1.0.1", "to-m")), to("fd09::2/128", via("fd01::1", "to-m")))
 }
 
-func talkBothFamilies(t *testing.T, a *host) {
-	t.Helper()
-	check(t, a.talk("10.9.0.1", "10.9.0.2"))
-	check(t, a.talk("fd09::1", "fd09::2"))
+func talkBothFamilies(a *host) {
+	a.t.Helper()
+	a.talks("10.9.0.1", "10.9.0.2")
+	a.talks("fd09::1", "fd09::2")
 }
 
 func TestStaticRoutesThroughAMiddleHost(t *testing.T) {
 	a, m, _ := threeInARow(t)
-	talkBothFamilies(t, a)
+	talkBothFamilies(a)
 	want := []string{
 		"10.9.0.1/32 src 10.9.0.9 via 10.1.0.2 dev to-a", "10.9.0.2/32 src 10.9.0.9 via 10.1.0.6 dev to-b",
 		"fd09::1/128 src fd09::9 via fd01::2 dev to-a", "fd09::2/128 src fd09::9 via fd02::2 dev to-b"}
@@ -123,7 +123,7 @@ func TestLinkFlapHeals(t *testing.T) {
 		for _, h := range []*host{a, m, b} { // the other end saw its carrier go and come
 			h.until("no problem left", func() bool { return len(h.r.Status().Problems) == 0 && h.r.Status().Err == nil })
 		}
-		talkBothFamilies(t, a)
+		talkBothFamilies(a)
 	}
 }
 
@@ -146,13 +146,13 @@ func TestTheOtherHopCarriesOn(t *testing.T) {
 		t.Errorf("connections are not spread over the hops: %v", rep.Changes)
 	}
 	b.echo("10.9.0.2")
-	check(t, a.talk("10.9.0.1", "10.9.0.2"))
+	a.talks("10.9.0.1", "10.9.0.2")
 	b.down("one")
 	a.until("one hop", routes("10.9.0.2/32 src 10.9.0.1 via 10.2.0.2 dev two"))
 	b.until("b's one hop", func() bool {
 		return slices.Equal(b.routes(), []string{"10.9.0.1/32 src 10.9.0.2 via 10.2.0.1 dev two"})
 	})
-	check(t, a.talk("10.9.0.1", "10.9.0.2"))
+	a.talks("10.9.0.1", "10.9.0.2")
 	b.down("two")
 	a.until("no hop", routes())
 	if err := a.talk("10.9.0.1", "10.9.0.2"); !errors.Is(err, unix.ENETUNREACH) {

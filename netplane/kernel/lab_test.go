@@ -165,6 +165,23 @@ func (h *host) echo(addr string) {
 	h.t.Cleanup(func() { check(h.t, l.Close()); <-ended })
 }
 
+// talks connects two storage addresses. A refusal fails at once; silence is asked
+// again: the kernel tells IPv6 of a new carrier up to a second late, at each hop,
+// and until then loses what it should have asked its neighbours.
+func (h *host) talks(from, to string) {
+	h.t.Helper()
+	for late := time.Now().Add(patience); ; {
+		err := h.talk(from, to)
+		var silent net.Error
+		if err == nil {
+			return
+		}
+		if !errors.As(err, &silent) || !silent.Timeout() || time.Now().After(late) {
+			h.t.Fatal(err)
+		}
+	}
+}
+
 // talk connects from one storage address of h to another host's and gets an
 // answer that comes from there.
 func (h *host) talk(from, to string) error {
