@@ -185,10 +185,15 @@ func writeFile(path string, b []byte) error {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(tmp, path); err != nil {
+	return rename(tmp, path)
+}
+
+// rename gives a file its name, durably.
+func rename(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
 		return err
 	}
-	d, err := os.Open(filepath.Dir(path))
+	d, err := os.Open(filepath.Dir(to))
 	if err != nil {
 		return err
 	}

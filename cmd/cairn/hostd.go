@@ -164,7 +164,10 @@ func createStore(sc storeConfig, cluster string) (*disk.File, error) {
 	if err := store.Make(d, store.Format{ID: ids.NewStoreID(), Incarnation: 1, Cluster: cluster}); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	return d, os.Rename(tmp, sc.Path)
+	if err := rename(tmp, sc.Path); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
 }
 
 func (h *hostd) serveChunks(l net.Listener) error {
