@@ -72,7 +72,7 @@ func TestParseFio(t *testing.T) {
 func TestReferenceSide(t *testing.T) {
 	for _, need := range []string{"fio", "qemu-nbd"} {
 		if _, err := exec.LookPath(need); err != nil {
-			t.Skipf("%s is not installed", need)
+			t.Fatalf("%s is not installed: `make deps`", need)
 		}
 	}
 	const size = 8 << 20
@@ -144,7 +144,7 @@ func TestResult(t *testing.T) {
 func TestRun(t *testing.T) {
 	bin := os.Getenv("CAIRN_BIN")
 	if bin == "" {
-		t.Skip("CAIRN_BIN names no cairn binary: run by `make test-int`")
+		t.Fatal("CAIRN_BIN names no cairn binary: run by `make test-int`")
 	}
 	dir := t.TempDir()
 	var out, talk bytes.Buffer

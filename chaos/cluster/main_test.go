@@ -34,7 +34,7 @@ const testMaxWait = 2 * time.Minute
 func startCluster(t *testing.T, args ...string) *Cluster {
 	t.Helper()
 	if os.Getenv("CAIRN_BIN") == "" {
-		t.Skip("CAIRN_BIN names no cairn binary: run by `make test-int`")
+		t.Fatal("CAIRN_BIN names no cairn binary: run by `make test-int`")
 	}
 	c, err := Start(t.Context(), Config{Args: args})
 	if err != nil {

@@ -17,7 +17,7 @@ const patience = 30 * time.Second
 func newLab(t *testing.T, p bird.Protocol, spines, hosts int) *Lab {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("network namespaces need root")
+		t.Fatal("network namespaces need root: run by `make test-int` as root")
 	}
 	l, err := New(Config{Dir: t.TempDir(), Spines: spines, Hosts: hosts, Protocol: p})
 	check(t, err)

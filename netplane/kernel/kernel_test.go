@@ -301,7 +301,7 @@ func TestLinksComeAndGo(t *testing.T) {
 
 func TestNamespaceByName(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("network namespaces need root")
+		t.Fatal("network namespaces need root: run by `make test-int` as root")
 	}
 	name := fmt.Sprintf("cairn-test-%d", os.Getpid())
 	made := make(chan error, 1)

@@ -38,7 +38,7 @@ const patience = 20 * time.Second
 func newHost(t *testing.T) *host {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("network namespaces need root")
+		t.Fatal("network namespaces need root: run by `make test-int` as root")
 	}
 	h := &host{t: t, reports: make(chan Report, 1000)}
 	done := make(chan error, 1)
