@@ -414,6 +414,15 @@ type Volume struct {
 	Members        []*Member              `protobuf:"bytes,13,rep,name=members,proto3" json:"members,omitempty"`
 	ChunkCount     uint64                 `protobuf:"varint,14,opt,name=chunk_count,json=chunkCount,proto3" json:"chunk_count,omitempty"`
 	Moved          bool                   `protobuf:"varint,15,opt,name=moved,proto3" json:"moved,omitempty"` // an epoch since the last detach was held on another host than this one
+	Tenant         string                 `protobuf:"bytes,40,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Tags           map[string]string      `protobuf:"bytes,41,rep,name=tags,proto3" json:"tags,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Thick          bool                   `protobuf:"varint,42,opt,name=thick,proto3" json:"thick,omitempty"`
+	Qos            *Qos                   `protobuf:"bytes,43,opt,name=qos,proto3" json:"qos,omitempty"`
+	DeletedUnixNs  int64                  `protobuf:"varint,44,opt,name=deleted_unix_ns,json=deletedUnixNs,proto3" json:"deleted_unix_ns,omitempty"`    // 0: it is there
+	PurgeUnixNs    int64                  `protobuf:"varint,45,opt,name=purge_unix_ns,json=purgeUnixNs,proto3" json:"purge_unix_ns,omitempty"`          // when a deleted one goes for good
+	ShrunkFrom     uint64                 `protobuf:"varint,46,opt,name=shrunk_from,json=shrunkFrom,proto3" json:"shrunk_from,omitempty"`               // bytes; > 0: a shrink can be undone
+	UndoUnixNs     int64                  `protobuf:"varint,47,opt,name=undo_unix_ns,json=undoUnixNs,proto3" json:"undo_unix_ns,omitempty"`             // until then
+	RestoredUnixNs int64                  `protobuf:"varint,48,opt,name=restored_unix_ns,json=restoredUnixNs,proto3" json:"restored_unix_ns,omitempty"` // it came out of a metadata backup of then and nobody has vouched for it
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -553,6 +562,393 @@ func (x *Volume) GetMoved() bool {
 	return false
 }
 
+func (x *Volume) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *Volume) GetTags() map[string]string {
+	if x != nil {
+		return x.Tags
+	}
+	return nil
+}
+
+func (x *Volume) GetThick() bool {
+	if x != nil {
+		return x.Thick
+	}
+	return false
+}
+
+func (x *Volume) GetQos() *Qos {
+	if x != nil {
+		return x.Qos
+	}
+	return nil
+}
+
+func (x *Volume) GetDeletedUnixNs() int64 {
+	if x != nil {
+		return x.DeletedUnixNs
+	}
+	return 0
+}
+
+func (x *Volume) GetPurgeUnixNs() int64 {
+	if x != nil {
+		return x.PurgeUnixNs
+	}
+	return 0
+}
+
+func (x *Volume) GetShrunkFrom() uint64 {
+	if x != nil {
+		return x.ShrunkFrom
+	}
+	return 0
+}
+
+func (x *Volume) GetUndoUnixNs() int64 {
+	if x != nil {
+		return x.UndoUnixNs
+	}
+	return 0
+}
+
+func (x *Volume) GetRestoredUnixNs() int64 {
+	if x != nil {
+		return x.RestoredUnixNs
+	}
+	return 0
+}
+
+// Qos bounds what a volume gets of its gateway. 0 is no bound.
+type Qos struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	IopsMax           uint64                 `protobuf:"varint,1,opt,name=iops_max,json=iopsMax,proto3" json:"iops_max,omitempty"`
+	BytesPerSecondMax uint64                 `protobuf:"varint,2,opt,name=bytes_per_second_max,json=bytesPerSecondMax,proto3" json:"bytes_per_second_max,omitempty"`
+	BurstMs           uint32                 `protobuf:"varint,3,opt,name=burst_ms,json=burstMs,proto3" json:"burst_ms,omitempty"` // how much of the limit may come at once; 0: 1000
+	IopsMin           uint64                 `protobuf:"varint,4,opt,name=iops_min,json=iopsMin,proto3" json:"iops_min,omitempty"` // kept free for it on its host
+	BytesPerSecondMin uint64                 `protobuf:"varint,5,opt,name=bytes_per_second_min,json=bytesPerSecondMin,proto3" json:"bytes_per_second_min,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *Qos) Reset() {
+	*x = Qos{}
+	mi := &file_proto_pb_meta_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Qos) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Qos) ProtoMessage() {}
+
+func (x *Qos) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Qos.ProtoReflect.Descriptor instead.
+func (*Qos) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Qos) GetIopsMax() uint64 {
+	if x != nil {
+		return x.IopsMax
+	}
+	return 0
+}
+
+func (x *Qos) GetBytesPerSecondMax() uint64 {
+	if x != nil {
+		return x.BytesPerSecondMax
+	}
+	return 0
+}
+
+func (x *Qos) GetBurstMs() uint32 {
+	if x != nil {
+		return x.BurstMs
+	}
+	return 0
+}
+
+func (x *Qos) GetIopsMin() uint64 {
+	if x != nil {
+		return x.IopsMin
+	}
+	return 0
+}
+
+func (x *Qos) GetBytesPerSecondMin() uint64 {
+	if x != nil {
+		return x.BytesPerSecondMin
+	}
+	return 0
+}
+
+// Tenant is whoever volumes belong to, and what they have together.
+type Tenant struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Name               string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	LogicalQuotaBytes  uint64                 `protobuf:"varint,2,opt,name=logical_quota_bytes,json=logicalQuotaBytes,proto3" json:"logical_quota_bytes,omitempty"`    // of sizes; 0: none
+	PhysicalQuotaBytes uint64                 `protobuf:"varint,3,opt,name=physical_quota_bytes,json=physicalQuotaBytes,proto3" json:"physical_quota_bytes,omitempty"` // of chunks, all copies; 0: none
+	LogicalBytes       uint64                 `protobuf:"varint,4,opt,name=logical_bytes,json=logicalBytes,proto3" json:"logical_bytes,omitempty"`                     // sizes, deleted volumes included until they are purged
+	PhysicalBytes      uint64                 `protobuf:"varint,5,opt,name=physical_bytes,json=physicalBytes,proto3" json:"physical_bytes,omitempty"`                  // chunks × copies
+	Volumes            uint64                 `protobuf:"varint,6,opt,name=volumes,proto3" json:"volumes,omitempty"`
+	DeletedBytes       uint64                 `protobuf:"varint,7,opt,name=deleted_bytes,json=deletedBytes,proto3" json:"deleted_bytes,omitempty"` // part of logical_bytes that deleted volumes have
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *Tenant) Reset() {
+	*x = Tenant{}
+	mi := &file_proto_pb_meta_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tenant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tenant) ProtoMessage() {}
+
+func (x *Tenant) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tenant.ProtoReflect.Descriptor instead.
+func (*Tenant) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Tenant) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Tenant) GetLogicalQuotaBytes() uint64 {
+	if x != nil {
+		return x.LogicalQuotaBytes
+	}
+	return 0
+}
+
+func (x *Tenant) GetPhysicalQuotaBytes() uint64 {
+	if x != nil {
+		return x.PhysicalQuotaBytes
+	}
+	return 0
+}
+
+func (x *Tenant) GetLogicalBytes() uint64 {
+	if x != nil {
+		return x.LogicalBytes
+	}
+	return 0
+}
+
+func (x *Tenant) GetPhysicalBytes() uint64 {
+	if x != nil {
+		return x.PhysicalBytes
+	}
+	return 0
+}
+
+func (x *Tenant) GetVolumes() uint64 {
+	if x != nil {
+		return x.Volumes
+	}
+	return 0
+}
+
+func (x *Tenant) GetDeletedBytes() uint64 {
+	if x != nil {
+		return x.DeletedBytes
+	}
+	return 0
+}
+
+// Pool adds up what is promised and what is placed.
+type Pool struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	LogicalBytes     uint64                 `protobuf:"varint,1,opt,name=logical_bytes,json=logicalBytes,proto3" json:"logical_bytes,omitempty"`               // sizes of all volumes, deleted ones too
+	PlacedBytes      uint64                 `protobuf:"varint,2,opt,name=placed_bytes,json=placedBytes,proto3" json:"placed_bytes,omitempty"`                  // chunks × copies
+	ThickBytes       uint64                 `protobuf:"varint,3,opt,name=thick_bytes,json=thickBytes,proto3" json:"thick_bytes,omitempty"`                     // set aside for thick volumes, placed or not
+	ThickPlacedBytes uint64                 `protobuf:"varint,4,opt,name=thick_placed_bytes,json=thickPlacedBytes,proto3" json:"thick_placed_bytes,omitempty"` // part of placed_bytes that thick volumes have
+	DeletedBytes     uint64                 `protobuf:"varint,5,opt,name=deleted_bytes,json=deletedBytes,proto3" json:"deleted_bytes,omitempty"`               // part of placed_bytes that deleted volumes have
+	CapacityBytes    uint64                 `protobuf:"varint,6,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"`            // of the stores in service
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Pool) Reset() {
+	*x = Pool{}
+	mi := &file_proto_pb_meta_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pool) ProtoMessage() {}
+
+func (x *Pool) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pool.ProtoReflect.Descriptor instead.
+func (*Pool) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Pool) GetLogicalBytes() uint64 {
+	if x != nil {
+		return x.LogicalBytes
+	}
+	return 0
+}
+
+func (x *Pool) GetPlacedBytes() uint64 {
+	if x != nil {
+		return x.PlacedBytes
+	}
+	return 0
+}
+
+func (x *Pool) GetThickBytes() uint64 {
+	if x != nil {
+		return x.ThickBytes
+	}
+	return 0
+}
+
+func (x *Pool) GetThickPlacedBytes() uint64 {
+	if x != nil {
+		return x.ThickPlacedBytes
+	}
+	return 0
+}
+
+func (x *Pool) GetDeletedBytes() uint64 {
+	if x != nil {
+		return x.DeletedBytes
+	}
+	return 0
+}
+
+func (x *Pool) GetCapacityBytes() uint64 {
+	if x != nil {
+		return x.CapacityBytes
+	}
+	return 0
+}
+
+// JoinToken is a secret's mark; the secret is nowhere.
+type JoinToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SecretSha256  []byte                 `protobuf:"bytes,1,opt,name=secret_sha256,json=secretSha256,proto3" json:"secret_sha256,omitempty"`
+	UsesLeft      uint32                 `protobuf:"varint,2,opt,name=uses_left,json=usesLeft,proto3" json:"uses_left,omitempty"`
+	UntilUnixNs   int64                  `protobuf:"varint,3,opt,name=until_unix_ns,json=untilUnixNs,proto3" json:"until_unix_ns,omitempty"`
+	Who           string                 `protobuf:"bytes,4,opt,name=who,proto3" json:"who,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinToken) Reset() {
+	*x = JoinToken{}
+	mi := &file_proto_pb_meta_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinToken) ProtoMessage() {}
+
+func (x *JoinToken) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
+func (*JoinToken) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *JoinToken) GetSecretSha256() []byte {
+	if x != nil {
+		return x.SecretSha256
+	}
+	return nil
+}
+
+func (x *JoinToken) GetUsesLeft() uint32 {
+	if x != nil {
+		return x.UsesLeft
+	}
+	return 0
+}
+
+func (x *JoinToken) GetUntilUnixNs() int64 {
+	if x != nil {
+		return x.UntilUnixNs
+	}
+	return 0
+}
+
+func (x *JoinToken) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
 type VM struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -572,7 +968,7 @@ type VM struct {
 
 func (x *VM) Reset() {
 	*x = VM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[5]
+	mi := &file_proto_pb_meta_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -584,7 +980,7 @@ func (x *VM) String() string {
 func (*VM) ProtoMessage() {}
 
 func (x *VM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[5]
+	mi := &file_proto_pb_meta_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -597,7 +993,7 @@ func (x *VM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VM.ProtoReflect.Descriptor instead.
 func (*VM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{5}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *VM) GetName() string {
@@ -683,13 +1079,14 @@ type Event struct {
 	TimeUnixNs    int64                  `protobuf:"varint,2,opt,name=time_unix_ns,json=timeUnixNs,proto3" json:"time_unix_ns,omitempty"`
 	Who           string                 `protobuf:"bytes,3,opt,name=who,proto3" json:"who,omitempty"`
 	What          string                 `protobuf:"bytes,4,opt,name=what,proto3" json:"what,omitempty"`
+	Outcome       string                 `protobuf:"bytes,40,opt,name=outcome,proto3" json:"outcome,omitempty"` // empty: done; else why not
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_proto_pb_meta_proto_msgTypes[6]
+	mi := &file_proto_pb_meta_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -701,7 +1098,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[6]
+	mi := &file_proto_pb_meta_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -714,7 +1111,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{6}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -745,6 +1142,13 @@ func (x *Event) GetWhat() string {
 	return ""
 }
 
+func (x *Event) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
 type Command struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Session    string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`                            // opened by OpenSession
@@ -767,6 +1171,19 @@ type Command struct {
 	//	*Command_PutVm
 	//	*Command_DeleteVm
 	//	*Command_InitCluster
+	//	*Command_SetHost
+	//	*Command_RemoveHost
+	//	*Command_MakeToken
+	//	*Command_RevokeToken
+	//	*Command_Note
+	//	*Command_Housekeeping
+	//	*Command_UndeleteVolume
+	//	*Command_PurgeVolume
+	//	*Command_ShrinkVolume
+	//	*Command_UndoShrink
+	//	*Command_UpdateVolume
+	//	*Command_SetTenant
+	//	*Command_TrustVolume
 	Op            isCommand_Op `protobuf_oneof:"op"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -774,7 +1191,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_proto_pb_meta_proto_msgTypes[7]
+	mi := &file_proto_pb_meta_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -786,7 +1203,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[7]
+	mi := &file_proto_pb_meta_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -799,7 +1216,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{7}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Command) GetSession() string {
@@ -963,6 +1380,123 @@ func (x *Command) GetInitCluster() *InitCluster {
 	return nil
 }
 
+func (x *Command) GetSetHost() *SetHost {
+	if x != nil {
+		if x, ok := x.Op.(*Command_SetHost); ok {
+			return x.SetHost
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRemoveHost() *RemoveHost {
+	if x != nil {
+		if x, ok := x.Op.(*Command_RemoveHost); ok {
+			return x.RemoveHost
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetMakeToken() *MakeToken {
+	if x != nil {
+		if x, ok := x.Op.(*Command_MakeToken); ok {
+			return x.MakeToken
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRevokeToken() *RevokeToken {
+	if x != nil {
+		if x, ok := x.Op.(*Command_RevokeToken); ok {
+			return x.RevokeToken
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetNote() *Note {
+	if x != nil {
+		if x, ok := x.Op.(*Command_Note); ok {
+			return x.Note
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetHousekeeping() *Housekeeping {
+	if x != nil {
+		if x, ok := x.Op.(*Command_Housekeeping); ok {
+			return x.Housekeeping
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetUndeleteVolume() *UndeleteVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_UndeleteVolume); ok {
+			return x.UndeleteVolume
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetPurgeVolume() *PurgeVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_PurgeVolume); ok {
+			return x.PurgeVolume
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetShrinkVolume() *ShrinkVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_ShrinkVolume); ok {
+			return x.ShrinkVolume
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetUndoShrink() *UndoShrink {
+	if x != nil {
+		if x, ok := x.Op.(*Command_UndoShrink); ok {
+			return x.UndoShrink
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetUpdateVolume() *UpdateVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_UpdateVolume); ok {
+			return x.UpdateVolume
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSetTenant() *SetTenant {
+	if x != nil {
+		if x, ok := x.Op.(*Command_SetTenant); ok {
+			return x.SetTenant
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetTrustVolume() *TrustVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_TrustVolume); ok {
+			return x.TrustVolume
+		}
+	}
+	return nil
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -1023,6 +1557,58 @@ type Command_InitCluster struct {
 	InitCluster *InitCluster `protobuf:"bytes,23,opt,name=init_cluster,json=initCluster,proto3,oneof"`
 }
 
+type Command_SetHost struct {
+	SetHost *SetHost `protobuf:"bytes,40,opt,name=set_host,json=setHost,proto3,oneof"`
+}
+
+type Command_RemoveHost struct {
+	RemoveHost *RemoveHost `protobuf:"bytes,41,opt,name=remove_host,json=removeHost,proto3,oneof"`
+}
+
+type Command_MakeToken struct {
+	MakeToken *MakeToken `protobuf:"bytes,42,opt,name=make_token,json=makeToken,proto3,oneof"`
+}
+
+type Command_RevokeToken struct {
+	RevokeToken *RevokeToken `protobuf:"bytes,43,opt,name=revoke_token,json=revokeToken,proto3,oneof"`
+}
+
+type Command_Note struct {
+	Note *Note `protobuf:"bytes,44,opt,name=note,proto3,oneof"`
+}
+
+type Command_Housekeeping struct {
+	Housekeeping *Housekeeping `protobuf:"bytes,45,opt,name=housekeeping,proto3,oneof"`
+}
+
+type Command_UndeleteVolume struct {
+	UndeleteVolume *UndeleteVolume `protobuf:"bytes,46,opt,name=undelete_volume,json=undeleteVolume,proto3,oneof"`
+}
+
+type Command_PurgeVolume struct {
+	PurgeVolume *PurgeVolume `protobuf:"bytes,47,opt,name=purge_volume,json=purgeVolume,proto3,oneof"`
+}
+
+type Command_ShrinkVolume struct {
+	ShrinkVolume *ShrinkVolume `protobuf:"bytes,48,opt,name=shrink_volume,json=shrinkVolume,proto3,oneof"`
+}
+
+type Command_UndoShrink struct {
+	UndoShrink *UndoShrink `protobuf:"bytes,49,opt,name=undo_shrink,json=undoShrink,proto3,oneof"`
+}
+
+type Command_UpdateVolume struct {
+	UpdateVolume *UpdateVolume `protobuf:"bytes,50,opt,name=update_volume,json=updateVolume,proto3,oneof"`
+}
+
+type Command_SetTenant struct {
+	SetTenant *SetTenant `protobuf:"bytes,51,opt,name=set_tenant,json=setTenant,proto3,oneof"`
+}
+
+type Command_TrustVolume struct {
+	TrustVolume *TrustVolume `protobuf:"bytes,52,opt,name=trust_volume,json=trustVolume,proto3,oneof"`
+}
+
 func (*Command_OpenSession) isCommand_Op() {}
 
 func (*Command_RegisterHost) isCommand_Op() {}
@@ -1051,6 +1637,726 @@ func (*Command_DeleteVm) isCommand_Op() {}
 
 func (*Command_InitCluster) isCommand_Op() {}
 
+func (*Command_SetHost) isCommand_Op() {}
+
+func (*Command_RemoveHost) isCommand_Op() {}
+
+func (*Command_MakeToken) isCommand_Op() {}
+
+func (*Command_RevokeToken) isCommand_Op() {}
+
+func (*Command_Note) isCommand_Op() {}
+
+func (*Command_Housekeeping) isCommand_Op() {}
+
+func (*Command_UndeleteVolume) isCommand_Op() {}
+
+func (*Command_PurgeVolume) isCommand_Op() {}
+
+func (*Command_ShrinkVolume) isCommand_Op() {}
+
+func (*Command_UndoShrink) isCommand_Op() {}
+
+func (*Command_UpdateVolume) isCommand_Op() {}
+
+func (*Command_SetTenant) isCommand_Op() {}
+
+func (*Command_TrustVolume) isCommand_Op() {}
+
+// SetHost drains a host or lets it take part again: a drained one gets no new
+// chunks, VMs or attachments.
+type SetHost struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Drained       bool                   `protobuf:"varint,2,opt,name=drained,proto3" json:"drained,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetHost) Reset() {
+	*x = SetHost{}
+	mi := &file_proto_pb_meta_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetHost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetHost) ProtoMessage() {}
+
+func (x *SetHost) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetHost.ProtoReflect.Descriptor instead.
+func (*SetHost) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SetHost) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *SetHost) GetDrained() bool {
+	if x != nil {
+		return x.Drained
+	}
+	return false
+}
+
+// RemoveHost forgets a host and its stores; refused while any volume has a
+// copy there or is attached there.
+type RemoveHost struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveHost) Reset() {
+	*x = RemoveHost{}
+	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveHost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveHost) ProtoMessage() {}
+
+func (x *RemoveHost) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveHost.ProtoReflect.Descriptor instead.
+func (*RemoveHost) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RemoveHost) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+// MakeToken lets new hosts join with a secret, of which only the SHA-256 is
+// kept. From the first one on a new host needs one.
+type MakeToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SecretSha256  []byte                 `protobuf:"bytes,1,opt,name=secret_sha256,json=secretSha256,proto3" json:"secret_sha256,omitempty"`
+	Uses          uint32                 `protobuf:"varint,2,opt,name=uses,proto3" json:"uses,omitempty"`
+	ValidSeconds  int64                  `protobuf:"varint,3,opt,name=valid_seconds,json=validSeconds,proto3" json:"valid_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MakeToken) Reset() {
+	*x = MakeToken{}
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MakeToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MakeToken) ProtoMessage() {}
+
+func (x *MakeToken) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MakeToken.ProtoReflect.Descriptor instead.
+func (*MakeToken) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *MakeToken) GetSecretSha256() []byte {
+	if x != nil {
+		return x.SecretSha256
+	}
+	return nil
+}
+
+func (x *MakeToken) GetUses() uint32 {
+	if x != nil {
+		return x.Uses
+	}
+	return 0
+}
+
+func (x *MakeToken) GetValidSeconds() int64 {
+	if x != nil {
+		return x.ValidSeconds
+	}
+	return 0
+}
+
+type RevokeToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SecretSha256  []byte                 `protobuf:"bytes,1,opt,name=secret_sha256,json=secretSha256,proto3" json:"secret_sha256,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeToken) Reset() {
+	*x = RevokeToken{}
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeToken) ProtoMessage() {}
+
+func (x *RevokeToken) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
+func (*RevokeToken) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RevokeToken) GetSecretSha256() []byte {
+	if x != nil {
+		return x.SecretSha256
+	}
+	return nil
+}
+
+// Note puts a line into the event log: what was done outside of the state.
+type Note struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"`
+	Outcome       string                 `protobuf:"bytes,2,opt,name=outcome,proto3" json:"outcome,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Note) Reset() {
+	*x = Note{}
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Note) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Note) ProtoMessage() {}
+
+func (x *Note) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Note.ProtoReflect.Descriptor instead.
+func (*Note) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Note) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Note) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
+// Housekeeping does what is due: purges deleted volumes, ends undo windows. The
+// leader asks for it; a bounded piece at a time.
+type Housekeeping struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Housekeeping) Reset() {
+	*x = Housekeeping{}
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Housekeeping) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Housekeeping) ProtoMessage() {}
+
+func (x *Housekeeping) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Housekeeping.ProtoReflect.Descriptor instead.
+func (*Housekeeping) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
+}
+
+// UndeleteVolume brings a deleted volume back, under its old name or another.
+type UndeleteVolume struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndeleteVolume) Reset() {
+	*x = UndeleteVolume{}
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndeleteVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndeleteVolume) ProtoMessage() {}
+
+func (x *UndeleteVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndeleteVolume.ProtoReflect.Descriptor instead.
+func (*UndeleteVolume) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *UndeleteVolume) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *UndeleteVolume) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// PurgeVolume removes a deleted volume before its time.
+type PurgeVolume struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeVolume) Reset() {
+	*x = PurgeVolume{}
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeVolume) ProtoMessage() {}
+
+func (x *PurgeVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeVolume.ProtoReflect.Descriptor instead.
+func (*PurgeVolume) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *PurgeVolume) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+// ShrinkVolume cuts the end off. The holder asks, after it has lowered its
+// limit and looked at the tail; for a volume that nobody holds, epoch is its
+// last. Cut chunks are kept, and repaired, until the deadline.
+type ShrinkVolume struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	SizeBytes     uint64                 `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	DiscardTail   bool                   `protobuf:"varint,4,opt,name=discard_tail,json=discardTail,proto3" json:"discard_tail,omitempty"` // data is cut off knowingly; at chunk borders only
+	KeepSeconds   int64                  `protobuf:"varint,5,opt,name=keep_seconds,json=keepSeconds,proto3" json:"keep_seconds,omitempty"` // how long undo is possible
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShrinkVolume) Reset() {
+	*x = ShrinkVolume{}
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShrinkVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShrinkVolume) ProtoMessage() {}
+
+func (x *ShrinkVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShrinkVolume.ProtoReflect.Descriptor instead.
+func (*ShrinkVolume) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ShrinkVolume) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *ShrinkVolume) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *ShrinkVolume) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ShrinkVolume) GetDiscardTail() bool {
+	if x != nil {
+		return x.DiscardTail
+	}
+	return false
+}
+
+func (x *ShrinkVolume) GetKeepSeconds() int64 {
+	if x != nil {
+		return x.KeepSeconds
+	}
+	return 0
+}
+
+type UndoShrink struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndoShrink) Reset() {
+	*x = UndoShrink{}
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndoShrink) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndoShrink) ProtoMessage() {}
+
+func (x *UndoShrink) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndoShrink.ProtoReflect.Descriptor instead.
+func (*UndoShrink) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *UndoShrink) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+// UpdateVolume changes what is said about a volume.
+type UpdateVolume struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	SetTags       map[string]string      `protobuf:"bytes,2,rep,name=set_tags,json=setTags,proto3" json:"set_tags,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	RemoveTags    []string               `protobuf:"bytes,3,rep,name=remove_tags,json=removeTags,proto3" json:"remove_tags,omitempty"`
+	Qos           *Qos                   `protobuf:"bytes,4,opt,name=qos,proto3" json:"qos,omitempty"` // set: replaces it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateVolume) Reset() {
+	*x = UpdateVolume{}
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateVolume) ProtoMessage() {}
+
+func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateVolume.ProtoReflect.Descriptor instead.
+func (*UpdateVolume) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *UpdateVolume) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *UpdateVolume) GetSetTags() map[string]string {
+	if x != nil {
+		return x.SetTags
+	}
+	return nil
+}
+
+func (x *UpdateVolume) GetRemoveTags() []string {
+	if x != nil {
+		return x.RemoveTags
+	}
+	return nil
+}
+
+func (x *UpdateVolume) GetQos() *Qos {
+	if x != nil {
+		return x.Qos
+	}
+	return nil
+}
+
+// SetTenant sets a tenant's quotas; 0 is no limit.
+type SetTenant struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Tenant             string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	LogicalQuotaBytes  uint64                 `protobuf:"varint,2,opt,name=logical_quota_bytes,json=logicalQuotaBytes,proto3" json:"logical_quota_bytes,omitempty"`
+	PhysicalQuotaBytes uint64                 `protobuf:"varint,3,opt,name=physical_quota_bytes,json=physicalQuotaBytes,proto3" json:"physical_quota_bytes,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *SetTenant) Reset() {
+	*x = SetTenant{}
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetTenant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetTenant) ProtoMessage() {}
+
+func (x *SetTenant) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetTenant.ProtoReflect.Descriptor instead.
+func (*SetTenant) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SetTenant) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *SetTenant) GetLogicalQuotaBytes() uint64 {
+	if x != nil {
+		return x.LogicalQuotaBytes
+	}
+	return 0
+}
+
+func (x *SetTenant) GetPhysicalQuotaBytes() uint64 {
+	if x != nil {
+		return x.PhysicalQuotaBytes
+	}
+	return 0
+}
+
+// TrustVolume lets a volume be attached again that came out of a metadata
+// backup.
+type TrustVolume struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustVolume) Reset() {
+	*x = TrustVolume{}
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustVolume) ProtoMessage() {}
+
+func (x *TrustVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustVolume.ProtoReflect.Descriptor instead.
+func (*TrustVolume) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *TrustVolume) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
 // InitCluster gives a new cluster its identity; refused when it has one.
 type InitCluster struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1061,7 +2367,7 @@ type InitCluster struct {
 
 func (x *InitCluster) Reset() {
 	*x = InitCluster{}
-	mi := &file_proto_pb_meta_proto_msgTypes[8]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1073,7 +2379,7 @@ func (x *InitCluster) String() string {
 func (*InitCluster) ProtoMessage() {}
 
 func (x *InitCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[8]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1086,7 +2392,7 @@ func (x *InitCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitCluster.ProtoReflect.Descriptor instead.
 func (*InitCluster) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{8}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *InitCluster) GetClusterId() string {
@@ -1105,7 +2411,7 @@ type OpenSession struct {
 
 func (x *OpenSession) Reset() {
 	*x = OpenSession{}
-	mi := &file_proto_pb_meta_proto_msgTypes[9]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1117,7 +2423,7 @@ func (x *OpenSession) String() string {
 func (*OpenSession) ProtoMessage() {}
 
 func (x *OpenSession) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[9]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1130,20 +2436,21 @@ func (x *OpenSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSession.ProtoReflect.Descriptor instead.
 func (*OpenSession) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{9}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
 }
 
-// RegisterHost adds or updates a host.
+// RegisterHost adds or updates a host. Whether it is drained stays as it is.
 type RegisterHost struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Host          *Host                  `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	JoinToken     string                 `protobuf:"bytes,40,opt,name=join_token,json=joinToken,proto3" json:"join_token,omitempty"` // a new host's, once the cluster has ever made one
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RegisterHost) Reset() {
 	*x = RegisterHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[10]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1155,7 +2462,7 @@ func (x *RegisterHost) String() string {
 func (*RegisterHost) ProtoMessage() {}
 
 func (x *RegisterHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[10]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1168,7 +2475,7 @@ func (x *RegisterHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterHost.ProtoReflect.Descriptor instead.
 func (*RegisterHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{10}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RegisterHost) GetHost() *Host {
@@ -1176,6 +2483,13 @@ func (x *RegisterHost) GetHost() *Host {
 		return x.Host
 	}
 	return nil
+}
+
+func (x *RegisterHost) GetJoinToken() string {
+	if x != nil {
+		return x.JoinToken
+	}
+	return ""
 }
 
 // RegisterStore adds a store, or updates its host, capacity and incarnation.
@@ -1189,7 +2503,7 @@ type RegisterStore struct {
 
 func (x *RegisterStore) Reset() {
 	*x = RegisterStore{}
-	mi := &file_proto_pb_meta_proto_msgTypes[11]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +2515,7 @@ func (x *RegisterStore) String() string {
 func (*RegisterStore) ProtoMessage() {}
 
 func (x *RegisterStore) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[11]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +2528,7 @@ func (x *RegisterStore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterStore.ProtoReflect.Descriptor instead.
 func (*RegisterStore) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{11}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RegisterStore) GetStore() *Store {
@@ -1231,13 +2545,17 @@ type CreateVolume struct {
 	Replicas      uint32                 `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"`                       // 0: 3, or the number of failure domains if fewer
 	Domain        string                 `protobuf:"bytes,4,opt,name=domain,proto3" json:"domain,omitempty"`                            // "": host
 	ChunkBytes    uint64                 `protobuf:"varint,5,opt,name=chunk_bytes,json=chunkBytes,proto3" json:"chunk_bytes,omitempty"` // 0: 64 MiB
+	Tenant        string                 `protobuf:"bytes,40,opt,name=tenant,proto3" json:"tenant,omitempty"`                           // "": nobody's, without quota
+	Tags          map[string]string      `protobuf:"bytes,41,rep,name=tags,proto3" json:"tags,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Thick         bool                   `protobuf:"varint,42,opt,name=thick,proto3" json:"thick,omitempty"` // the space for all of it is set aside
+	Qos           *Qos                   `protobuf:"bytes,43,opt,name=qos,proto3" json:"qos,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateVolume) Reset() {
 	*x = CreateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[12]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +2567,7 @@ func (x *CreateVolume) String() string {
 func (*CreateVolume) ProtoMessage() {}
 
 func (x *CreateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[12]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +2580,7 @@ func (x *CreateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolume.ProtoReflect.Descriptor instead.
 func (*CreateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{12}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateVolume) GetName() string {
@@ -1300,6 +2618,34 @@ func (x *CreateVolume) GetChunkBytes() uint64 {
 	return 0
 }
 
+func (x *CreateVolume) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *CreateVolume) GetTags() map[string]string {
+	if x != nil {
+		return x.Tags
+	}
+	return nil
+}
+
+func (x *CreateVolume) GetThick() bool {
+	if x != nil {
+		return x.Thick
+	}
+	return false
+}
+
+func (x *CreateVolume) GetQos() *Qos {
+	if x != nil {
+		return x.Qos
+	}
+	return nil
+}
+
 type RenameVolume struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -1310,7 +2656,7 @@ type RenameVolume struct {
 
 func (x *RenameVolume) Reset() {
 	*x = RenameVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +2668,7 @@ func (x *RenameVolume) String() string {
 func (*RenameVolume) ProtoMessage() {}
 
 func (x *RenameVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +2681,7 @@ func (x *RenameVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameVolume.ProtoReflect.Descriptor instead.
 func (*RenameVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{13}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RenameVolume) GetVolume() string {
@@ -1362,7 +2708,7 @@ type ResizeVolume struct {
 
 func (x *ResizeVolume) Reset() {
 	*x = ResizeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1374,7 +2720,7 @@ func (x *ResizeVolume) String() string {
 func (*ResizeVolume) ProtoMessage() {}
 
 func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1387,7 +2733,7 @@ func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolume.ProtoReflect.Descriptor instead.
 func (*ResizeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ResizeVolume) GetVolume() string {
@@ -1404,16 +2750,18 @@ func (x *ResizeVolume) GetSizeBytes() uint64 {
 	return 0
 }
 
+// DeleteVolume takes a volume away; it can be had back for keep_seconds.
 type DeleteVolume struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	KeepSeconds   int64                  `protobuf:"varint,40,opt,name=keep_seconds,json=keepSeconds,proto3" json:"keep_seconds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeleteVolume) Reset() {
 	*x = DeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1425,7 +2773,7 @@ func (x *DeleteVolume) String() string {
 func (*DeleteVolume) ProtoMessage() {}
 
 func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1438,7 +2786,7 @@ func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolume.ProtoReflect.Descriptor instead.
 func (*DeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DeleteVolume) GetVolume() string {
@@ -1446,6 +2794,13 @@ func (x *DeleteVolume) GetVolume() string {
 		return x.Volume
 	}
 	return ""
+}
+
+func (x *DeleteVolume) GetKeepSeconds() int64 {
+	if x != nil {
+		return x.KeepSeconds
+	}
+	return 0
 }
 
 // Attach gives the volume a new writer epoch held by (host, session).
@@ -1462,7 +2817,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1474,7 +2829,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1487,7 +2842,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Attach) GetVolume() string {
@@ -1536,7 +2891,7 @@ type Detach struct {
 
 func (x *Detach) Reset() {
 	*x = Detach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1548,7 +2903,7 @@ func (x *Detach) String() string {
 func (*Detach) ProtoMessage() {}
 
 func (x *Detach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1561,7 +2916,7 @@ func (x *Detach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detach.ProtoReflect.Descriptor instead.
 func (*Detach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Detach) GetVolumeId() uint64 {
@@ -1594,7 +2949,7 @@ type Allocate struct {
 
 func (x *Allocate) Reset() {
 	*x = Allocate{}
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +2961,7 @@ func (x *Allocate) String() string {
 func (*Allocate) ProtoMessage() {}
 
 func (x *Allocate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +2974,7 @@ func (x *Allocate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocate.ProtoReflect.Descriptor instead.
 func (*Allocate) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Allocate) GetVolumeId() uint64 {
@@ -1679,7 +3034,7 @@ type MemberChange struct {
 
 func (x *MemberChange) Reset() {
 	*x = MemberChange{}
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +3046,7 @@ func (x *MemberChange) String() string {
 func (*MemberChange) ProtoMessage() {}
 
 func (x *MemberChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +3059,7 @@ func (x *MemberChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberChange.ProtoReflect.Descriptor instead.
 func (*MemberChange) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *MemberChange) GetVolumeId() uint64 {
@@ -1767,7 +3122,7 @@ type ChangeMembers struct {
 
 func (x *ChangeMembers) Reset() {
 	*x = ChangeMembers{}
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +3134,7 @@ func (x *ChangeMembers) String() string {
 func (*ChangeMembers) ProtoMessage() {}
 
 func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,7 +3147,7 @@ func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembers.ProtoReflect.Descriptor instead.
 func (*ChangeMembers) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ChangeMembers) GetChanges() []*MemberChange {
@@ -1812,7 +3167,7 @@ type PutVM struct {
 
 func (x *PutVM) Reset() {
 	*x = PutVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +3179,7 @@ func (x *PutVM) String() string {
 func (*PutVM) ProtoMessage() {}
 
 func (x *PutVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +3192,7 @@ func (x *PutVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutVM.ProtoReflect.Descriptor instead.
 func (*PutVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PutVM) GetVm() *VM {
@@ -1863,7 +3218,7 @@ type DeleteVM struct {
 
 func (x *DeleteVM) Reset() {
 	*x = DeleteVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1875,7 +3230,7 @@ func (x *DeleteVM) String() string {
 func (*DeleteVM) ProtoMessage() {}
 
 func (x *DeleteVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1888,7 +3243,7 @@ func (x *DeleteVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVM.ProtoReflect.Descriptor instead.
 func (*DeleteVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DeleteVM) GetName() string {
@@ -1915,7 +3270,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1927,7 +3282,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1940,7 +3295,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Result) GetStatus() uint32 {
@@ -2017,7 +3372,7 @@ type MemberResult struct {
 
 func (x *MemberResult) Reset() {
 	*x = MemberResult{}
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +3384,7 @@ func (x *MemberResult) String() string {
 func (*MemberResult) ProtoMessage() {}
 
 func (x *MemberResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +3397,7 @@ func (x *MemberResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberResult.ProtoReflect.Descriptor instead.
 func (*MemberResult) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *MemberResult) GetStatus() uint32 {
@@ -2079,6 +3434,9 @@ type QueryRequest struct {
 	//	*QueryRequest_Gone
 	//	*QueryRequest_Events
 	//	*QueryRequest_PlaceVm
+	//	*QueryRequest_DeletedVolumes
+	//	*QueryRequest_Tenants
+	//	*QueryRequest_Tokens
 	Q             isQueryRequest_Q `protobuf_oneof:"q"`
 	WithChunks    bool             `protobuf:"varint,20,opt,name=with_chunks,json=withChunks,proto3" json:"with_chunks,omitempty"` // volume: its chunk map too
 	unknownFields protoimpl.UnknownFields
@@ -2087,7 +3445,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2099,7 +3457,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2112,7 +3470,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *QueryRequest) GetQ() isQueryRequest_Q {
@@ -2203,6 +3561,33 @@ func (x *QueryRequest) GetPlaceVm() *PlaceVM {
 	return nil
 }
 
+func (x *QueryRequest) GetDeletedVolumes() bool {
+	if x != nil {
+		if x, ok := x.Q.(*QueryRequest_DeletedVolumes); ok {
+			return x.DeletedVolumes
+		}
+	}
+	return false
+}
+
+func (x *QueryRequest) GetTenants() bool {
+	if x != nil {
+		if x, ok := x.Q.(*QueryRequest_Tenants); ok {
+			return x.Tenants
+		}
+	}
+	return false
+}
+
+func (x *QueryRequest) GetTokens() bool {
+	if x != nil {
+		if x, ok := x.Q.(*QueryRequest_Tokens); ok {
+			return x.Tokens
+		}
+	}
+	return false
+}
+
 func (x *QueryRequest) GetWithChunks() bool {
 	if x != nil {
 		return x.WithChunks
@@ -2250,6 +3635,18 @@ type QueryRequest_PlaceVm struct {
 	PlaceVm *PlaceVM `protobuf:"bytes,9,opt,name=place_vm,json=placeVm,proto3,oneof"`
 }
 
+type QueryRequest_DeletedVolumes struct {
+	DeletedVolumes bool `protobuf:"varint,40,opt,name=deleted_volumes,json=deletedVolumes,proto3,oneof"`
+}
+
+type QueryRequest_Tenants struct {
+	Tenants bool `protobuf:"varint,41,opt,name=tenants,proto3,oneof"` // and the pool
+}
+
+type QueryRequest_Tokens struct {
+	Tokens bool `protobuf:"varint,42,opt,name=tokens,proto3,oneof"`
+}
+
 func (*QueryRequest_Volume) isQueryRequest_Q() {}
 
 func (*QueryRequest_Volumes) isQueryRequest_Q() {}
@@ -2268,6 +3665,12 @@ func (*QueryRequest_Events) isQueryRequest_Q() {}
 
 func (*QueryRequest_PlaceVm) isQueryRequest_Q() {}
 
+func (*QueryRequest_DeletedVolumes) isQueryRequest_Q() {}
+
+func (*QueryRequest_Tenants) isQueryRequest_Q() {}
+
+func (*QueryRequest_Tokens) isQueryRequest_Q() {}
+
 // GoneVolumes asks which of these volumes no longer exist.
 type GoneVolumes struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2278,7 +3681,7 @@ type GoneVolumes struct {
 
 func (x *GoneVolumes) Reset() {
 	*x = GoneVolumes{}
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +3693,7 @@ func (x *GoneVolumes) String() string {
 func (*GoneVolumes) ProtoMessage() {}
 
 func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +3706,7 @@ func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoneVolumes.ProtoReflect.Descriptor instead.
 func (*GoneVolumes) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GoneVolumes) GetVolumeIds() []uint64 {
@@ -2323,7 +3726,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2335,7 +3738,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2348,7 +3751,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Events) GetAfter() uint64 {
@@ -2376,7 +3779,7 @@ type PlaceVM struct {
 
 func (x *PlaceVM) Reset() {
 	*x = PlaceVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2388,7 +3791,7 @@ func (x *PlaceVM) String() string {
 func (*PlaceVM) ProtoMessage() {}
 
 func (x *PlaceVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2401,7 +3804,7 @@ func (x *PlaceVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceVM.ProtoReflect.Descriptor instead.
 func (*PlaceVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PlaceVM) GetVm() string {
@@ -2433,13 +3836,17 @@ type QueryReply struct {
 	Nodes         []*NodeReply           `protobuf:"bytes,11,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	PlaceHost     string                 `protobuf:"bytes,12,opt,name=place_host,json=placeHost,proto3" json:"place_host,omitempty"`
 	PlaceReason   string                 `protobuf:"bytes,13,opt,name=place_reason,json=placeReason,proto3" json:"place_reason,omitempty"`
+	Tenants       []*Tenant              `protobuf:"bytes,40,rep,name=tenants,proto3" json:"tenants,omitempty"`
+	Pool          *Pool                  `protobuf:"bytes,41,opt,name=pool,proto3" json:"pool,omitempty"`
+	Tokens        []*JoinToken           `protobuf:"bytes,42,rep,name=tokens,proto3" json:"tokens,omitempty"`
+	Revision      uint64                 `protobuf:"varint,43,opt,name=revision,proto3" json:"revision,omitempty"` // the state's, for Watch
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *QueryReply) Reset() {
 	*x = QueryReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +3858,7 @@ func (x *QueryReply) String() string {
 func (*QueryReply) ProtoMessage() {}
 
 func (x *QueryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +3871,7 @@ func (x *QueryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryReply.ProtoReflect.Descriptor instead.
 func (*QueryReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *QueryReply) GetStatus() uint32 {
@@ -2558,6 +3965,34 @@ func (x *QueryReply) GetPlaceReason() string {
 	return ""
 }
 
+func (x *QueryReply) GetTenants() []*Tenant {
+	if x != nil {
+		return x.Tenants
+	}
+	return nil
+}
+
+func (x *QueryReply) GetPool() *Pool {
+	if x != nil {
+		return x.Pool
+	}
+	return nil
+}
+
+func (x *QueryReply) GetTokens() []*JoinToken {
+	if x != nil {
+		return x.Tokens
+	}
+	return nil
+}
+
+func (x *QueryReply) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 type StoreUsage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
@@ -2571,7 +4006,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +4018,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +4031,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -2645,7 +4080,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2657,7 +4092,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2670,7 +4105,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -2706,7 +4141,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2718,7 +4153,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2731,7 +4166,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -2772,7 +4207,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2784,7 +4219,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2797,7 +4232,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -2827,7 +4262,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2839,7 +4274,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2852,7 +4287,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -2898,13 +4333,14 @@ type RenewReply struct {
 	LeaseMs       uint32                 `protobuf:"varint,4,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"` // from the moment the request was sent
 	Refused       []*Lease               `protobuf:"bytes,5,rep,name=refused,proto3" json:"refused,omitempty"`                 // these epochs are over
 	Volumes       []*Volume              `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`                 // current size and members of the leased ones
+	Meta          []string               `protobuf:"bytes,40,rep,name=meta,proto3" json:"meta,omitempty"`                      // API addresses of all metadata nodes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2916,7 +4352,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2929,7 +4365,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -2974,6 +4410,13 @@ func (x *RenewReply) GetVolumes() []*Volume {
 	return nil
 }
 
+func (x *RenewReply) GetMeta() []string {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
 type NodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2982,7 +4425,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2994,7 +4437,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3007,7 +4450,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
 }
 
 type NodeReply struct {
@@ -3021,13 +4464,20 @@ type NodeReply struct {
 	StateHash     uint64                 `protobuf:"varint,7,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
 	State         string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`                           // leader, follower, candidate, shutdown, unreachable, new (waits for its peers), starting
 	LastIndex     uint64                 `protobuf:"varint,9,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"` // end of its log, committed or not
+	Name          string                 `protobuf:"bytes,40,opt,name=name,proto3" json:"name,omitempty"`                            // as people call it; id also tells its lives apart
+	RaftAddr      string                 `protobuf:"bytes,41,opt,name=raft_addr,json=raftAddr,proto3" json:"raft_addr,omitempty"`
+	Cluster       string                 `protobuf:"bytes,42,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Role          string                 `protobuf:"bytes,43,opt,name=role,proto3" json:"role,omitempty"` // voter, learner, none
+	FreeBytes     uint64                 `protobuf:"varint,44,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	Format        uint32                 `protobuf:"varint,45,opt,name=format,proto3" json:"format,omitempty"` // highest state version it can apply
+	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`  // what is wrong with it, or what it waits for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3039,7 +4489,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3052,7 +4502,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *NodeReply) GetId() string {
@@ -3118,6 +4568,593 @@ func (x *NodeReply) GetLastIndex() uint64 {
 	return 0
 }
 
+func (x *NodeReply) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NodeReply) GetRaftAddr() string {
+	if x != nil {
+		return x.RaftAddr
+	}
+	return ""
+}
+
+func (x *NodeReply) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *NodeReply) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *NodeReply) GetFreeBytes() uint64 {
+	if x != nil {
+		return x.FreeBytes
+	}
+	return 0
+}
+
+func (x *NodeReply) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *NodeReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+// WatchRequest asks for what has changed after a revision; 0: from now on.
+type WatchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *WatchRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+// Change is a hint: something about this thing is different. What it is now is
+// asked for.
+type Change struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to What:
+	//
+	//	*Change_Volume
+	//	*Change_Host
+	//	*Change_Store
+	//	*Change_Vm
+	//	*Change_Event
+	//	*Change_Tenant
+	What          isChange_What `protobuf_oneof:"what"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Change) Reset() {
+	*x = Change{}
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Change) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Change) ProtoMessage() {}
+
+func (x *Change) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Change.ProtoReflect.Descriptor instead.
+func (*Change) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *Change) GetWhat() isChange_What {
+	if x != nil {
+		return x.What
+	}
+	return nil
+}
+
+func (x *Change) GetVolume() uint64 {
+	if x != nil {
+		if x, ok := x.What.(*Change_Volume); ok {
+			return x.Volume
+		}
+	}
+	return 0
+}
+
+func (x *Change) GetHost() string {
+	if x != nil {
+		if x, ok := x.What.(*Change_Host); ok {
+			return x.Host
+		}
+	}
+	return ""
+}
+
+func (x *Change) GetStore() []byte {
+	if x != nil {
+		if x, ok := x.What.(*Change_Store); ok {
+			return x.Store
+		}
+	}
+	return nil
+}
+
+func (x *Change) GetVm() string {
+	if x != nil {
+		if x, ok := x.What.(*Change_Vm); ok {
+			return x.Vm
+		}
+	}
+	return ""
+}
+
+func (x *Change) GetEvent() uint64 {
+	if x != nil {
+		if x, ok := x.What.(*Change_Event); ok {
+			return x.Event
+		}
+	}
+	return 0
+}
+
+func (x *Change) GetTenant() string {
+	if x != nil {
+		if x, ok := x.What.(*Change_Tenant); ok {
+			return x.Tenant
+		}
+	}
+	return ""
+}
+
+type isChange_What interface {
+	isChange_What()
+}
+
+type Change_Volume struct {
+	Volume uint64 `protobuf:"varint,1,opt,name=volume,proto3,oneof"`
+}
+
+type Change_Host struct {
+	Host string `protobuf:"bytes,2,opt,name=host,proto3,oneof"`
+}
+
+type Change_Store struct {
+	Store []byte `protobuf:"bytes,3,opt,name=store,proto3,oneof"`
+}
+
+type Change_Vm struct {
+	Vm string `protobuf:"bytes,4,opt,name=vm,proto3,oneof"`
+}
+
+type Change_Event struct {
+	Event uint64 `protobuf:"varint,5,opt,name=event,proto3,oneof"` // its number
+}
+
+type Change_Tenant struct {
+	Tenant string `protobuf:"bytes,6,opt,name=tenant,proto3,oneof"`
+}
+
+func (*Change_Volume) isChange_What() {}
+
+func (*Change_Host) isChange_What() {}
+
+func (*Change_Store) isChange_What() {}
+
+func (*Change_Vm) isChange_What() {}
+
+func (*Change_Event) isChange_What() {}
+
+func (*Change_Tenant) isChange_What() {}
+
+// WatchReply comes with every change and every few seconds.
+type WatchReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"` // all changes up to here have been told: resume from it
+	Resync        bool                   `protobuf:"varint,2,opt,name=resync,proto3" json:"resync,omitempty"`     // some were not: take everything for changed
+	Changes       []*Change              `protobuf:"bytes,3,rep,name=changes,proto3" json:"changes,omitempty"`
+	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"` // why the stream ends; the last reply
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchReply) Reset() {
+	*x = WatchReply{}
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchReply) ProtoMessage() {}
+
+func (x *WatchReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
+func (*WatchReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *WatchReply) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *WatchReply) GetResync() bool {
+	if x != nil {
+		return x.Resync
+	}
+	return false
+}
+
+func (x *WatchReply) GetChanges() []*Change {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+func (x *WatchReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+type AddNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ApiAddr       string                 `protobuf:"bytes,1,opt,name=api_addr,json=apiAddr,proto3" json:"api_addr,omitempty"`
+	Who           string                 `protobuf:"bytes,2,opt,name=who,proto3" json:"who,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddNodeRequest) Reset() {
+	*x = AddNodeRequest{}
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddNodeRequest) ProtoMessage() {}
+
+func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
+func (*AddNodeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *AddNodeRequest) GetApiAddr() string {
+	if x != nil {
+		return x.ApiAddr
+	}
+	return ""
+}
+
+func (x *AddNodeRequest) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+type RemoveNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Who           string                 `protobuf:"bytes,2,opt,name=who,proto3" json:"who,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveNodeRequest) Reset() {
+	*x = RemoveNodeRequest{}
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveNodeRequest) ProtoMessage() {}
+
+func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
+func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *RemoveNodeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RemoveNodeRequest) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+type NodesReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Leader        string                 `protobuf:"bytes,3,opt,name=leader,proto3" json:"leader,omitempty"`
+	Nodes         []*NodeReply           `protobuf:"bytes,4,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodesReply) Reset() {
+	*x = NodesReply{}
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodesReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodesReply) ProtoMessage() {}
+
+func (x *NodesReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
+func (*NodesReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *NodesReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *NodesReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *NodesReply) GetLeader() string {
+	if x != nil {
+		return x.Leader
+	}
+	return ""
+}
+
+func (x *NodesReply) GetNodes() []*NodeReply {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+}
+
+type BackupPiece struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Leader        string                 `protobuf:"bytes,3,opt,name=leader,proto3" json:"leader,omitempty"`
+	Data          []byte                 `protobuf:"bytes,4,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupPiece) Reset() {
+	*x = BackupPiece{}
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupPiece) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupPiece) ProtoMessage() {}
+
+func (x *BackupPiece) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
+func (*BackupPiece) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *BackupPiece) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *BackupPiece) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *BackupPiece) GetLeader() string {
+	if x != nil {
+		return x.Leader
+	}
+	return ""
+}
+
+func (x *BackupPiece) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 var File_proto_pb_meta_proto protoreflect.FileDescriptor
 
 const file_proto_pb_meta_proto_rawDesc = "" +
@@ -3151,7 +5188,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12*\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x14.cairn.v1.ChunkStateR\x05state\x12\x16\n" +
-	"\x06stores\x18\x04 \x03(\fR\x06stores\"\xcf\x03\n" +
+	"\x06stores\x18\x04 \x03(\fR\x06stores\"\xc0\x06\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -3172,7 +5209,48 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\amembers\x18\r \x03(\v2\x10.cairn.v1.MemberR\amembers\x12\x1f\n" +
 	"\vchunk_count\x18\x0e \x01(\x04R\n" +
 	"chunkCount\x12\x14\n" +
-	"\x05moved\x18\x0f \x01(\bR\x05moved\"\x9b\x02\n" +
+	"\x05moved\x18\x0f \x01(\bR\x05moved\x12\x16\n" +
+	"\x06tenant\x18( \x01(\tR\x06tenant\x12.\n" +
+	"\x04tags\x18) \x03(\v2\x1a.cairn.v1.Volume.TagsEntryR\x04tags\x12\x14\n" +
+	"\x05thick\x18* \x01(\bR\x05thick\x12\x1f\n" +
+	"\x03qos\x18+ \x01(\v2\r.cairn.v1.QosR\x03qos\x12&\n" +
+	"\x0fdeleted_unix_ns\x18, \x01(\x03R\rdeletedUnixNs\x12\"\n" +
+	"\rpurge_unix_ns\x18- \x01(\x03R\vpurgeUnixNs\x12\x1f\n" +
+	"\vshrunk_from\x18. \x01(\x04R\n" +
+	"shrunkFrom\x12 \n" +
+	"\fundo_unix_ns\x18/ \x01(\x03R\n" +
+	"undoUnixNs\x12(\n" +
+	"\x10restored_unix_ns\x180 \x01(\x03R\x0erestoredUnixNs\x1a7\n" +
+	"\tTagsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb8\x01\n" +
+	"\x03Qos\x12\x19\n" +
+	"\biops_max\x18\x01 \x01(\x04R\aiopsMax\x12/\n" +
+	"\x14bytes_per_second_max\x18\x02 \x01(\x04R\x11bytesPerSecondMax\x12\x19\n" +
+	"\bburst_ms\x18\x03 \x01(\rR\aburstMs\x12\x19\n" +
+	"\biops_min\x18\x04 \x01(\x04R\aiopsMin\x12/\n" +
+	"\x14bytes_per_second_min\x18\x05 \x01(\x04R\x11bytesPerSecondMin\"\x89\x02\n" +
+	"\x06Tenant\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
+	"\x13logical_quota_bytes\x18\x02 \x01(\x04R\x11logicalQuotaBytes\x120\n" +
+	"\x14physical_quota_bytes\x18\x03 \x01(\x04R\x12physicalQuotaBytes\x12#\n" +
+	"\rlogical_bytes\x18\x04 \x01(\x04R\flogicalBytes\x12%\n" +
+	"\x0ephysical_bytes\x18\x05 \x01(\x04R\rphysicalBytes\x12\x18\n" +
+	"\avolumes\x18\x06 \x01(\x04R\avolumes\x12#\n" +
+	"\rdeleted_bytes\x18\a \x01(\x04R\fdeletedBytes\"\xe9\x01\n" +
+	"\x04Pool\x12#\n" +
+	"\rlogical_bytes\x18\x01 \x01(\x04R\flogicalBytes\x12!\n" +
+	"\fplaced_bytes\x18\x02 \x01(\x04R\vplacedBytes\x12\x1f\n" +
+	"\vthick_bytes\x18\x03 \x01(\x04R\n" +
+	"thickBytes\x12,\n" +
+	"\x12thick_placed_bytes\x18\x04 \x01(\x04R\x10thickPlacedBytes\x12#\n" +
+	"\rdeleted_bytes\x18\x05 \x01(\x04R\fdeletedBytes\x12%\n" +
+	"\x0ecapacity_bytes\x18\x06 \x01(\x04R\rcapacityBytes\"\x83\x01\n" +
+	"\tJoinToken\x12#\n" +
+	"\rsecret_sha256\x18\x01 \x01(\fR\fsecretSha256\x12\x1b\n" +
+	"\tuses_left\x18\x02 \x01(\rR\busesLeft\x12\"\n" +
+	"\runtil_unix_ns\x18\x03 \x01(\x03R\vuntilUnixNs\x12\x10\n" +
+	"\x03who\x18\x04 \x01(\tR\x03who\"\x9b\x02\n" +
 	"\x02VM\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\rR\x04cpus\x12!\n" +
@@ -3185,13 +5263,14 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06initrd\x18\t \x01(\tR\x06initrd\x12\x16\n" +
 	"\x06append\x18\n" +
 	" \x01(\tR\x06append\x12&\n" +
-	"\x0fcreated_unix_ns\x18\v \x01(\x03R\rcreatedUnixNs\"a\n" +
+	"\x0fcreated_unix_ns\x18\v \x01(\x03R\rcreatedUnixNs\"{\n" +
 	"\x05Event\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12 \n" +
 	"\ftime_unix_ns\x18\x02 \x01(\x03R\n" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
-	"\x04what\x18\x04 \x01(\tR\x04what\"\x8d\a\n" +
+	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\xf6\f\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -3212,16 +5291,81 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x0echange_members\x18\x14 \x01(\v2\x17.cairn.v1.ChangeMembersH\x00R\rchangeMembers\x12(\n" +
 	"\x06put_vm\x18\x15 \x01(\v2\x0f.cairn.v1.PutVMH\x00R\x05putVm\x121\n" +
 	"\tdelete_vm\x18\x16 \x01(\v2\x12.cairn.v1.DeleteVMH\x00R\bdeleteVm\x12:\n" +
-	"\finit_cluster\x18\x17 \x01(\v2\x15.cairn.v1.InitClusterH\x00R\vinitClusterB\x04\n" +
-	"\x02op\",\n" +
+	"\finit_cluster\x18\x17 \x01(\v2\x15.cairn.v1.InitClusterH\x00R\vinitCluster\x12.\n" +
+	"\bset_host\x18( \x01(\v2\x11.cairn.v1.SetHostH\x00R\asetHost\x127\n" +
+	"\vremove_host\x18) \x01(\v2\x14.cairn.v1.RemoveHostH\x00R\n" +
+	"removeHost\x124\n" +
+	"\n" +
+	"make_token\x18* \x01(\v2\x13.cairn.v1.MakeTokenH\x00R\tmakeToken\x12:\n" +
+	"\frevoke_token\x18+ \x01(\v2\x15.cairn.v1.RevokeTokenH\x00R\vrevokeToken\x12$\n" +
+	"\x04note\x18, \x01(\v2\x0e.cairn.v1.NoteH\x00R\x04note\x12<\n" +
+	"\fhousekeeping\x18- \x01(\v2\x16.cairn.v1.HousekeepingH\x00R\fhousekeeping\x12C\n" +
+	"\x0fundelete_volume\x18. \x01(\v2\x18.cairn.v1.UndeleteVolumeH\x00R\x0eundeleteVolume\x12:\n" +
+	"\fpurge_volume\x18/ \x01(\v2\x15.cairn.v1.PurgeVolumeH\x00R\vpurgeVolume\x12=\n" +
+	"\rshrink_volume\x180 \x01(\v2\x16.cairn.v1.ShrinkVolumeH\x00R\fshrinkVolume\x127\n" +
+	"\vundo_shrink\x181 \x01(\v2\x14.cairn.v1.UndoShrinkH\x00R\n" +
+	"undoShrink\x12=\n" +
+	"\rupdate_volume\x182 \x01(\v2\x16.cairn.v1.UpdateVolumeH\x00R\fupdateVolume\x124\n" +
+	"\n" +
+	"set_tenant\x183 \x01(\v2\x13.cairn.v1.SetTenantH\x00R\tsetTenant\x12:\n" +
+	"\ftrust_volume\x184 \x01(\v2\x15.cairn.v1.TrustVolumeH\x00R\vtrustVolumeB\x04\n" +
+	"\x02op\"7\n" +
+	"\aSetHost\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
+	"\adrained\x18\x02 \x01(\bR\adrained\" \n" +
+	"\n" +
+	"RemoveHost\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\"i\n" +
+	"\tMakeToken\x12#\n" +
+	"\rsecret_sha256\x18\x01 \x01(\fR\fsecretSha256\x12\x12\n" +
+	"\x04uses\x18\x02 \x01(\rR\x04uses\x12#\n" +
+	"\rvalid_seconds\x18\x03 \x01(\x03R\fvalidSeconds\"2\n" +
+	"\vRevokeToken\x12#\n" +
+	"\rsecret_sha256\x18\x01 \x01(\fR\fsecretSha256\"4\n" +
+	"\x04Note\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x12\x18\n" +
+	"\aoutcome\x18\x02 \x01(\tR\aoutcome\"\x0e\n" +
+	"\fHousekeeping\"<\n" +
+	"\x0eUndeleteVolume\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"%\n" +
+	"\vPurgeVolume\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\"\xa6\x01\n" +
+	"\fShrinkVolume\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\x12!\n" +
+	"\fdiscard_tail\x18\x04 \x01(\bR\vdiscardTail\x12!\n" +
+	"\fkeep_seconds\x18\x05 \x01(\x03R\vkeepSeconds\"$\n" +
+	"\n" +
+	"UndoShrink\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\"\xe4\x01\n" +
+	"\fUpdateVolume\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12>\n" +
+	"\bset_tags\x18\x02 \x03(\v2#.cairn.v1.UpdateVolume.SetTagsEntryR\asetTags\x12\x1f\n" +
+	"\vremove_tags\x18\x03 \x03(\tR\n" +
+	"removeTags\x12\x1f\n" +
+	"\x03qos\x18\x04 \x01(\v2\r.cairn.v1.QosR\x03qos\x1a:\n" +
+	"\fSetTagsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x85\x01\n" +
+	"\tSetTenant\x12\x16\n" +
+	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12.\n" +
+	"\x13logical_quota_bytes\x18\x02 \x01(\x04R\x11logicalQuotaBytes\x120\n" +
+	"\x14physical_quota_bytes\x18\x03 \x01(\x04R\x12physicalQuotaBytes\"%\n" +
+	"\vTrustVolume\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\",\n" +
 	"\vInitCluster\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\"\r\n" +
-	"\vOpenSession\"2\n" +
+	"\vOpenSession\"Q\n" +
 	"\fRegisterHost\x12\"\n" +
-	"\x04host\x18\x01 \x01(\v2\x0e.cairn.v1.HostR\x04host\"6\n" +
+	"\x04host\x18\x01 \x01(\v2\x0e.cairn.v1.HostR\x04host\x12\x1d\n" +
+	"\n" +
+	"join_token\x18( \x01(\tR\tjoinToken\"6\n" +
 	"\rRegisterStore\x12%\n" +
-	"\x05store\x18\x01 \x01(\v2\x0f.cairn.v1.StoreR\x05store\"\x96\x01\n" +
+	"\x05store\x18\x01 \x01(\v2\x0f.cairn.v1.StoreR\x05store\"\xd4\x02\n" +
 	"\fCreateVolume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -3229,16 +5373,24 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\breplicas\x18\x03 \x01(\rR\breplicas\x12\x16\n" +
 	"\x06domain\x18\x04 \x01(\tR\x06domain\x12\x1f\n" +
 	"\vchunk_bytes\x18\x05 \x01(\x04R\n" +
-	"chunkBytes\":\n" +
+	"chunkBytes\x12\x16\n" +
+	"\x06tenant\x18( \x01(\tR\x06tenant\x124\n" +
+	"\x04tags\x18) \x03(\v2 .cairn.v1.CreateVolume.TagsEntryR\x04tags\x12\x14\n" +
+	"\x05thick\x18* \x01(\bR\x05thick\x12\x1f\n" +
+	"\x03qos\x18+ \x01(\v2\r.cairn.v1.QosR\x03qos\x1a7\n" +
+	"\tTagsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\":\n" +
 	"\fRenameVolume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"E\n" +
 	"\fResizeVolume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\"&\n" +
+	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\"I\n" +
 	"\fDeleteVolume\x12\x16\n" +
-	"\x06volume\x18\x01 \x01(\tR\x06volume\"\x95\x01\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12!\n" +
+	"\fkeep_seconds\x18( \x01(\x03R\vkeepSeconds\"\x95\x01\n" +
 	"\x06Attach\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x18\n" +
@@ -3285,7 +5437,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\fMemberResult\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"\xcd\x02\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"\xae\x03\n" +
 	"\fQueryRequest\x12\x18\n" +
 	"\x06volume\x18\x01 \x01(\tH\x00R\x06volume\x12\x1a\n" +
 	"\avolumes\x18\x02 \x01(\bH\x00R\avolumes\x12\x16\n" +
@@ -3295,7 +5447,10 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\acluster\x18\x06 \x01(\bH\x00R\acluster\x12+\n" +
 	"\x04gone\x18\a \x01(\v2\x15.cairn.v1.GoneVolumesH\x00R\x04gone\x12*\n" +
 	"\x06events\x18\b \x01(\v2\x10.cairn.v1.EventsH\x00R\x06events\x12.\n" +
-	"\bplace_vm\x18\t \x01(\v2\x11.cairn.v1.PlaceVMH\x00R\aplaceVm\x12\x1f\n" +
+	"\bplace_vm\x18\t \x01(\v2\x11.cairn.v1.PlaceVMH\x00R\aplaceVm\x12)\n" +
+	"\x0fdeleted_volumes\x18( \x01(\bH\x00R\x0edeletedVolumes\x12\x1a\n" +
+	"\atenants\x18) \x01(\bH\x00R\atenants\x12\x18\n" +
+	"\x06tokens\x18* \x01(\bH\x00R\x06tokens\x12\x1f\n" +
 	"\vwith_chunks\x18\x14 \x01(\bR\n" +
 	"withChunksB\x03\n" +
 	"\x01q\",\n" +
@@ -3307,7 +5462,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"<\n" +
 	"\aPlaceVM\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12!\n" +
-	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xbd\x03\n" +
+	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xd6\x04\n" +
 	"\n" +
 	"QueryReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -3325,7 +5480,11 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05nodes\x18\v \x03(\v2\x13.cairn.v1.NodeReplyR\x05nodes\x12\x1d\n" +
 	"\n" +
 	"place_host\x18\f \x01(\tR\tplaceHost\x12!\n" +
-	"\fplace_reason\x18\r \x01(\tR\vplaceReason\"\x9d\x01\n" +
+	"\fplace_reason\x18\r \x01(\tR\vplaceReason\x12*\n" +
+	"\atenants\x18( \x03(\v2\x10.cairn.v1.TenantR\atenants\x12\"\n" +
+	"\x04pool\x18) \x01(\v2\x0e.cairn.v1.PoolR\x04pool\x12+\n" +
+	"\x06tokens\x18* \x03(\v2\x13.cairn.v1.JoinTokenR\x06tokens\x12\x1a\n" +
+	"\brevision\x18+ \x01(\x04R\brevision\"\x9d\x01\n" +
 	"\n" +
 	"StoreUsage\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12%\n" +
@@ -3354,7 +5513,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\asession\x18\x02 \x01(\tR\asession\x12'\n" +
 	"\x06leases\x18\x03 \x03(\v2\x0f.cairn.v1.LeaseR\x06leases\x12)\n" +
 	"\arelease\x18\x04 \x03(\v2\x0f.cairn.v1.LeaseR\arelease\x12*\n" +
-	"\x05usage\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x05usage\"\xc6\x01\n" +
+	"\x05usage\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x05usage\"\xda\x01\n" +
 	"\n" +
 	"RenewReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -3362,8 +5521,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06leader\x18\x03 \x01(\tR\x06leader\x12\x19\n" +
 	"\blease_ms\x18\x04 \x01(\rR\aleaseMs\x12)\n" +
 	"\arefused\x18\x05 \x03(\v2\x0f.cairn.v1.LeaseR\arefused\x12*\n" +
-	"\avolumes\x18\x06 \x03(\v2\x10.cairn.v1.VolumeR\avolumes\"\r\n" +
-	"\vNodeRequest\"\xea\x01\n" +
+	"\avolumes\x18\x06 \x03(\v2\x10.cairn.v1.VolumeR\avolumes\x12\x12\n" +
+	"\x04meta\x18( \x03(\tR\x04meta\"\r\n" +
+	"\vNodeRequest\"\x98\x03\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x16\n" +
@@ -3376,17 +5536,64 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"state_hash\x18\a \x01(\x04R\tstateHash\x12\x14\n" +
 	"\x05state\x18\b \x01(\tR\x05state\x12\x1d\n" +
 	"\n" +
-	"last_index\x18\t \x01(\x04R\tlastIndex*Z\n" +
+	"last_index\x18\t \x01(\x04R\tlastIndex\x12\x12\n" +
+	"\x04name\x18( \x01(\tR\x04name\x12\x1b\n" +
+	"\traft_addr\x18) \x01(\tR\braftAddr\x12\x18\n" +
+	"\acluster\x18* \x01(\tR\acluster\x12\x12\n" +
+	"\x04role\x18+ \x01(\tR\x04role\x12\x1d\n" +
+	"\n" +
+	"free_bytes\x18, \x01(\x04R\tfreeBytes\x12\x16\n" +
+	"\x06format\x18- \x01(\rR\x06format\x12\x16\n" +
+	"\x06detail\x18. \x01(\tR\x06detail\"$\n" +
+	"\fWatchRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\"\x9c\x01\n" +
+	"\x06Change\x12\x18\n" +
+	"\x06volume\x18\x01 \x01(\x04H\x00R\x06volume\x12\x14\n" +
+	"\x04host\x18\x02 \x01(\tH\x00R\x04host\x12\x16\n" +
+	"\x05store\x18\x03 \x01(\fH\x00R\x05store\x12\x10\n" +
+	"\x02vm\x18\x04 \x01(\tH\x00R\x02vm\x12\x16\n" +
+	"\x05event\x18\x05 \x01(\x04H\x00R\x05event\x12\x18\n" +
+	"\x06tenant\x18\x06 \x01(\tH\x00R\x06tenantB\x06\n" +
+	"\x04what\"\x84\x01\n" +
+	"\n" +
+	"WatchReply\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x16\n" +
+	"\x06resync\x18\x02 \x01(\bR\x06resync\x12*\n" +
+	"\achanges\x18\x03 \x03(\v2\x10.cairn.v1.ChangeR\achanges\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\"=\n" +
+	"\x0eAddNodeRequest\x12\x19\n" +
+	"\bapi_addr\x18\x01 \x01(\tR\aapiAddr\x12\x10\n" +
+	"\x03who\x18\x02 \x01(\tR\x03who\"9\n" +
+	"\x11RemoveNodeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03who\x18\x02 \x01(\tR\x03who\"\x7f\n" +
+	"\n" +
+	"NodesReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
+	"\x06leader\x18\x03 \x01(\tR\x06leader\x12)\n" +
+	"\x05nodes\x18\x04 \x03(\v2\x13.cairn.v1.NodeReplyR\x05nodes\"\x0f\n" +
+	"\rBackupRequest\"i\n" +
+	"\vBackupPiece\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
+	"\x06leader\x18\x03 \x01(\tR\x06leader\x12\x12\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data*Z\n" +
 	"\n" +
 	"ChunkState\x12\x1b\n" +
 	"\x17CHUNK_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CHUNK_STATE_ALLOCATED\x10\x01\x12\x14\n" +
-	"\x10CHUNK_STATE_LIVE\x10\x022\xd3\x01\n" +
+	"\x10CHUNK_STATE_LIVE\x10\x022\xc4\x03\n" +
 	"\x04Meta\x12)\n" +
 	"\x02Do\x12\x11.cairn.v1.Command\x1a\x10.cairn.v1.Result\x125\n" +
 	"\x05Query\x12\x16.cairn.v1.QueryRequest\x1a\x14.cairn.v1.QueryReply\x125\n" +
 	"\x05Renew\x12\x16.cairn.v1.RenewRequest\x1a\x14.cairn.v1.RenewReply\x122\n" +
-	"\x04Node\x12\x15.cairn.v1.NodeRequest\x1a\x13.cairn.v1.NodeReplyB&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
+	"\x04Node\x12\x15.cairn.v1.NodeRequest\x1a\x13.cairn.v1.NodeReply\x127\n" +
+	"\x05Watch\x12\x16.cairn.v1.WatchRequest\x1a\x14.cairn.v1.WatchReply0\x01\x129\n" +
+	"\aAddNode\x12\x18.cairn.v1.AddNodeRequest\x1a\x14.cairn.v1.NodesReply\x12?\n" +
+	"\n" +
+	"RemoveNode\x12\x1b.cairn.v1.RemoveNodeRequest\x1a\x14.cairn.v1.NodesReply\x12:\n" +
+	"\x06Backup\x12\x17.cairn.v1.BackupRequest\x1a\x15.cairn.v1.BackupPiece0\x01B&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
 
 var (
 	file_proto_pb_meta_proto_rawDescOnce sync.Once
@@ -3401,107 +5608,167 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
 var file_proto_pb_meta_proto_goTypes = []any{
-	(ChunkState)(0),       // 0: cairn.v1.ChunkState
-	(*Store)(nil),         // 1: cairn.v1.Store
-	(*Host)(nil),          // 2: cairn.v1.Host
-	(*Member)(nil),        // 3: cairn.v1.Member
-	(*Chunk)(nil),         // 4: cairn.v1.Chunk
-	(*Volume)(nil),        // 5: cairn.v1.Volume
-	(*VM)(nil),            // 6: cairn.v1.VM
-	(*Event)(nil),         // 7: cairn.v1.Event
-	(*Command)(nil),       // 8: cairn.v1.Command
-	(*InitCluster)(nil),   // 9: cairn.v1.InitCluster
-	(*OpenSession)(nil),   // 10: cairn.v1.OpenSession
-	(*RegisterHost)(nil),  // 11: cairn.v1.RegisterHost
-	(*RegisterStore)(nil), // 12: cairn.v1.RegisterStore
-	(*CreateVolume)(nil),  // 13: cairn.v1.CreateVolume
-	(*RenameVolume)(nil),  // 14: cairn.v1.RenameVolume
-	(*ResizeVolume)(nil),  // 15: cairn.v1.ResizeVolume
-	(*DeleteVolume)(nil),  // 16: cairn.v1.DeleteVolume
-	(*Attach)(nil),        // 17: cairn.v1.Attach
-	(*Detach)(nil),        // 18: cairn.v1.Detach
-	(*Allocate)(nil),      // 19: cairn.v1.Allocate
-	(*MemberChange)(nil),  // 20: cairn.v1.MemberChange
-	(*ChangeMembers)(nil), // 21: cairn.v1.ChangeMembers
-	(*PutVM)(nil),         // 22: cairn.v1.PutVM
-	(*DeleteVM)(nil),      // 23: cairn.v1.DeleteVM
-	(*Result)(nil),        // 24: cairn.v1.Result
-	(*MemberResult)(nil),  // 25: cairn.v1.MemberResult
-	(*QueryRequest)(nil),  // 26: cairn.v1.QueryRequest
-	(*GoneVolumes)(nil),   // 27: cairn.v1.GoneVolumes
-	(*Events)(nil),        // 28: cairn.v1.Events
-	(*PlaceVM)(nil),       // 29: cairn.v1.PlaceVM
-	(*QueryReply)(nil),    // 30: cairn.v1.QueryReply
-	(*StoreUsage)(nil),    // 31: cairn.v1.StoreUsage
-	(*StoreState)(nil),    // 32: cairn.v1.StoreState
-	(*HostState)(nil),     // 33: cairn.v1.HostState
-	(*Lease)(nil),         // 34: cairn.v1.Lease
-	(*RenewRequest)(nil),  // 35: cairn.v1.RenewRequest
-	(*RenewReply)(nil),    // 36: cairn.v1.RenewReply
-	(*NodeRequest)(nil),   // 37: cairn.v1.NodeRequest
-	(*NodeReply)(nil),     // 38: cairn.v1.NodeReply
-	nil,                   // 39: cairn.v1.Host.LabelsEntry
+	(ChunkState)(0),           // 0: cairn.v1.ChunkState
+	(*Store)(nil),             // 1: cairn.v1.Store
+	(*Host)(nil),              // 2: cairn.v1.Host
+	(*Member)(nil),            // 3: cairn.v1.Member
+	(*Chunk)(nil),             // 4: cairn.v1.Chunk
+	(*Volume)(nil),            // 5: cairn.v1.Volume
+	(*Qos)(nil),               // 6: cairn.v1.Qos
+	(*Tenant)(nil),            // 7: cairn.v1.Tenant
+	(*Pool)(nil),              // 8: cairn.v1.Pool
+	(*JoinToken)(nil),         // 9: cairn.v1.JoinToken
+	(*VM)(nil),                // 10: cairn.v1.VM
+	(*Event)(nil),             // 11: cairn.v1.Event
+	(*Command)(nil),           // 12: cairn.v1.Command
+	(*SetHost)(nil),           // 13: cairn.v1.SetHost
+	(*RemoveHost)(nil),        // 14: cairn.v1.RemoveHost
+	(*MakeToken)(nil),         // 15: cairn.v1.MakeToken
+	(*RevokeToken)(nil),       // 16: cairn.v1.RevokeToken
+	(*Note)(nil),              // 17: cairn.v1.Note
+	(*Housekeeping)(nil),      // 18: cairn.v1.Housekeeping
+	(*UndeleteVolume)(nil),    // 19: cairn.v1.UndeleteVolume
+	(*PurgeVolume)(nil),       // 20: cairn.v1.PurgeVolume
+	(*ShrinkVolume)(nil),      // 21: cairn.v1.ShrinkVolume
+	(*UndoShrink)(nil),        // 22: cairn.v1.UndoShrink
+	(*UpdateVolume)(nil),      // 23: cairn.v1.UpdateVolume
+	(*SetTenant)(nil),         // 24: cairn.v1.SetTenant
+	(*TrustVolume)(nil),       // 25: cairn.v1.TrustVolume
+	(*InitCluster)(nil),       // 26: cairn.v1.InitCluster
+	(*OpenSession)(nil),       // 27: cairn.v1.OpenSession
+	(*RegisterHost)(nil),      // 28: cairn.v1.RegisterHost
+	(*RegisterStore)(nil),     // 29: cairn.v1.RegisterStore
+	(*CreateVolume)(nil),      // 30: cairn.v1.CreateVolume
+	(*RenameVolume)(nil),      // 31: cairn.v1.RenameVolume
+	(*ResizeVolume)(nil),      // 32: cairn.v1.ResizeVolume
+	(*DeleteVolume)(nil),      // 33: cairn.v1.DeleteVolume
+	(*Attach)(nil),            // 34: cairn.v1.Attach
+	(*Detach)(nil),            // 35: cairn.v1.Detach
+	(*Allocate)(nil),          // 36: cairn.v1.Allocate
+	(*MemberChange)(nil),      // 37: cairn.v1.MemberChange
+	(*ChangeMembers)(nil),     // 38: cairn.v1.ChangeMembers
+	(*PutVM)(nil),             // 39: cairn.v1.PutVM
+	(*DeleteVM)(nil),          // 40: cairn.v1.DeleteVM
+	(*Result)(nil),            // 41: cairn.v1.Result
+	(*MemberResult)(nil),      // 42: cairn.v1.MemberResult
+	(*QueryRequest)(nil),      // 43: cairn.v1.QueryRequest
+	(*GoneVolumes)(nil),       // 44: cairn.v1.GoneVolumes
+	(*Events)(nil),            // 45: cairn.v1.Events
+	(*PlaceVM)(nil),           // 46: cairn.v1.PlaceVM
+	(*QueryReply)(nil),        // 47: cairn.v1.QueryReply
+	(*StoreUsage)(nil),        // 48: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 49: cairn.v1.StoreState
+	(*HostState)(nil),         // 50: cairn.v1.HostState
+	(*Lease)(nil),             // 51: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 52: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 53: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 54: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 55: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 56: cairn.v1.WatchRequest
+	(*Change)(nil),            // 57: cairn.v1.Change
+	(*WatchReply)(nil),        // 58: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 59: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 60: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 61: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 62: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 63: cairn.v1.BackupPiece
+	nil,                       // 64: cairn.v1.Host.LabelsEntry
+	nil,                       // 65: cairn.v1.Volume.TagsEntry
+	nil,                       // 66: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 67: cairn.v1.CreateVolume.TagsEntry
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	39, // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	64, // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
 	0,  // 1: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
 	3,  // 2: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	10, // 3: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
-	11, // 4: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
-	12, // 5: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
-	13, // 6: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	14, // 7: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	15, // 8: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	16, // 9: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	17, // 10: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	18, // 11: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	19, // 12: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	21, // 13: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	22, // 14: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	23, // 15: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
-	9,  // 16: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
-	2,  // 17: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	1,  // 18: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	4,  // 19: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	20, // 20: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	6,  // 21: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	5,  // 22: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	4,  // 23: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	25, // 24: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	6,  // 25: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	27, // 26: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	28, // 27: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	29, // 28: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	5,  // 29: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	4,  // 30: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	33, // 31: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	6,  // 32: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	7,  // 33: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	38, // 34: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	1,  // 35: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	31, // 36: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	2,  // 37: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	32, // 38: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	34, // 39: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	34, // 40: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	31, // 41: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	34, // 42: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	5,  // 43: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	8,  // 44: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	26, // 45: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	35, // 46: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	37, // 47: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	24, // 48: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	30, // 49: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	36, // 50: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	38, // 51: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	48, // [48:52] is the sub-list for method output_type
-	44, // [44:48] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	65, // 3: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	6,  // 4: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
+	27, // 5: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
+	28, // 6: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
+	29, // 7: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
+	30, // 8: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
+	31, // 9: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	32, // 10: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	33, // 11: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	34, // 12: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	35, // 13: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	36, // 14: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	38, // 15: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	39, // 16: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	40, // 17: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	26, // 18: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
+	13, // 19: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
+	14, // 20: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
+	15, // 21: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
+	16, // 22: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
+	17, // 23: cairn.v1.Command.note:type_name -> cairn.v1.Note
+	18, // 24: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
+	19, // 25: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
+	20, // 26: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
+	21, // 27: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
+	22, // 28: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
+	23, // 29: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
+	24, // 30: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
+	25, // 31: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
+	66, // 32: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	6,  // 33: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	2,  // 34: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	1,  // 35: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	67, // 36: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	6,  // 37: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	4,  // 38: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	37, // 39: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	10, // 40: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	5,  // 41: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	4,  // 42: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	42, // 43: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	10, // 44: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	44, // 45: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	45, // 46: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	46, // 47: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	5,  // 48: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	4,  // 49: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	50, // 50: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	10, // 51: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	11, // 52: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	55, // 53: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	7,  // 54: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	8,  // 55: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	9,  // 56: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	1,  // 57: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	48, // 58: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	2,  // 59: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	49, // 60: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	51, // 61: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	51, // 62: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	48, // 63: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	51, // 64: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	5,  // 65: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	57, // 66: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	55, // 67: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	12, // 68: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	43, // 69: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	52, // 70: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	54, // 71: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	56, // 72: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	59, // 73: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	60, // 74: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	62, // 75: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	41, // 76: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	47, // 77: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	53, // 78: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	55, // 79: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	58, // 80: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	61, // 81: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	61, // 82: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	63, // 83: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	76, // [76:84] is the sub-list for method output_type
+	68, // [68:76] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -3509,7 +5776,7 @@ func file_proto_pb_meta_proto_init() {
 	if File_proto_pb_meta_proto != nil {
 		return
 	}
-	file_proto_pb_meta_proto_msgTypes[7].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[11].OneofWrappers = []any{
 		(*Command_OpenSession)(nil),
 		(*Command_RegisterHost)(nil),
 		(*Command_RegisterStore)(nil),
@@ -3524,8 +5791,21 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_PutVm)(nil),
 		(*Command_DeleteVm)(nil),
 		(*Command_InitCluster)(nil),
+		(*Command_SetHost)(nil),
+		(*Command_RemoveHost)(nil),
+		(*Command_MakeToken)(nil),
+		(*Command_RevokeToken)(nil),
+		(*Command_Note)(nil),
+		(*Command_Housekeeping)(nil),
+		(*Command_UndeleteVolume)(nil),
+		(*Command_PurgeVolume)(nil),
+		(*Command_ShrinkVolume)(nil),
+		(*Command_UndoShrink)(nil),
+		(*Command_UpdateVolume)(nil),
+		(*Command_SetTenant)(nil),
+		(*Command_TrustVolume)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[25].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[42].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
 		(*QueryRequest_Volumes)(nil),
 		(*QueryRequest_Hosts)(nil),
@@ -3535,6 +5815,17 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_Gone)(nil),
 		(*QueryRequest_Events)(nil),
 		(*QueryRequest_PlaceVm)(nil),
+		(*QueryRequest_DeletedVolumes)(nil),
+		(*QueryRequest_Tenants)(nil),
+		(*QueryRequest_Tokens)(nil),
+	}
+	file_proto_pb_meta_proto_msgTypes[56].OneofWrappers = []any{
+		(*Change_Volume)(nil),
+		(*Change_Host)(nil),
+		(*Change_Store)(nil),
+		(*Change_Vm)(nil),
+		(*Change_Event)(nil),
+		(*Change_Tenant)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3542,7 +5833,7 @@ func file_proto_pb_meta_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   39,
+			NumMessages:   67,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

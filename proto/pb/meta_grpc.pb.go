@@ -26,10 +26,14 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Meta_Do_FullMethodName    = "/cairn.v1.Meta/Do"
-	Meta_Query_FullMethodName = "/cairn.v1.Meta/Query"
-	Meta_Renew_FullMethodName = "/cairn.v1.Meta/Renew"
-	Meta_Node_FullMethodName  = "/cairn.v1.Meta/Node"
+	Meta_Do_FullMethodName         = "/cairn.v1.Meta/Do"
+	Meta_Query_FullMethodName      = "/cairn.v1.Meta/Query"
+	Meta_Renew_FullMethodName      = "/cairn.v1.Meta/Renew"
+	Meta_Node_FullMethodName       = "/cairn.v1.Meta/Node"
+	Meta_Watch_FullMethodName      = "/cairn.v1.Meta/Watch"
+	Meta_AddNode_FullMethodName    = "/cairn.v1.Meta/AddNode"
+	Meta_RemoveNode_FullMethodName = "/cairn.v1.Meta/RemoveNode"
+	Meta_Backup_FullMethodName     = "/cairn.v1.Meta/Backup"
 )
 
 // MetaClient is the client API for Meta service.
@@ -45,6 +49,14 @@ type MetaClient interface {
 	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewReply, error)
 	// Node tells about this one node, leader or not.
 	Node(ctx context.Context, in *NodeRequest, opts ...grpc.CallOption) (*NodeReply, error)
+	// Watch is a stream of hints about what has changed; any node answers.
+	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchReply], error)
+	// AddNode makes a node that waits to be added a voter; asking again is fine.
+	AddNode(ctx context.Context, in *AddNodeRequest, opts ...grpc.CallOption) (*NodesReply, error)
+	// RemoveNode takes a node out of the cluster for good.
+	RemoveNode(ctx context.Context, in *RemoveNodeRequest, opts ...grpc.CallOption) (*NodesReply, error)
+	// Backup is the leader's whole state, as one file in pieces.
+	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupPiece], error)
 }
 
 type metaClient struct {
@@ -95,6 +107,64 @@ func (c *metaClient) Node(ctx context.Context, in *NodeRequest, opts ...grpc.Cal
 	return out, nil
 }
 
+func (c *metaClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchReply], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Meta_ServiceDesc.Streams[0], Meta_Watch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchRequest, WatchReply]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Meta_WatchClient = grpc.ServerStreamingClient[WatchReply]
+
+func (c *metaClient) AddNode(ctx context.Context, in *AddNodeRequest, opts ...grpc.CallOption) (*NodesReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NodesReply)
+	err := c.cc.Invoke(ctx, Meta_AddNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *metaClient) RemoveNode(ctx context.Context, in *RemoveNodeRequest, opts ...grpc.CallOption) (*NodesReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NodesReply)
+	err := c.cc.Invoke(ctx, Meta_RemoveNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *metaClient) Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupPiece], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Meta_ServiceDesc.Streams[1], Meta_Backup_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[BackupRequest, BackupPiece]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Meta_BackupClient = grpc.ServerStreamingClient[BackupPiece]
+
 // MetaServer is the server API for Meta service.
 // All implementations must embed UnimplementedMetaServer
 // for forward compatibility.
@@ -108,6 +178,14 @@ type MetaServer interface {
 	Renew(context.Context, *RenewRequest) (*RenewReply, error)
 	// Node tells about this one node, leader or not.
 	Node(context.Context, *NodeRequest) (*NodeReply, error)
+	// Watch is a stream of hints about what has changed; any node answers.
+	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchReply]) error
+	// AddNode makes a node that waits to be added a voter; asking again is fine.
+	AddNode(context.Context, *AddNodeRequest) (*NodesReply, error)
+	// RemoveNode takes a node out of the cluster for good.
+	RemoveNode(context.Context, *RemoveNodeRequest) (*NodesReply, error)
+	// Backup is the leader's whole state, as one file in pieces.
+	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupPiece]) error
 	mustEmbedUnimplementedMetaServer()
 }
 
@@ -129,6 +207,18 @@ func (UnimplementedMetaServer) Renew(context.Context, *RenewRequest) (*RenewRepl
 }
 func (UnimplementedMetaServer) Node(context.Context, *NodeRequest) (*NodeReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Node not implemented")
+}
+func (UnimplementedMetaServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchReply]) error {
+	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedMetaServer) AddNode(context.Context, *AddNodeRequest) (*NodesReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddNode not implemented")
+}
+func (UnimplementedMetaServer) RemoveNode(context.Context, *RemoveNodeRequest) (*NodesReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveNode not implemented")
+}
+func (UnimplementedMetaServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupPiece]) error {
+	return status.Error(codes.Unimplemented, "method Backup not implemented")
 }
 func (UnimplementedMetaServer) mustEmbedUnimplementedMetaServer() {}
 func (UnimplementedMetaServer) testEmbeddedByValue()              {}
@@ -223,6 +313,64 @@ func _Meta_Node_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Meta_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MetaServer).Watch(m, &grpc.GenericServerStream[WatchRequest, WatchReply]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Meta_WatchServer = grpc.ServerStreamingServer[WatchReply]
+
+func _Meta_AddNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AddNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MetaServer).AddNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Meta_AddNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MetaServer).AddNode(ctx, req.(*AddNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Meta_RemoveNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MetaServer).RemoveNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Meta_RemoveNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MetaServer).RemoveNode(ctx, req.(*RemoveNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Meta_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(BackupRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MetaServer).Backup(m, &grpc.GenericServerStream[BackupRequest, BackupPiece]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Meta_BackupServer = grpc.ServerStreamingServer[BackupPiece]
+
 // Meta_ServiceDesc is the grpc.ServiceDesc for Meta service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -246,7 +394,26 @@ var Meta_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Node",
 			Handler:    _Meta_Node_Handler,
 		},
+		{
+			MethodName: "AddNode",
+			Handler:    _Meta_AddNode_Handler,
+		},
+		{
+			MethodName: "RemoveNode",
+			Handler:    _Meta_RemoveNode_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Watch",
+			Handler:       _Meta_Watch_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Backup",
+			Handler:       _Meta_Backup_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "proto/pb/meta.proto",
 }
