@@ -216,7 +216,8 @@ func (n *Negotiation) meta(id uint32, data, out []byte) []byte {
 	if !n.Structured {
 		return refuse(out, id, RepErrInvalid, "metadata contexts need structured replies: negotiate them first")
 	}
-	if _, err := n.Lookup(name); err != nil {
+	x, err := n.Lookup(name)
+	if err != nil {
 		return refuseErr(out, id, err)
 	}
 	match := id == OptListMeta && len(queries) == 0
@@ -229,7 +230,7 @@ func (n *Negotiation) meta(id uint32, data, out []byte) []byte {
 		ctx := uint32(0) // a listing carries no id
 		if id == OptSetMeta {
 			ctx = contextAllocID
-			n.metaExport, n.metaID = name, ctx
+			n.metaExport, n.metaID = x.Name, ctx // the default export is known by its own name, too
 		}
 		out = AppendReply(out, id, RepMetaContext, append(be.AppendUint32(nil, ctx), ContextAllocation...))
 	}

@@ -45,6 +45,8 @@ type hostConfig struct {
 	Memory  string            `toml:"memory"`  // for VMs
 	Stores  []storeConfig     `toml:"store"`
 
+	nbdConfig
+
 	memory uint64
 }
 
@@ -141,6 +143,9 @@ func (c *hostConfig) check() (err error) {
 	}
 	if c.NBD == "" {
 		c.NBD = filepath.Join(c.Dir, "nbd.sock")
+	}
+	if err := c.nbdConfig.check(); err != nil {
+		return err
 	}
 	if c.Memory != "" {
 		if c.memory, err = parseSize(c.Memory); err != nil {

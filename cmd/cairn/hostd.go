@@ -272,18 +272,7 @@ func (h *hostd) startGateway() error {
 	}
 	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage,
 		Gone: func(name string) { h.nbd.Drop(name) }, Alone: true, Log: h.log})
-	h.nbd = nbdserver.New(nbdserver.Config{Exports: h.gw.Exports(), Log: h.log})
-	h.undo = append(h.undo, func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), closeWait)
-		defer cancel()
-		return errors.Join(h.nbd.Close(ctx), h.gw.Close(ctx))
-	})
-	l, err := nbdserver.ListenUnix(nbdserver.Socket{Path: h.cfg.NBD})
-	if err != nil {
-		return err
-	}
-	go h.served("NBD server", func() error { return h.nbd.Serve(l) })
-	return nil
+	return h.serveNBD()
 }
 
 // usage is what the heartbeat says of the stores.

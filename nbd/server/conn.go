@@ -26,8 +26,10 @@ type conn struct {
 	age  uint64
 	open bool // transmission has begun; guarded by s.mu, like name before it
 
+	who     Identity
 	name    string
 	vol     Volume
+	access  Access // of who to vol; with the volume's own say it decides about writes
 	door    nbd.Door
 	out     *socket.Outbox
 	freezes uint64        // of the server, when the connection came: before a client can have sent a request
@@ -91,7 +93,8 @@ func (c *conn) handshake() error {
 	if c.left() {
 		return errLeaving
 	}
-	n := &nbd.Negotiation{TLS: c.tlsRule(), List: c.s.cfg.Exports.List, Lookup: c.lookup}
+	c.who = identify(c.nc)
+	n := &nbd.Negotiation{TLS: c.tlsRule(), List: c.list, Lookup: c.lookup}
 	if _, err := c.nc.Write(nbd.AppendGreeting(nil, nbd.FlagFixedNewstyle|nbd.FlagNoZeroes)); err != nil {
 		return err
 	}
@@ -175,19 +178,46 @@ func (c *conn) startTLS() error {
 	c.s.mu.Lock() // Close and evict look at nc
 	c.nc = tc
 	c.s.mu.Unlock()
+	c.who = identify(tc)
 	return nil
+}
+
+// allowed says what this client may do with an export.
+func (c *conn) allowed(name string) Access {
+	if c.s.cfg.Allow == nil {
+		return AccessFull
+	}
+	return c.s.cfg.Allow(c.who, name)
+}
+
+// list names the exports this client may open.
+func (c *conn) list() []string {
+	var out []string
+	for _, name := range c.s.cfg.Exports.List() {
+		if c.allowed(name) != AccessNone {
+			out = append(out, name)
+		}
+	}
+	return out
 }
 
 // lookup opens an export for the negotiation. The last one opened is the one
 // that is served.
 func (c *conn) lookup(name string) (nbd.Export, error) {
+	if name == "" {
+		name = c.s.cfg.Default
+	}
+	access := c.allowed(name)
+	if access == AccessNone {
+		return nbd.Export{}, status.Errorf(status.Permission, "export %q is not for this client: its name, as its certificate has it, is not among those the host lets open it", name)
+	}
 	v, err := c.s.cfg.Exports.Open(name)
 	if err != nil {
 		return nbd.Export{}, err
 	}
-	c.vol = v
+	c.vol, c.access = v, access
 	flags := nbd.HasFlags | nbd.SendFlush | nbd.SendFUA | nbd.CanMultiConn | nbd.SendCache
-	if v.ReadOnly() {
+	if c.readOnly() {
 		flags |= nbd.ReadOnly
 	} else {
 		flags |= nbd.SendTrim | nbd.SendWriteZeroes | nbd.SendFastZero
@@ -195,12 +225,14 @@ func (c *conn) lookup(name string) (nbd.Export, error) {
 	return nbd.Export{Name: name, Size: v.Size(), Flags: flags}, nil
 }
 
+func (c *conn) readOnly() bool { return c.access != AccessFull || c.vol.ReadOnly() }
+
 // begin readies the connection for transmission.
 func (c *conn) begin(n *nbd.Negotiation) error {
 	if err := c.nc.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	c.door = nbd.Door{Size: n.Chosen.Size, ReadOnly: c.vol.ReadOnly(), Structured: n.Structured, AllocID: n.AllocID}
+	c.door = nbd.Door{Size: n.Chosen.Size, ReadOnly: c.readOnly(), Structured: n.Structured, AllocID: n.AllocID}
 	out, err := socket.NewOutbox(c.nc, func(error) { c.cut() })
 	if err != nil {
 		return err

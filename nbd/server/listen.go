@@ -15,6 +15,37 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
+// A TCP connection whose other end cannot be reached is dead after less than
+// the default of Config.Unread: the client has then not yet sent its requests
+// again elsewhere, and what its old socket still delivers when the network
+// comes back finds no connection. Keep-alive covers a connection at rest,
+// TCP_USER_TIMEOUT one with replies on the way.
+const (
+	aliveIdle     = 3 * time.Second
+	aliveInterval = 2 * time.Second
+	aliveCount    = 3
+	userTimeout   = aliveIdle + aliveCount*aliveInterval
+)
+
+// ListenTCP listens on host:port; a port of 0 lets the kernel choose.
+func ListenTCP(addr string) (net.Listener, error) {
+	lc := net.ListenConfig{
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: aliveIdle, Interval: aliveInterval, Count: aliveCount},
+		Control: func(_, _ string, rc syscall.RawConn) error {
+			var serr error
+			err := rc.Control(func(fd uintptr) { // accepted connections inherit it
+				serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout.Milliseconds()))
+			})
+			return errors.Join(err, serr)
+		},
+	}
+	l, err := lc.Listen(context.Background(), "tcp", addr)
+	if err != nil {
+		return nil, status.Errorf(status.Unavailable, "cannot listen for NBD clients on %s: %w", addr, err)
+	}
+	return l, nil
+}
+
 const (
 	lockPatience = 3 * time.Second
 	lockPoll     = 2 * time.Millisecond

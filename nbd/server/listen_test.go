@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cairnstore/cairn/nbd/server"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -113,4 +115,36 @@ func TestListenUnixOnlyOneWins(t *testing.T) {
 		must(t, c.Close())
 		must(t, winner.Close())
 	}
+}
+
+// TestListenTCPFindsDeadPeers: a peer out of reach is given up before the
+// client sends its requests again elsewhere.
+func TestListenTCPFindsDeadPeers(t *testing.T) {
+	l, err := server.ListenTCP("127.0.0.1:0")
+	must(t, err)
+	c, err := net.Dial("tcp", l.Addr().String())
+	must(t, err)
+	a, err := l.Accept()
+	must(t, err)
+	raw, err := a.(*net.TCPConn).SyscallConn()
+	must(t, err)
+	must(t, raw.Control(func(fd uintptr) {
+		get := func(level, opt int) int {
+			v, err := unix.GetsockoptInt(int(fd), level, opt)
+			must(t, err)
+			return v
+		}
+		idle, interval, count := get(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE), get(unix.IPPROTO_TCP, unix.TCP_KEEPINTVL), get(unix.IPPROTO_TCP, unix.TCP_KEEPCNT)
+		if on := get(unix.SOL_SOCKET, unix.SO_KEEPALIVE); on == 0 || idle+interval*count >= 10 {
+			t.Errorf("keep-alive %d: dead after %d + %d × %d s", on, idle, count, interval)
+		}
+		if ms := get(unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT); ms <= 0 || ms >= 10000 {
+			t.Errorf("TCP_USER_TIMEOUT is %d ms", ms)
+		}
+	}))
+	must(t, c.Close())
+	must(t, a.Close())
+	must(t, l.Close())
+	_, err = server.ListenTCP("256.0.0.1:0")
+	wantKind(t, err, status.Unavailable)
 }

@@ -45,9 +45,14 @@ type Exports interface {
 
 // Config says what to serve and how much a client may take.
 type Config struct {
-	Exports  Exports
-	TLS      *tls.Config  // nil: no TLS. Else offered, and required on TCP beyond loopback
-	Plain    bool         // allow TCP beyond loopback without TLS: a network trusted as a whole
+	Exports Exports
+	TLS     *tls.Config // nil: no TLS. Else offered, and required on TCP beyond loopback
+	Plain   bool        // allow TCP beyond loopback without TLS: a network trusted as a whole
+	Default string      // the export that the empty name means; "": the empty name is looked up as it is
+	// Allow says what a client may do with an export; nil: everything. It is
+	// asked before Exports.Open, so that a client learns nothing of what is not
+	// for it, not even whether it is there.
+	Allow    func(who Identity, export string) Access
 	MaxConns int          // connections at once (default 1024)
 	Log      *slog.Logger // nil: silent
 
