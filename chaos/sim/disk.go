@@ -153,7 +153,7 @@ func (d *faultyDisk) crash(keep int) {
 	d.pending, d.lanes, d.failNext, d.rot = nil, [4]time.Duration{}, false, ""
 	d.life++
 	if keep < 100 {
-		d.mem = d.mem.Crash(d.w.rng.Uint64(), keep)
+		d.mem.PowerLoss(d.w.rng.Uint64(), keep)
 	}
 }
 

@@ -84,6 +84,9 @@ func Run(cfg Config) *Result {
 	w.play()
 	w.stats.Virtual, w.stats.Begun = w.now, w.load.begun
 	r := &Result{Config: cfg, Shape: w.shape.String(), Faults: w.faults.plan, Hash: w.hash, Stats: w.stats, Failure: w.failed, Trace: w.traces}
+	for _, n := range w.nodes {
+		mems.Put(n.disk.mem)
+	}
 	return r
 }
 

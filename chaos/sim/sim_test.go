@@ -2,6 +2,8 @@ package sim
 
 import (
 	"bytes"
+	"encoding/gob"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -27,20 +29,24 @@ func envInt(name string, other int) int {
 	return other
 }
 
-// TestSeeds runs seeds on all processors until CAIRN_SIM_SEEDS are done or
-// CAIRN_SIM_SECONDS are over: how many that were is printed, not judged.
+// TestSeeds runs CAIRN_SIM_SEEDS seeds on all processors, from CAIRN_SIM_SEED
+// on; without it, from one no earlier run had, which is printed. CAIRN_SIM_SECONDS
+// ends it sooner, and CAIRN_SIM_DONE is a file that sums up slices of a long run.
 func TestSeeds(t *testing.T) {
-	seeds, seconds := 2000, 150
+	seeds := 2000
 	if testing.Short() {
-		seeds, seconds = 100, 15
+		seeds = 100
 	}
-	first := envInt("CAIRN_SIM_SEED", 1)
+	first := envInt("CAIRN_SIM_SEED", int(time.Now().UnixNano()/1000%1_000_000_000_000))
+	done := os.Getenv("CAIRN_SIM_DONE")
+	sum := &totals{}
+	first += sum.load(t, done)
 	last := first + envInt("CAIRN_SIM_SEEDS", seeds) - 1
+	fmt.Printf("seeds %d to %d\n", first, last)
 	var next, bad atomic.Int64
 	next.Store(int64(first))
-	end := time.Now().Add(time.Duration(envInt("CAIRN_SIM_SECONDS", seconds)) * time.Second)
+	end := time.Now().Add(time.Duration(envInt("CAIRN_SIM_SECONDS", 86_400)) * time.Second)
 	var mu sync.Mutex
-	sum := &totals{}
 	var wg sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
 		wg.Go(func() {
@@ -62,6 +68,7 @@ func TestSeeds(t *testing.T) {
 	}
 	wg.Wait()
 	fmt.Print(sum)
+	sum.save(t, done)
 	if sum.runs == 0 || sum.stats.Ops == 0 || sum.stats.FaultCount() == 0 {
 		t.Error("nothing was tried")
 	}
@@ -73,12 +80,59 @@ type totals struct {
 	stats Stats
 }
 
+// load reads what earlier slices of a long run have done; it returns how many
+// seeds that were.
+func (s *totals) load(t *testing.T, file string) int {
+	t.Helper()
+	if file == "" {
+		return 0
+	}
+	f, err := os.Open(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var kept saved
+	if err := gob.NewDecoder(f).Decode(&kept); err != nil {
+		t.Fatalf("%s: %v", file, err)
+	}
+	s.runs, s.stats = kept.Runs, kept.Stats
+	return s.runs
+}
+
+type saved struct {
+	Runs  int
+	Stats Stats
+}
+
+// save keeps the figures, unless a run has failed.
+func (s *totals) save(t *testing.T, file string) {
+	t.Helper()
+	if file == "" || t.Failed() {
+		return
+	}
+	var b bytes.Buffer
+	if err := gob.NewEncoder(&b).Encode(saved{s.runs, s.stats}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file+".new", b.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func (s *totals) add(r *Result) {
 	if s.stats.Faults == nil {
 		s.stats.Faults, s.stats.Pairs = map[Kind]int{}, map[[2]Kind]int{}
 	}
 	s.runs++
 	x := r.Stats
+	s.stats.Begun += x.Begun
 	s.stats.Ops += x.Ops
 	s.stats.Unknown += x.Unknown
 	s.stats.Attaches += x.Attaches
@@ -96,7 +150,7 @@ func (s *totals) add(r *Result) {
 func (s *totals) String() string {
 	var b strings.Builder
 	x := s.stats
-	fmt.Fprintf(&b, "seeds %d  operations %d  unanswered %d  attaches %d  events %d  virtual %v\nfaults %d:", s.runs, x.Ops, x.Unknown, x.Attaches, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
+	fmt.Fprintf(&b, "seeds %d  operations %d, %d answered  unanswered %d  attaches %d  events %d  virtual %v\nfaults %d:", s.runs, x.Begun, x.Ops, x.Unknown, x.Attaches, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
 	for _, k := range Kinds() {
 		fmt.Fprintf(&b, " %s %d", k, x.Faults[k])
 	}

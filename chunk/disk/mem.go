@@ -18,10 +18,11 @@ type Mem struct {
 	mu      sync.Mutex // guards all fields
 	data    []byte
 	durable []byte
-	dirty   map[int64]struct{} // sectors written since the last sync
-	ops     int                // writes and syncs so far
-	failAt  int                // the op with this number fails (1 = the next); 0: none
-	cutAt   int                // from this op on nothing takes effect and nothing is answered OK
+	dirty   sectorSet // written since the last sync
+	ever    sectorSet // written since the disk was all zeros
+	ops     int       // writes and syncs so far
+	failAt  int       // the op with this number fails (1 = the next); 0: none
+	cutAt   int       // from this op on nothing takes effect and nothing is answered OK
 }
 
 var (
@@ -31,7 +32,30 @@ var (
 
 // NewMem returns a zeroed disk of size bytes (a multiple of SectorBytes).
 func NewMem(size int64) *Mem {
-	return &Mem{data: make([]byte, size), durable: make([]byte, size), dirty: map[int64]struct{}{}}
+	return &Mem{data: make([]byte, size), durable: make([]byte, size), dirty: newSectorSet(size), ever: newSectorSet(size)}
+}
+
+// sectorSet is a set of sectors that is cheap to walk and to empty: a crash
+// costs what was written, not what the disk holds.
+type sectorSet struct {
+	has  []bool
+	list []int64 // those that has says, in the order they came
+}
+
+func newSectorSet(size int64) sectorSet { return sectorSet{has: make([]bool, size/SectorBytes)} }
+
+func (s *sectorSet) add(i int64) {
+	if !s.has[i] {
+		s.has[i] = true
+		s.list = append(s.list, i)
+	}
+}
+
+func (s *sectorSet) empty() {
+	for _, i := range s.list {
+		s.has[i] = false
+	}
+	s.list = s.list[:0]
 }
 
 // Size returns the size in bytes.
@@ -69,7 +93,10 @@ func (m *Mem) Crash(seed uint64, keepPercent int) *Mem {
 	defer m.mu.Unlock()
 	c := NewMem(int64(len(m.data)))
 	copy(c.data, m.durable)
-	for s := range m.dirty {
+	for _, s := range m.ever.list {
+		c.ever.add(s)
+	}
+	for _, s := range m.dirty.list {
 		if keepPercent < 100 && mixSector(seed, s)%100 >= uint64(keepPercent) {
 			continue
 		}
@@ -77,6 +104,48 @@ func (m *Mem) Crash(seed uint64, keepPercent int) *Mem {
 	}
 	copy(c.durable, c.data)
 	return c
+}
+
+// PowerLoss is Crash done to m itself, for who does not need the disk as it was
+// before.
+func (m *Mem) PowerLoss(seed uint64, keepPercent int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.dirty.list {
+		now, kept := m.data[s*SectorBytes:(s+1)*SectorBytes], m.durable[s*SectorBytes:(s+1)*SectorBytes]
+		if keepPercent < 100 && mixSector(seed, s)%100 >= uint64(keepPercent) {
+			copy(now, kept)
+		} else {
+			copy(kept, now)
+		}
+	}
+	m.dirty.empty()
+}
+
+// Clear makes m the zeroed disk that NewMem gives, at the cost of what was
+// written to it.
+func (m *Mem) Clear() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.ever.list {
+		clear(m.data[s*SectorBytes : (s+1)*SectorBytes])
+		clear(m.durable[s*SectorBytes : (s+1)*SectorBytes])
+	}
+	m.dirty.empty()
+	m.ever.empty()
+	m.ops, m.failAt, m.cutAt = 0, 0, 0
+}
+
+// Written calls f for each sector that was ever written, with its bytes as they
+// are, lowest first; all others are zeros.
+func (m *Mem) Written(f func(sector int64, b []byte)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for s, has := range m.ever.has {
+		if has {
+			f(int64(s), m.data[s*SectorBytes:(s+1)*SectorBytes])
+		}
+	}
 }
 
 // mixSector hashes a sector so that the outcome depends on the seed and not on
@@ -89,6 +158,7 @@ func mixSector(seed uint64, s int64) uint64 {
 func (m *Mem) Flip(off int64, bit uint) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.ever.add(off / SectorBytes)
 	m.data[off] ^= 1 << (bit % 8)
 	m.durable[off] ^= 1 << (bit % 8)
 }
@@ -128,16 +198,17 @@ func (m *Mem) run(op *Op) error {
 		clear(m.data[off : off+op.Len])
 		m.soil(off, off+op.Len)
 	case Sync:
-		for s := range m.dirty {
+		for _, s := range m.dirty.list {
 			copy(m.durable[s*SectorBytes:(s+1)*SectorBytes], m.data[s*SectorBytes:])
 		}
-		clear(m.dirty)
+		m.dirty.empty()
 	}
 	return nil
 }
 
 func (m *Mem) soil(from, to int64) {
 	for s := from / SectorBytes; s*SectorBytes < to; s++ {
-		m.dirty[s] = struct{}{}
+		m.dirty.add(s)
+		m.ever.add(s)
 	}
 }
