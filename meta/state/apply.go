@@ -144,9 +144,12 @@ func expireSessions(kv KV, now int64) {
 }
 
 // event appends to the bounded log.
-func (a *apply) event(format string, args ...any) {
+func (a *apply) event(format string, args ...any) { a.log(fmt.Sprintf(format, args...), "") }
+
+// log notes what was done, or why not.
+func (a *apply) log(what, outcome string) {
 	seq := next(a.kv, "event")
-	put(a.kv, key(tEvent, seq), &pb.Event{Seq: seq, TimeUnixNs: a.now, Who: a.who, What: fmt.Sprintf(format, args...)})
+	put(a.kv, key(tEvent, seq), &pb.Event{Seq: seq, TimeUnixNs: a.now, Who: a.who, What: what, Outcome: outcome})
 	if seq > KeptEvents {
 		a.kv.Delete(key(tEvent, seq-KeptEvents))
 	}
@@ -159,7 +162,7 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 	case *pb.Command_InitCluster:
 		return a.initCluster(op.InitCluster)
 	case *pb.Command_RegisterHost:
-		return a.registerHost(op.RegisterHost.GetHost())
+		return a.registerHost(op.RegisterHost)
 	case *pb.Command_RegisterStore:
 		return a.registerStore(op.RegisterStore.GetStore())
 	case *pb.Command_CreateVolume:
@@ -182,6 +185,16 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.putVM(op.PutVm)
 	case *pb.Command_DeleteVm:
 		return a.deleteVM(op.DeleteVm)
+	case *pb.Command_SetHost:
+		return a.setHost(op.SetHost)
+	case *pb.Command_RemoveHost:
+		return a.removeHost(op.RemoveHost)
+	case *pb.Command_MakeToken:
+		return a.makeToken(op.MakeToken)
+	case *pb.Command_RevokeToken:
+		return a.revokeToken(op.RevokeToken)
+	case *pb.Command_Note:
+		return a.note(op.Note)
 	}
 	return nil, status.Errorf(status.Unsupported, "%w: is the client newer than this service?", errNoOp)
 }
@@ -196,28 +209,6 @@ func (a *apply) initCluster(op *pb.InitCluster) (*pb.Result, error) {
 	a.kv.Set(key(tMeta, "cluster"), []byte(op.ClusterId))
 	a.event("cluster %s begun", op.ClusterId)
 	return &pb.Result{ClusterId: op.ClusterId}, nil
-}
-
-func (a *apply) registerHost(h *pb.Host) (*pb.Result, error) {
-	if !validName(h.GetName()) {
-		return nil, badName("host", h.GetName())
-	}
-	old := HostByName(a.kv, h.Name)
-	put(a.kv, key(tHost, h.Name), h)
-	if old == nil {
-		a.event("host %s joined at %s", h.Name, h.DataAddr)
-		return &pb.Result{}, nil
-	}
-	if old.DataAddr == h.DataAddr {
-		return &pb.Result{}, nil
-	}
-	a.event("host %s moved to %s", h.Name, h.DataAddr)
-	for _, s := range Stores(a.kv) {
-		if s.Host == h.Name {
-			a.eachUser(s.Id, func(m *pb.Member) bool { m.DataAddr = h.DataAddr; return false })
-		}
-	}
-	return &pb.Result{}, nil
 }
 
 // eachUser changes a store's membership in every volume that has it. fn says
@@ -248,6 +239,8 @@ func (a *apply) registerStore(s *pb.Store) (*pb.Result, error) {
 		return nil, status.Errorf(status.NotFound, "host %q is not registered: register the host before its stores", s.Host)
 	}
 	old := StoreByID(a.kv, s.Id)
+	s = proto.Clone(s).(*pb.Store)
+	s.Retired = old.GetRetired() // an operator's word, not the host's
 	put(a.kv, key(tStore, s.Id), s)
 	switch {
 	case old == nil:

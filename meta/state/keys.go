@@ -24,9 +24,11 @@ import (
 //	x session            last use (8), last seq (8)
 //	t time(8) session    empty: sessions by last use
 //	r session 0 seq(8)   pb.Result
+//	j sha256(32)         pb.JoinToken
 const (
 	tMeta, tVolume, tName, tChunk, tUse, tHost  = 'm', 'v', 'n', 'c', 'u', 'h'
 	tStore, tVM, tEvent, tSession, tAge, tReply = 's', 'k', 'e', 'x', 't', 'r'
+	tToken                                      = 'j'
 )
 
 func key(table byte, parts ...any) []byte {
