@@ -50,7 +50,7 @@ test-int: build
 # command-or-file:package; nothing is asked of apt when all are there.
 NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-nbd:qemu-utils nbdkit:nbdkit nbdinfo:libnbd-bin \
   fio:fio busybox:busybox-static mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs ip:iproute2 nft:nftables \
-  cpio:cpio modprobe:kmod protoc:protobuf-compiler bird:bird2
+  cpio:cpio modprobe:kmod losetup:mount protoc:protobuf-compiler bird:bird2
 
 deps:
 	@export PATH=$$PATH:/usr/sbin:/sbin; missing=""; \

@@ -14,84 +14,149 @@ import (
 )
 
 const (
-	readers     = 4
-	maxReads    = 4096 // reads waiting for a worker; more are answered Unavailable
+	readers     = 16
 	maxIOVector = 1024 // IOV_MAX of Linux
 )
 
-// File is a Disk in a regular file or a block device, buffered by the page
-// cache. Writes, syncs, discards and reads have goroutines of their own, so
-// that none waits for another kind; ReadNow answers from the page cache.
+// Bounds of the operations that wait for a worker; more are answered
+// Unavailable. A store has few writes and one sync in flight; discards and
+// allocations are one per segment at most, of which 16 TiB have 262,144.
+var maxQueued = [lanes]int{laneWrite: 4096, laneSync: 4096, laneSpace: 1 << 19, laneRead: 4096}
+
+// File is a Disk in a regular file or a block device. Writes, syncs, discards
+// and reads have goroutines of their own, so that none waits for another kind:
+// a disk that hangs in one of them is a completion that does not come. ReadNow
+// answers from the page cache.
 type File struct {
-	f    *os.File
-	fd   int
-	size int64
-	wg   sync.WaitGroup
+	k      kernel
+	f      *os.File // through the page cache
+	direct *os.File // around it; nil: the file system has no such way
+	fd     int      // of f
+	size   int64
+	device bool
+	wg     sync.WaitGroup
 
 	mu     sync.Mutex // guards the fields below
+	keep   bool       // see Reserve
 	cond   [lanes]*sync.Cond
-	queue  [lanes][]*Op // writes and syncs: bounded by the store, one of each
+	queue  [lanes]fifo
 	closed bool
 }
 
 const (
 	laneWrite = iota
 	laneSync
-	laneDiscard
+	laneSpace
 	laneRead
 	lanes
 )
 
+var laneOf = [kinds]int{Read: laneRead, Write: laneWrite, Sync: laneSync, Discard: laneSpace, Allocate: laneSpace}
+
 // workers is how many goroutines serve each lane. One writer keeps the order.
-var workers = [lanes]int{laneWrite: 1, laneSync: 1, laneDiscard: 1, laneRead: readers}
+var workers = [lanes]int{laneWrite: 1, laneSync: 1, laneSpace: 1, laneRead: readers}
 
 var (
 	_ Disk      = (*File)(nil)
 	_ Immediate = (*File)(nil)
 )
 
+// fifo is a queue of operations; taking one is O(1) on average.
+type fifo struct {
+	ops  []*Op
+	next int
+}
+
+func (q *fifo) len() int { return len(q.ops) - q.next }
+
+func (q *fifo) take() *Op {
+	op := q.ops[q.next]
+	q.ops[q.next] = nil
+	if q.next++; q.next*2 >= len(q.ops) {
+		q.ops, q.next = q.ops[:copy(q.ops, q.ops[q.next:])], 0
+	}
+	return op
+}
+
 // Create makes a sparse file of size bytes, durably, and opens it. An existing
 // file is refused (errors.Is os.ErrExist).
-func Create(path string, size int64) (*File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+func Create(path string, size int64) (*File, error) { return create(linux{}, path, size) }
+
+func create(k kernel, path string, size int64) (*File, error) {
+	f, err := k.open(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return nil, fmt.Errorf("create store file: %w", err)
 	}
-	if err := errors.Join(f.Truncate(size), f.Sync(), syncDir(filepath.Dir(path))); err != nil {
-		return nil, errors.Join(fmt.Errorf("size store file %s: %w", path, err), f.Close(), os.Remove(path))
+	err = k.truncate(f, size)
+	if err == nil {
+		err = k.fsync(f)
 	}
-	return start(f, path)
+	if err == nil {
+		err = syncDir(k, filepath.Dir(path))
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("size store file %s: %w", path, err), k.close(f), k.remove(path))
+	}
+	d, err := start(k, f, path)
+	if err != nil {
+		return nil, errors.Join(err, k.remove(path))
+	}
+	return d, nil
 }
 
 // syncDir makes the names in a directory survive a power loss.
-func syncDir(path string) error {
-	d, err := os.Open(path)
+func syncDir(k kernel, path string) error {
+	d, err := k.open(path, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return errors.Join(k.fsync(d), k.close(d))
 }
 
-// Open opens an existing file or block device. Held by another process or
-// opened twice: status.Held.
-func Open(path string) (*File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+// Open opens an existing file or block device. Held by another process, opened
+// twice, or a device that is mounted: status.Held.
+func Open(path string) (*File, error) { return open(linux{}, path) }
+
+func open(k kernel, path string) (*File, error) {
+	f, err := k.open(path, os.O_RDWR)
 	if err != nil {
 		return nil, fmt.Errorf("open store file: %w", err)
 	}
-	return start(f, path)
+	return start(k, f, path)
 }
 
-func start(f *os.File, path string) (*File, error) {
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		held := status.Errorf(status.Held, "store %s is open in another process: stop it first", path)
-		return nil, errors.Join(held, f.Close())
+// start takes f over, also when it fails.
+func start(k kernel, f *os.File, path string) (_ *File, err error) {
+	d := &File{k: k, f: f, fd: int(f.Fd())}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.closeFiles())
+		}
+	}()
+	if err := k.lock(f); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, status.Errorf(status.Held, "store %s is open in another process: stop it first", path)
+	} else if err != nil {
+		return nil, fmt.Errorf("lock store file %s: %w", path, err)
 	}
-	size, err := f.Seek(0, io.SeekEnd) // works for block devices too
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("size of %s: %w", path, err), f.Close())
+	if d.size, d.device, err = k.size(f); err != nil {
+		return nil, fmt.Errorf("size of %s: %w", path, err)
 	}
-	d := &File{f: f, fd: int(f.Fd()), size: size}
+	// /proc names the same open file, whatever has happened to its path. On a
+	// device O_EXCL keeps the kernel from mounting it, and us from a mounted one.
+	flags := os.O_RDWR | unix.O_DIRECT
+	if d.device {
+		flags |= os.O_EXCL
+	}
+	d.direct, err = k.open(fmt.Sprintf("/proc/self/fd/%d", d.fd), flags)
+	switch {
+	case err == nil:
+	case errors.Is(err, unix.EBUSY):
+		return nil, status.Errorf(status.Held, "device %s is in use, mounted perhaps: unmount it first", path)
+	case errors.Is(err, unix.EINVAL) && !d.device:
+		d.direct = nil // a file system in memory
+	default:
+		return nil, fmt.Errorf("open %s around the page cache: %w", path, err)
+	}
 	for lane, n := range workers {
 		d.cond[lane] = sync.NewCond(&d.mu)
 		for range n {
@@ -105,6 +170,33 @@ func start(f *os.File, path string) (*File, error) {
 // Size returns the size in bytes.
 func (d *File) Size() int64 { return d.size }
 
+// Device reports whether this is a block device.
+func (d *File) Device() bool { return d.device }
+
+// HasDirect reports whether there is a way around the page cache.
+func (d *File) HasDirect() bool { return d.direct != nil }
+
+// Reserve allocates the whole size now and gives nothing back from here on
+// (Discard is answered EOPNOTSUPP): nobody else who fills the file system can
+// stop this store. NoSpace when there is less room. A device is its own.
+func (d *File) Reserve() error {
+	if d.device {
+		return nil
+	}
+	if err := d.k.allocate(d.fd, 0, d.size); errors.Is(err, unix.ENOSPC) {
+		return status.Errorf(status.NoSpace, "the file system has no room for a store of %d bytes: make the store smaller, or thin", d.size)
+	} else if err != nil {
+		return status.Errorf(status.IO, "reserve %d bytes for the store: %w", d.size, err)
+	}
+	if err := d.k.fsync(d.f); err != nil {
+		return status.Errorf(status.IO, "sync the reserved store file: %w", err)
+	}
+	d.mu.Lock()
+	d.keep = true
+	d.mu.Unlock()
+	return nil
+}
+
 // Close finishes what was submitted and closes the file.
 func (d *File) Close() error {
 	d.mu.Lock()
@@ -114,24 +206,32 @@ func (d *File) Close() error {
 	}
 	d.mu.Unlock()
 	d.wg.Wait()
-	return d.f.Close()
+	return d.closeFiles()
+}
+
+func (d *File) closeFiles() error {
+	err := d.k.close(d.f)
+	if d.direct != nil {
+		err = errors.Join(err, d.k.close(d.direct))
+	}
+	return err
 }
 
 // Submit starts op.
 func (d *File) Submit(op *Op) {
-	if op.Kind != Sync && (op.Off < 0 || op.Off+total(op.Bufs)+op.Len > d.size) {
-		op.Done(status.Errorf(status.Invalid, "disk access at %d is beyond the end at %d", op.Off, d.size))
+	if err := op.inside(d.size); err != nil {
+		op.Done(err)
 		return
 	}
-	lane := [...]int{Read: laneRead, Write: laneWrite, Sync: laneSync, Discard: laneDiscard}[op.Kind]
+	lane := laneOf[op.Kind]
 	d.mu.Lock()
-	full := lane == laneRead && len(d.queue[lane]) >= maxReads
-	if d.closed || full {
+	q := &d.queue[lane]
+	if d.closed || q.len() >= maxQueued[lane] {
 		d.mu.Unlock()
-		op.Done(status.Errorf(status.Unavailable, "disk is closed or has %d reads waiting", maxReads))
+		op.Done(status.Errorf(status.Unavailable, "the disk is closed or has %d operations of this kind waiting", maxQueued[lane]))
 		return
 	}
-	d.queue[lane] = append(d.queue[lane], op)
+	q.ops = append(q.ops, op)
 	d.cond[lane].Signal()
 	d.mu.Unlock()
 }
@@ -146,55 +246,67 @@ func (d *File) work(lane int) {
 	defer d.wg.Done()
 	for {
 		d.mu.Lock()
-		for len(d.queue[lane]) == 0 && !d.closed {
+		for d.queue[lane].len() == 0 && !d.closed {
 			d.cond[lane].Wait()
 		}
-		if len(d.queue[lane]) == 0 {
+		if d.queue[lane].len() == 0 {
 			d.mu.Unlock()
 			return
 		}
-		op := d.queue[lane][0]
-		d.queue[lane] = append(d.queue[lane][:0], d.queue[lane][1:]...)
+		op, keep := d.queue[lane].take(), d.keep
 		d.mu.Unlock()
-		op.Done(explain(op, d.run(op)))
+		op.Done(explain(op, d.run(op, keep)))
 	}
 }
 
 // explain gives a system's error a kind and a place.
 func explain(op *Op, err error) error {
-	what := [...]string{Read: "read", Write: "write", Sync: "sync", Discard: "discard"}[op.Kind]
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
-		return status.Errorf(status.NoSpace, "%s at %d: the file system under the store is full: %w", what, op.Off, err)
+		return status.Errorf(status.NoSpace, "%s at %d: the file system under the store is full: %w", op.Kind, op.Off, err)
 	default:
-		return status.Errorf(status.IO, "%s at %d: %w", what, op.Off, err)
+		return status.Errorf(status.IO, "%s at %d: %w", op.Kind, op.Off, err)
 	}
 }
 
-func (d *File) run(op *Op) error {
+func (d *File) run(op *Op, keep bool) error {
 	switch op.Kind {
 	case Sync:
-		for {
-			if err := unix.Fdatasync(d.fd); !errors.Is(err, unix.EINTR) {
-				return err
-			}
-		}
+		return d.k.fdatasync(d.fd)
 	case Discard:
-		return unix.Fallocate(d.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, op.Off, op.Len)
+		if keep {
+			return unix.EOPNOTSUPP
+		}
+		if d.device {
+			return d.k.blkdiscard(d.fd, op.Off, op.Len)
+		}
+		return d.k.punch(d.fd, op.Off, op.Len)
+	case Allocate:
+		if keep || d.device {
+			return nil
+		}
+		if err := d.k.allocate(d.fd, op.Off, op.Len); !errors.Is(err, unix.EOPNOTSUPP) {
+			return err
+		}
+		return nil // such a file system has no better promise to give
 	case Read:
-		return d.transfer(op, unix.Preadv)
+		return d.transfer(op, d.k.read)
 	default:
-		return d.transfer(op, unix.Pwritev)
+		return d.transfer(op, d.k.write)
 	}
 }
 
 // transfer repeats a vectored call until every byte moved.
 func (d *File) transfer(op *Op, call func(int, [][]byte, int64) (int, error)) error {
-	bufs, off := append([][]byte(nil), op.Bufs...), op.Off
+	fd := d.fd
+	if op.Direct && d.direct != nil && op.aligned() {
+		fd = int(d.direct.Fd())
+	}
+	bufs, off, own := op.Bufs, op.Off, false
 	for len(bufs) > 0 {
-		n, err := call(d.fd, bufs[:min(len(bufs), maxIOVector)], off)
+		n, err := call(fd, bufs[:min(len(bufs), maxIOVector)], off)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
@@ -210,7 +322,11 @@ func (d *File) transfer(op *Op, call func(int, [][]byte, int64) (int, error)) er
 			bufs = bufs[1:]
 		}
 		if n > 0 {
+			if !own {
+				bufs, own = append([][]byte(nil), bufs...), true // op.Bufs stay as they are
+			}
 			bufs[0] = bufs[0][n:]
+			fd = d.fd // the rest may begin anywhere
 		}
 	}
 	return nil

@@ -4,8 +4,6 @@ import (
 	"math/rand/v2"
 	"sync"
 	"syscall"
-
-	"github.com/cairnstore/cairn/proto/status"
 )
 
 // SectorBytes is what a memory disk writes atomically: a crash tears writes
@@ -174,8 +172,11 @@ func (m *Mem) Submit(op *Op) { op.Done(m.run(op)) }
 func (m *Mem) run(op *Op) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if op.Kind != Sync && (op.Off < 0 || op.Off+total(op.Bufs)+op.Len > int64(len(m.data))) {
-		return status.Errorf(status.Invalid, "disk access at %d is beyond the end at %d", op.Off, len(m.data))
+	if err := op.inside(int64(len(m.data))); err != nil {
+		return err
+	}
+	if op.Kind == Allocate {
+		return nil
 	}
 	if op.Kind != Read {
 		m.ops++
