@@ -77,6 +77,55 @@ func (ChunkState) EnumDescriptor() ([]byte, []int) {
 	return file_proto_pb_meta_proto_rawDescGZIP(), []int{0}
 }
 
+type ChunkMove_Step int32
+
+const (
+	ChunkMove_PLAN   ChunkMove_Step = 0
+	ChunkMove_DONE   ChunkMove_Step = 1
+	ChunkMove_CANCEL ChunkMove_Step = 2
+)
+
+// Enum value maps for ChunkMove_Step.
+var (
+	ChunkMove_Step_name = map[int32]string{
+		0: "PLAN",
+		1: "DONE",
+		2: "CANCEL",
+	}
+	ChunkMove_Step_value = map[string]int32{
+		"PLAN":   0,
+		"DONE":   1,
+		"CANCEL": 2,
+	}
+)
+
+func (x ChunkMove_Step) Enum() *ChunkMove_Step {
+	p := new(ChunkMove_Step)
+	*p = x
+	return p
+}
+
+func (x ChunkMove_Step) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ChunkMove_Step) Descriptor() protoreflect.EnumDescriptor {
+	return file_proto_pb_meta_proto_enumTypes[1].Descriptor()
+}
+
+func (ChunkMove_Step) Type() protoreflect.EnumType {
+	return &file_proto_pb_meta_proto_enumTypes[1]
+}
+
+func (x ChunkMove_Step) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ChunkMove_Step.Descriptor instead.
+func (ChunkMove_Step) EnumDescriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36, 0}
+}
+
 type Store struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // 16 bytes
@@ -252,7 +301,8 @@ type Member struct {
 	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
 	DataAddr      string                 `protobuf:"bytes,4,opt,name=data_addr,json=dataAddr,proto3" json:"data_addr,omitempty"`
 	InSync        bool                   `protobuf:"varint,5,opt,name=in_sync,json=inSync,proto3" json:"in_sync,omitempty"`
-	Floor         uint64                 `protobuf:"varint,6,opt,name=floor,proto3" json:"floor,omitempty"` // version known durable when it was excluded
+	Floor         uint64                 `protobuf:"varint,6,opt,name=floor,proto3" json:"floor,omitempty"`      // version known durable when it was excluded
+	Leaving       bool                   `protobuf:"varint,20,opt,name=leaving,proto3" json:"leaving,omitempty"` // its store is retired, or its host drained: its chunks are to go elsewhere
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -329,12 +379,20 @@ func (x *Member) GetFloor() uint64 {
 	return 0
 }
 
+func (x *Member) GetLeaving() bool {
+	if x != nil {
+		return x.Leaving
+	}
+	return false
+}
+
 type Chunk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
 	Id            uint64                 `protobuf:"varint,2,opt,name=id,proto3" json:"id,omitempty"`
 	State         ChunkState             `protobuf:"varint,3,opt,name=state,proto3,enum=cairn.v1.ChunkState" json:"state,omitempty"`
-	Stores        [][]byte               `protobuf:"bytes,4,rep,name=stores,proto3" json:"stores,omitempty"` // its replicas
+	Stores        [][]byte               `protobuf:"bytes,4,rep,name=stores,proto3" json:"stores,omitempty"`    // its replicas
+	Filling       []*Filling             `protobuf:"bytes,20,rep,name=filling,proto3" json:"filling,omitempty"` // copies being made, which do not count yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -397,6 +455,67 @@ func (x *Chunk) GetStores() [][]byte {
 	return nil
 }
 
+func (x *Chunk) GetFilling() []*Filling {
+	if x != nil {
+		return x.Filling
+	}
+	return nil
+}
+
+// Filling is a copy of a chunk being made: when it has everything, it takes the
+// place of one that is to go.
+type Filling struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	Replaces      []byte                 `protobuf:"bytes,2,opt,name=replaces,proto3" json:"replaces,omitempty"` // empty: it is one more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Filling) Reset() {
+	*x = Filling{}
+	mi := &file_proto_pb_meta_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Filling) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Filling) ProtoMessage() {}
+
+func (x *Filling) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Filling.ProtoReflect.Descriptor instead.
+func (*Filling) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Filling) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+func (x *Filling) GetReplaces() []byte {
+	if x != nil {
+		return x.Replaces
+	}
+	return nil
+}
+
 type Volume struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Id             uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -413,7 +532,8 @@ type Volume struct {
 	AttachedUnixNs int64                  `protobuf:"varint,12,opt,name=attached_unix_ns,json=attachedUnixNs,proto3" json:"attached_unix_ns,omitempty"`
 	Members        []*Member              `protobuf:"bytes,13,rep,name=members,proto3" json:"members,omitempty"`
 	ChunkCount     uint64                 `protobuf:"varint,14,opt,name=chunk_count,json=chunkCount,proto3" json:"chunk_count,omitempty"`
-	Moved          bool                   `protobuf:"varint,15,opt,name=moved,proto3" json:"moved,omitempty"` // an epoch since the last detach was held on another host than this one
+	Maintenance    bool                   `protobuf:"varint,16,opt,name=maintenance,proto3" json:"maintenance,omitempty"` // its holder only repairs it: anybody may attach it
+	Moved          bool                   `protobuf:"varint,15,opt,name=moved,proto3" json:"moved,omitempty"`             // an epoch since the last detach was held on another host than this one
 	Tenant         string                 `protobuf:"bytes,40,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	Tags           map[string]string      `protobuf:"bytes,41,rep,name=tags,proto3" json:"tags,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Thick          bool                   `protobuf:"varint,42,opt,name=thick,proto3" json:"thick,omitempty"`
@@ -429,7 +549,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[4]
+	mi := &file_proto_pb_meta_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -441,7 +561,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[4]
+	mi := &file_proto_pb_meta_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -454,7 +574,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{4}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Volume) GetId() uint64 {
@@ -555,6 +675,13 @@ func (x *Volume) GetChunkCount() uint64 {
 	return 0
 }
 
+func (x *Volume) GetMaintenance() bool {
+	if x != nil {
+		return x.Maintenance
+	}
+	return false
+}
+
 func (x *Volume) GetMoved() bool {
 	if x != nil {
 		return x.Moved
@@ -639,7 +766,7 @@ type Qos struct {
 
 func (x *Qos) Reset() {
 	*x = Qos{}
-	mi := &file_proto_pb_meta_proto_msgTypes[5]
+	mi := &file_proto_pb_meta_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -651,7 +778,7 @@ func (x *Qos) String() string {
 func (*Qos) ProtoMessage() {}
 
 func (x *Qos) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[5]
+	mi := &file_proto_pb_meta_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -664,7 +791,7 @@ func (x *Qos) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Qos.ProtoReflect.Descriptor instead.
 func (*Qos) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{5}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Qos) GetIopsMax() uint64 {
@@ -718,7 +845,7 @@ type Tenant struct {
 
 func (x *Tenant) Reset() {
 	*x = Tenant{}
-	mi := &file_proto_pb_meta_proto_msgTypes[6]
+	mi := &file_proto_pb_meta_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +857,7 @@ func (x *Tenant) String() string {
 func (*Tenant) ProtoMessage() {}
 
 func (x *Tenant) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[6]
+	mi := &file_proto_pb_meta_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +870,7 @@ func (x *Tenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tenant.ProtoReflect.Descriptor instead.
 func (*Tenant) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{6}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Tenant) GetName() string {
@@ -810,7 +937,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_proto_pb_meta_proto_msgTypes[7]
+	mi := &file_proto_pb_meta_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -822,7 +949,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[7]
+	mi := &file_proto_pb_meta_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -835,7 +962,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{7}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Pool) GetLogicalBytes() uint64 {
@@ -893,7 +1020,7 @@ type JoinToken struct {
 
 func (x *JoinToken) Reset() {
 	*x = JoinToken{}
-	mi := &file_proto_pb_meta_proto_msgTypes[8]
+	mi := &file_proto_pb_meta_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -905,7 +1032,7 @@ func (x *JoinToken) String() string {
 func (*JoinToken) ProtoMessage() {}
 
 func (x *JoinToken) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[8]
+	mi := &file_proto_pb_meta_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -918,7 +1045,7 @@ func (x *JoinToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
 func (*JoinToken) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{8}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *JoinToken) GetSecretSha256() []byte {
@@ -968,7 +1095,7 @@ type VM struct {
 
 func (x *VM) Reset() {
 	*x = VM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[9]
+	mi := &file_proto_pb_meta_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1107,7 @@ func (x *VM) String() string {
 func (*VM) ProtoMessage() {}
 
 func (x *VM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[9]
+	mi := &file_proto_pb_meta_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1120,7 @@ func (x *VM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VM.ProtoReflect.Descriptor instead.
 func (*VM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{9}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *VM) GetName() string {
@@ -1086,7 +1213,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_proto_pb_meta_proto_msgTypes[10]
+	mi := &file_proto_pb_meta_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1098,7 +1225,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[10]
+	mi := &file_proto_pb_meta_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1111,7 +1238,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{10}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -1184,6 +1311,9 @@ type Command struct {
 	//	*Command_UpdateVolume
 	//	*Command_SetTenant
 	//	*Command_TrustVolume
+	//	*Command_MoveChunks
+	//	*Command_SetReplicas
+	//	*Command_HandOver
 	Op            isCommand_Op `protobuf_oneof:"op"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1191,7 +1321,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_proto_pb_meta_proto_msgTypes[11]
+	mi := &file_proto_pb_meta_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1203,7 +1333,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[11]
+	mi := &file_proto_pb_meta_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1216,7 +1346,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{11}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Command) GetSession() string {
@@ -1497,6 +1627,33 @@ func (x *Command) GetTrustVolume() *TrustVolume {
 	return nil
 }
 
+func (x *Command) GetMoveChunks() *MoveChunks {
+	if x != nil {
+		if x, ok := x.Op.(*Command_MoveChunks); ok {
+			return x.MoveChunks
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSetReplicas() *SetReplicas {
+	if x != nil {
+		if x, ok := x.Op.(*Command_SetReplicas); ok {
+			return x.SetReplicas
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetHandOver() *HandOver {
+	if x != nil {
+		if x, ok := x.Op.(*Command_HandOver); ok {
+			return x.HandOver
+		}
+	}
+	return nil
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -1609,6 +1766,18 @@ type Command_TrustVolume struct {
 	TrustVolume *TrustVolume `protobuf:"bytes,52,opt,name=trust_volume,json=trustVolume,proto3,oneof"`
 }
 
+type Command_MoveChunks struct {
+	MoveChunks *MoveChunks `protobuf:"bytes,70,opt,name=move_chunks,json=moveChunks,proto3,oneof"`
+}
+
+type Command_SetReplicas struct {
+	SetReplicas *SetReplicas `protobuf:"bytes,71,opt,name=set_replicas,json=setReplicas,proto3,oneof"`
+}
+
+type Command_HandOver struct {
+	HandOver *HandOver `protobuf:"bytes,72,opt,name=hand_over,json=handOver,proto3,oneof"`
+}
+
 func (*Command_OpenSession) isCommand_Op() {}
 
 func (*Command_RegisterHost) isCommand_Op() {}
@@ -1663,6 +1832,12 @@ func (*Command_SetTenant) isCommand_Op() {}
 
 func (*Command_TrustVolume) isCommand_Op() {}
 
+func (*Command_MoveChunks) isCommand_Op() {}
+
+func (*Command_SetReplicas) isCommand_Op() {}
+
+func (*Command_HandOver) isCommand_Op() {}
+
 // SetHost drains a host or lets it take part again: a drained one gets no new
 // chunks, VMs or attachments.
 type SetHost struct {
@@ -1675,7 +1850,7 @@ type SetHost struct {
 
 func (x *SetHost) Reset() {
 	*x = SetHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[12]
+	mi := &file_proto_pb_meta_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1687,7 +1862,7 @@ func (x *SetHost) String() string {
 func (*SetHost) ProtoMessage() {}
 
 func (x *SetHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[12]
+	mi := &file_proto_pb_meta_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1700,7 +1875,7 @@ func (x *SetHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetHost.ProtoReflect.Descriptor instead.
 func (*SetHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{12}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SetHost) GetHost() string {
@@ -1728,7 +1903,7 @@ type RemoveHost struct {
 
 func (x *RemoveHost) Reset() {
 	*x = RemoveHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1740,7 +1915,7 @@ func (x *RemoveHost) String() string {
 func (*RemoveHost) ProtoMessage() {}
 
 func (x *RemoveHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1753,7 +1928,7 @@ func (x *RemoveHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveHost.ProtoReflect.Descriptor instead.
 func (*RemoveHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{13}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveHost) GetHost() string {
@@ -1776,7 +1951,7 @@ type MakeToken struct {
 
 func (x *MakeToken) Reset() {
 	*x = MakeToken{}
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1788,7 +1963,7 @@ func (x *MakeToken) String() string {
 func (*MakeToken) ProtoMessage() {}
 
 func (x *MakeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1801,7 +1976,7 @@ func (x *MakeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeToken.ProtoReflect.Descriptor instead.
 func (*MakeToken) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *MakeToken) GetSecretSha256() []byte {
@@ -1834,7 +2009,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +2021,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +2034,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RevokeToken) GetSecretSha256() []byte {
@@ -1880,7 +2055,7 @@ type Note struct {
 
 func (x *Note) Reset() {
 	*x = Note{}
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +2067,7 @@ func (x *Note) String() string {
 func (*Note) ProtoMessage() {}
 
 func (x *Note) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +2080,7 @@ func (x *Note) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Note.ProtoReflect.Descriptor instead.
 func (*Note) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Note) GetWhat() string {
@@ -1932,7 +2107,7 @@ type Housekeeping struct {
 
 func (x *Housekeeping) Reset() {
 	*x = Housekeeping{}
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +2119,7 @@ func (x *Housekeeping) String() string {
 func (*Housekeeping) ProtoMessage() {}
 
 func (x *Housekeeping) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +2132,7 @@ func (x *Housekeeping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Housekeeping.ProtoReflect.Descriptor instead.
 func (*Housekeeping) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
 }
 
 // UndeleteVolume brings a deleted volume back, under its old name or another.
@@ -1971,7 +2146,7 @@ type UndeleteVolume struct {
 
 func (x *UndeleteVolume) Reset() {
 	*x = UndeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1983,7 +2158,7 @@ func (x *UndeleteVolume) String() string {
 func (*UndeleteVolume) ProtoMessage() {}
 
 func (x *UndeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1996,7 +2171,7 @@ func (x *UndeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndeleteVolume.ProtoReflect.Descriptor instead.
 func (*UndeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *UndeleteVolume) GetVolume() string {
@@ -2023,7 +2198,7 @@ type PurgeVolume struct {
 
 func (x *PurgeVolume) Reset() {
 	*x = PurgeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2035,7 +2210,7 @@ func (x *PurgeVolume) String() string {
 func (*PurgeVolume) ProtoMessage() {}
 
 func (x *PurgeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2048,7 +2223,7 @@ func (x *PurgeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeVolume.ProtoReflect.Descriptor instead.
 func (*PurgeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PurgeVolume) GetVolume() string {
@@ -2074,7 +2249,7 @@ type ShrinkVolume struct {
 
 func (x *ShrinkVolume) Reset() {
 	*x = ShrinkVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2261,7 @@ func (x *ShrinkVolume) String() string {
 func (*ShrinkVolume) ProtoMessage() {}
 
 func (x *ShrinkVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2274,7 @@ func (x *ShrinkVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShrinkVolume.ProtoReflect.Descriptor instead.
 func (*ShrinkVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ShrinkVolume) GetVolumeId() uint64 {
@@ -2146,7 +2321,7 @@ type UndoShrink struct {
 
 func (x *UndoShrink) Reset() {
 	*x = UndoShrink{}
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2158,7 +2333,7 @@ func (x *UndoShrink) String() string {
 func (*UndoShrink) ProtoMessage() {}
 
 func (x *UndoShrink) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2171,7 +2346,7 @@ func (x *UndoShrink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoShrink.ProtoReflect.Descriptor instead.
 func (*UndoShrink) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UndoShrink) GetVolume() string {
@@ -2194,7 +2369,7 @@ type UpdateVolume struct {
 
 func (x *UpdateVolume) Reset() {
 	*x = UpdateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2206,7 +2381,7 @@ func (x *UpdateVolume) String() string {
 func (*UpdateVolume) ProtoMessage() {}
 
 func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2219,7 +2394,7 @@ func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVolume.ProtoReflect.Descriptor instead.
 func (*UpdateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UpdateVolume) GetVolume() string {
@@ -2262,7 +2437,7 @@ type SetTenant struct {
 
 func (x *SetTenant) Reset() {
 	*x = SetTenant{}
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2274,7 +2449,7 @@ func (x *SetTenant) String() string {
 func (*SetTenant) ProtoMessage() {}
 
 func (x *SetTenant) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2287,7 +2462,7 @@ func (x *SetTenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTenant.ProtoReflect.Descriptor instead.
 func (*SetTenant) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetTenant) GetTenant() string {
@@ -2322,7 +2497,7 @@ type TrustVolume struct {
 
 func (x *TrustVolume) Reset() {
 	*x = TrustVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2509,7 @@ func (x *TrustVolume) String() string {
 func (*TrustVolume) ProtoMessage() {}
 
 func (x *TrustVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2522,7 @@ func (x *TrustVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustVolume.ProtoReflect.Descriptor instead.
 func (*TrustVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TrustVolume) GetVolume() string {
@@ -2367,7 +2542,7 @@ type InitCluster struct {
 
 func (x *InitCluster) Reset() {
 	*x = InitCluster{}
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2379,7 +2554,7 @@ func (x *InitCluster) String() string {
 func (*InitCluster) ProtoMessage() {}
 
 func (x *InitCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2392,7 +2567,7 @@ func (x *InitCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitCluster.ProtoReflect.Descriptor instead.
 func (*InitCluster) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *InitCluster) GetClusterId() string {
@@ -2411,7 +2586,7 @@ type OpenSession struct {
 
 func (x *OpenSession) Reset() {
 	*x = OpenSession{}
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2423,7 +2598,7 @@ func (x *OpenSession) String() string {
 func (*OpenSession) ProtoMessage() {}
 
 func (x *OpenSession) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2436,7 +2611,7 @@ func (x *OpenSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSession.ProtoReflect.Descriptor instead.
 func (*OpenSession) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
 }
 
 // RegisterHost adds or updates a host. Whether it is drained stays as it is.
@@ -2450,7 +2625,7 @@ type RegisterHost struct {
 
 func (x *RegisterHost) Reset() {
 	*x = RegisterHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2462,7 +2637,7 @@ func (x *RegisterHost) String() string {
 func (*RegisterHost) ProtoMessage() {}
 
 func (x *RegisterHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2475,7 +2650,7 @@ func (x *RegisterHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterHost.ProtoReflect.Descriptor instead.
 func (*RegisterHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RegisterHost) GetHost() *Host {
@@ -2503,7 +2678,7 @@ type RegisterStore struct {
 
 func (x *RegisterStore) Reset() {
 	*x = RegisterStore{}
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2515,7 +2690,7 @@ func (x *RegisterStore) String() string {
 func (*RegisterStore) ProtoMessage() {}
 
 func (x *RegisterStore) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2528,7 +2703,7 @@ func (x *RegisterStore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterStore.ProtoReflect.Descriptor instead.
 func (*RegisterStore) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RegisterStore) GetStore() *Store {
@@ -2555,7 +2730,7 @@ type CreateVolume struct {
 
 func (x *CreateVolume) Reset() {
 	*x = CreateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2567,7 +2742,7 @@ func (x *CreateVolume) String() string {
 func (*CreateVolume) ProtoMessage() {}
 
 func (x *CreateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2580,7 +2755,7 @@ func (x *CreateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolume.ProtoReflect.Descriptor instead.
 func (*CreateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CreateVolume) GetName() string {
@@ -2656,7 +2831,7 @@ type RenameVolume struct {
 
 func (x *RenameVolume) Reset() {
 	*x = RenameVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2843,7 @@ func (x *RenameVolume) String() string {
 func (*RenameVolume) ProtoMessage() {}
 
 func (x *RenameVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2856,7 @@ func (x *RenameVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameVolume.ProtoReflect.Descriptor instead.
 func (*RenameVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RenameVolume) GetVolume() string {
@@ -2708,7 +2883,7 @@ type ResizeVolume struct {
 
 func (x *ResizeVolume) Reset() {
 	*x = ResizeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2720,7 +2895,7 @@ func (x *ResizeVolume) String() string {
 func (*ResizeVolume) ProtoMessage() {}
 
 func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2733,7 +2908,7 @@ func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolume.ProtoReflect.Descriptor instead.
 func (*ResizeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ResizeVolume) GetVolume() string {
@@ -2761,7 +2936,7 @@ type DeleteVolume struct {
 
 func (x *DeleteVolume) Reset() {
 	*x = DeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2773,7 +2948,7 @@ func (x *DeleteVolume) String() string {
 func (*DeleteVolume) ProtoMessage() {}
 
 func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2786,7 +2961,7 @@ func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolume.ProtoReflect.Descriptor instead.
 func (*DeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DeleteVolume) GetVolume() string {
@@ -2810,6 +2985,7 @@ type Attach struct {
 	Host            string                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
 	Session         string                 `protobuf:"bytes,3,opt,name=session,proto3" json:"session,omitempty"`                                         // the gateway process's random identity
 	Takeover        bool                   `protobuf:"varint,4,opt,name=takeover,proto3" json:"takeover,omitempty"`                                      // even when another holds it
+	Maintenance     bool                   `protobuf:"varint,20,opt,name=maintenance,proto3" json:"maintenance,omitempty"`                               // to repair it only: no reads are served, no lease is asked for
 	PredecessorGone bool                   `protobuf:"varint,5,opt,name=predecessor_gone,json=predecessorGone,proto3" json:"predecessor_gone,omitempty"` // the caller has proof (the host's lock file) that the holder process on this same host is dead
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
@@ -2817,7 +2993,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2829,7 +3005,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2842,7 +3018,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Attach) GetVolume() string {
@@ -2873,11 +3049,291 @@ func (x *Attach) GetTakeover() bool {
 	return false
 }
 
+func (x *Attach) GetMaintenance() bool {
+	if x != nil {
+		return x.Maintenance
+	}
+	return false
+}
+
 func (x *Attach) GetPredecessorGone() bool {
 	if x != nil {
 		return x.PredecessorGone
 	}
 	return false
+}
+
+// HandOver ends the holder's epoch and gives the volume a new one, held by
+// (host, session): one entry, at the old holder's wish. It has drained, flushed,
+// and serves nothing more from before it asks until it hears that this failed.
+type HandOver struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"` // compare-and-set
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
+	Session       string                 `protobuf:"bytes,4,opt,name=session,proto3" json:"session,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HandOver) Reset() {
+	*x = HandOver{}
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandOver) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandOver) ProtoMessage() {}
+
+func (x *HandOver) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
+func (*HandOver) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *HandOver) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *HandOver) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *HandOver) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *HandOver) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+// ChunkMove plans a copy of a chunk on another store, or says that it is made.
+type ChunkMove struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	From          []byte                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`                                         // the replica to be replaced; empty: one more is wanted
+	To            []byte                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`                                             // plan: set by the leader; done: the planned one, or empty to give up `from` alone
+	ToIncarnation uint64                 `protobuf:"varint,4,opt,name=to_incarnation,json=toIncarnation,proto3" json:"to_incarnation,omitempty"` // done: of the store that was filled
+	Step          ChunkMove_Step         `protobuf:"varint,5,opt,name=step,proto3,enum=cairn.v1.ChunkMove_Step" json:"step,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChunkMove) Reset() {
+	*x = ChunkMove{}
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChunkMove) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChunkMove) ProtoMessage() {}
+
+func (x *ChunkMove) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChunkMove.ProtoReflect.Descriptor instead.
+func (*ChunkMove) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ChunkMove) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ChunkMove) GetFrom() []byte {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+func (x *ChunkMove) GetTo() []byte {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
+func (x *ChunkMove) GetToIncarnation() uint64 {
+	if x != nil {
+		return x.ToIncarnation
+	}
+	return 0
+}
+
+func (x *ChunkMove) GetStep() ChunkMove_Step {
+	if x != nil {
+		return x.Step
+	}
+	return ChunkMove_PLAN
+}
+
+// MoveChunks changes where copies of chunks are; compare-and-set on epoch and
+// revision. A move that is not possible (any more) is left out, and one that has
+// happened is left as it is: the answer has the chunks as they are now.
+type MoveChunks struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	Moves         []*ChunkMove           `protobuf:"bytes,4,rep,name=moves,proto3" json:"moves,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveChunks) Reset() {
+	*x = MoveChunks{}
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveChunks) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveChunks) ProtoMessage() {}
+
+func (x *MoveChunks) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveChunks.ProtoReflect.Descriptor instead.
+func (*MoveChunks) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *MoveChunks) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *MoveChunks) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *MoveChunks) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *MoveChunks) GetMoves() []*ChunkMove {
+	if x != nil {
+		return x.Moves
+	}
+	return nil
+}
+
+// SetReplicas changes how many copies of each chunk a volume has; the writer
+// makes them, or gives them up.
+type SetReplicas struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Replicas      uint32                 `protobuf:"varint,2,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetReplicas) Reset() {
+	*x = SetReplicas{}
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetReplicas) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetReplicas) ProtoMessage() {}
+
+func (x *SetReplicas) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetReplicas.ProtoReflect.Descriptor instead.
+func (*SetReplicas) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *SetReplicas) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *SetReplicas) GetReplicas() uint32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
 }
 
 // Detach ends the epoch; refused (FENCED) when it is not the current one.
@@ -2891,7 +3347,7 @@ type Detach struct {
 
 func (x *Detach) Reset() {
 	*x = Detach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2903,7 +3359,7 @@ func (x *Detach) String() string {
 func (*Detach) ProtoMessage() {}
 
 func (x *Detach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2916,7 +3372,7 @@ func (x *Detach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detach.ProtoReflect.Descriptor instead.
 func (*Detach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Detach) GetVolumeId() uint64 {
@@ -2949,7 +3405,7 @@ type Allocate struct {
 
 func (x *Allocate) Reset() {
 	*x = Allocate{}
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2961,7 +3417,7 @@ func (x *Allocate) String() string {
 func (*Allocate) ProtoMessage() {}
 
 func (x *Allocate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2974,7 +3430,7 @@ func (x *Allocate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocate.ProtoReflect.Descriptor instead.
 func (*Allocate) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Allocate) GetVolumeId() uint64 {
@@ -3034,7 +3490,7 @@ type MemberChange struct {
 
 func (x *MemberChange) Reset() {
 	*x = MemberChange{}
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3046,7 +3502,7 @@ func (x *MemberChange) String() string {
 func (*MemberChange) ProtoMessage() {}
 
 func (x *MemberChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3059,7 +3515,7 @@ func (x *MemberChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberChange.ProtoReflect.Descriptor instead.
 func (*MemberChange) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *MemberChange) GetVolumeId() uint64 {
@@ -3122,7 +3578,7 @@ type ChangeMembers struct {
 
 func (x *ChangeMembers) Reset() {
 	*x = ChangeMembers{}
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3134,7 +3590,7 @@ func (x *ChangeMembers) String() string {
 func (*ChangeMembers) ProtoMessage() {}
 
 func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3147,7 +3603,7 @@ func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembers.ProtoReflect.Descriptor instead.
 func (*ChangeMembers) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChangeMembers) GetChanges() []*MemberChange {
@@ -3167,7 +3623,7 @@ type PutVM struct {
 
 func (x *PutVM) Reset() {
 	*x = PutVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3179,7 +3635,7 @@ func (x *PutVM) String() string {
 func (*PutVM) ProtoMessage() {}
 
 func (x *PutVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3192,7 +3648,7 @@ func (x *PutVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutVM.ProtoReflect.Descriptor instead.
 func (*PutVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PutVM) GetVm() *VM {
@@ -3218,7 +3674,7 @@ type DeleteVM struct {
 
 func (x *DeleteVM) Reset() {
 	*x = DeleteVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3230,7 +3686,7 @@ func (x *DeleteVM) String() string {
 func (*DeleteVM) ProtoMessage() {}
 
 func (x *DeleteVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3243,7 +3699,7 @@ func (x *DeleteVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVM.ProtoReflect.Descriptor instead.
 func (*DeleteVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DeleteVM) GetName() string {
@@ -3270,7 +3726,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3282,7 +3738,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3295,7 +3751,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Result) GetStatus() uint32 {
@@ -3372,7 +3828,7 @@ type MemberResult struct {
 
 func (x *MemberResult) Reset() {
 	*x = MemberResult{}
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3384,7 +3840,7 @@ func (x *MemberResult) String() string {
 func (*MemberResult) ProtoMessage() {}
 
 func (x *MemberResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3397,7 +3853,7 @@ func (x *MemberResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberResult.ProtoReflect.Descriptor instead.
 func (*MemberResult) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *MemberResult) GetStatus() uint32 {
@@ -3445,7 +3901,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3457,7 +3913,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3470,7 +3926,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *QueryRequest) GetQ() isQueryRequest_Q {
@@ -3681,7 +4137,7 @@ type GoneVolumes struct {
 
 func (x *GoneVolumes) Reset() {
 	*x = GoneVolumes{}
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3693,7 +4149,7 @@ func (x *GoneVolumes) String() string {
 func (*GoneVolumes) ProtoMessage() {}
 
 func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3706,7 +4162,7 @@ func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoneVolumes.ProtoReflect.Descriptor instead.
 func (*GoneVolumes) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GoneVolumes) GetVolumeIds() []uint64 {
@@ -3726,7 +4182,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3738,7 +4194,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3751,7 +4207,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Events) GetAfter() uint64 {
@@ -3779,7 +4235,7 @@ type PlaceVM struct {
 
 func (x *PlaceVM) Reset() {
 	*x = PlaceVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3791,7 +4247,7 @@ func (x *PlaceVM) String() string {
 func (*PlaceVM) ProtoMessage() {}
 
 func (x *PlaceVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3804,7 +4260,7 @@ func (x *PlaceVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceVM.ProtoReflect.Descriptor instead.
 func (*PlaceVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PlaceVM) GetVm() string {
@@ -3846,7 +4302,7 @@ type QueryReply struct {
 
 func (x *QueryReply) Reset() {
 	*x = QueryReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3858,7 +4314,7 @@ func (x *QueryReply) String() string {
 func (*QueryReply) ProtoMessage() {}
 
 func (x *QueryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3871,7 +4327,7 @@ func (x *QueryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryReply.ProtoReflect.Descriptor instead.
 func (*QueryReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *QueryReply) GetStatus() uint32 {
@@ -4006,7 +4462,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4018,7 +4474,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4031,7 +4487,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -4080,7 +4536,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4092,7 +4548,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4105,7 +4561,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -4141,7 +4597,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4153,7 +4609,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4166,7 +4622,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -4207,7 +4663,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4219,7 +4675,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4232,7 +4688,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -4262,7 +4718,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4274,7 +4730,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4287,7 +4743,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -4333,6 +4789,7 @@ type RenewReply struct {
 	LeaseMs       uint32                 `protobuf:"varint,4,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"` // from the moment the request was sent
 	Refused       []*Lease               `protobuf:"bytes,5,rep,name=refused,proto3" json:"refused,omitempty"`                 // these epochs are over
 	Volumes       []*Volume              `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`                 // current size and members of the leased ones
+	Maintain      []string               `protobuf:"bytes,20,rep,name=maintain,proto3" json:"maintain,omitempty"`              // detached volumes this host is asked to repair
 	Meta          []string               `protobuf:"bytes,40,rep,name=meta,proto3" json:"meta,omitempty"`                      // API addresses of all metadata nodes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4340,7 +4797,7 @@ type RenewReply struct {
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4352,7 +4809,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4365,7 +4822,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -4410,6 +4867,13 @@ func (x *RenewReply) GetVolumes() []*Volume {
 	return nil
 }
 
+func (x *RenewReply) GetMaintain() []string {
+	if x != nil {
+		return x.Maintain
+	}
+	return nil
+}
+
 func (x *RenewReply) GetMeta() []string {
 	if x != nil {
 		return x.Meta
@@ -4425,7 +4889,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4437,7 +4901,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4450,7 +4914,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
 }
 
 type NodeReply struct {
@@ -4477,7 +4941,7 @@ type NodeReply struct {
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4489,7 +4953,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4502,7 +4966,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *NodeReply) GetId() string {
@@ -4627,7 +5091,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4639,7 +5103,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4652,7 +5116,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *WatchRequest) GetAfter() uint64 {
@@ -4681,7 +5145,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4693,7 +5157,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4706,7 +5170,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Change) GetWhat() isChange_What {
@@ -4823,7 +5287,7 @@ type WatchReply struct {
 
 func (x *WatchReply) Reset() {
 	*x = WatchReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4835,7 +5299,7 @@ func (x *WatchReply) String() string {
 func (*WatchReply) ProtoMessage() {}
 
 func (x *WatchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4848,7 +5312,7 @@ func (x *WatchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
 func (*WatchReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *WatchReply) GetRevision() uint64 {
@@ -4889,7 +5353,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4901,7 +5365,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4914,7 +5378,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AddNodeRequest) GetApiAddr() string {
@@ -4941,7 +5405,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4953,7 +5417,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4966,7 +5430,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4995,7 +5459,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5007,7 +5471,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5020,7 +5484,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *NodesReply) GetStatus() uint32 {
@@ -5059,7 +5523,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5071,7 +5535,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5084,7 +5548,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
 }
 
 type BackupPiece struct {
@@ -5099,7 +5563,7 @@ type BackupPiece struct {
 
 func (x *BackupPiece) Reset() {
 	*x = BackupPiece{}
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5111,7 +5575,7 @@ func (x *BackupPiece) String() string {
 func (*BackupPiece) ProtoMessage() {}
 
 func (x *BackupPiece) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5124,7 +5588,7 @@ func (x *BackupPiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
 func (*BackupPiece) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *BackupPiece) GetStatus() uint32 {
@@ -5176,19 +5640,24 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\adrained\x18\a \x01(\bR\adrained\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa0\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xba\x01\n" +
 	"\x06Member\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x1b\n" +
 	"\tdata_addr\x18\x04 \x01(\tR\bdataAddr\x12\x17\n" +
 	"\ain_sync\x18\x05 \x01(\bR\x06inSync\x12\x14\n" +
-	"\x05floor\x18\x06 \x01(\x04R\x05floor\"q\n" +
+	"\x05floor\x18\x06 \x01(\x04R\x05floor\x12\x18\n" +
+	"\aleaving\x18\x14 \x01(\bR\aleaving\"\x9e\x01\n" +
 	"\x05Chunk\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12*\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x14.cairn.v1.ChunkStateR\x05state\x12\x16\n" +
-	"\x06stores\x18\x04 \x03(\fR\x06stores\"\xc0\x06\n" +
+	"\x06stores\x18\x04 \x03(\fR\x06stores\x12+\n" +
+	"\afilling\x18\x14 \x03(\v2\x11.cairn.v1.FillingR\afilling\";\n" +
+	"\aFilling\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\fR\x05store\x12\x1a\n" +
+	"\breplaces\x18\x02 \x01(\fR\breplaces\"\xe2\x06\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -5208,7 +5677,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x10attached_unix_ns\x18\f \x01(\x03R\x0eattachedUnixNs\x12*\n" +
 	"\amembers\x18\r \x03(\v2\x10.cairn.v1.MemberR\amembers\x12\x1f\n" +
 	"\vchunk_count\x18\x0e \x01(\x04R\n" +
-	"chunkCount\x12\x14\n" +
+	"chunkCount\x12 \n" +
+	"\vmaintenance\x18\x10 \x01(\bR\vmaintenance\x12\x14\n" +
 	"\x05moved\x18\x0f \x01(\bR\x05moved\x12\x16\n" +
 	"\x06tenant\x18( \x01(\tR\x06tenant\x12.\n" +
 	"\x04tags\x18) \x03(\v2\x1a.cairn.v1.Volume.TagsEntryR\x04tags\x12\x14\n" +
@@ -5270,7 +5740,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18( \x01(\tR\aoutcome\"\xf6\f\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\x9e\x0e\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -5308,7 +5778,11 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\rupdate_volume\x182 \x01(\v2\x16.cairn.v1.UpdateVolumeH\x00R\fupdateVolume\x124\n" +
 	"\n" +
 	"set_tenant\x183 \x01(\v2\x13.cairn.v1.SetTenantH\x00R\tsetTenant\x12:\n" +
-	"\ftrust_volume\x184 \x01(\v2\x15.cairn.v1.TrustVolumeH\x00R\vtrustVolumeB\x04\n" +
+	"\ftrust_volume\x184 \x01(\v2\x15.cairn.v1.TrustVolumeH\x00R\vtrustVolume\x127\n" +
+	"\vmove_chunks\x18F \x01(\v2\x14.cairn.v1.MoveChunksH\x00R\n" +
+	"moveChunks\x12:\n" +
+	"\fset_replicas\x18G \x01(\v2\x15.cairn.v1.SetReplicasH\x00R\vsetReplicas\x121\n" +
+	"\thand_over\x18H \x01(\v2\x12.cairn.v1.HandOverH\x00R\bhandOverB\x04\n" +
 	"\x02op\"7\n" +
 	"\aSetHost\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
@@ -5390,13 +5864,39 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\"I\n" +
 	"\fDeleteVolume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12!\n" +
-	"\fkeep_seconds\x18( \x01(\x03R\vkeepSeconds\"\x95\x01\n" +
+	"\fkeep_seconds\x18( \x01(\x03R\vkeepSeconds\"\xb7\x01\n" +
 	"\x06Attach\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x18\n" +
 	"\asession\x18\x03 \x01(\tR\asession\x12\x1a\n" +
-	"\btakeover\x18\x04 \x01(\bR\btakeover\x12)\n" +
-	"\x10predecessor_gone\x18\x05 \x01(\bR\x0fpredecessorGone\";\n" +
+	"\btakeover\x18\x04 \x01(\bR\btakeover\x12 \n" +
+	"\vmaintenance\x18\x14 \x01(\bR\vmaintenance\x12)\n" +
+	"\x10predecessor_gone\x18\x05 \x01(\bR\x0fpredecessorGone\"k\n" +
+	"\bHandOver\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x12\n" +
+	"\x04host\x18\x03 \x01(\tR\x04host\x12\x18\n" +
+	"\asession\x18\x04 \x01(\tR\asession\"\xc2\x01\n" +
+	"\tChunkMove\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\fR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\fR\x02to\x12%\n" +
+	"\x0eto_incarnation\x18\x04 \x01(\x04R\rtoIncarnation\x12,\n" +
+	"\x04step\x18\x05 \x01(\x0e2\x18.cairn.v1.ChunkMove.StepR\x04step\"&\n" +
+	"\x04Step\x12\b\n" +
+	"\x04PLAN\x10\x00\x12\b\n" +
+	"\x04DONE\x10\x01\x12\n" +
+	"\n" +
+	"\x06CANCEL\x10\x02\"\x86\x01\n" +
+	"\n" +
+	"MoveChunks\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x12)\n" +
+	"\x05moves\x18\x04 \x03(\v2\x13.cairn.v1.ChunkMoveR\x05moves\"A\n" +
+	"\vSetReplicas\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x1a\n" +
+	"\breplicas\x18\x02 \x01(\rR\breplicas\";\n" +
 	"\x06Detach\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\rR\x05epoch\"\xbd\x01\n" +
@@ -5513,7 +6013,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\asession\x18\x02 \x01(\tR\asession\x12'\n" +
 	"\x06leases\x18\x03 \x03(\v2\x0f.cairn.v1.LeaseR\x06leases\x12)\n" +
 	"\arelease\x18\x04 \x03(\v2\x0f.cairn.v1.LeaseR\arelease\x12*\n" +
-	"\x05usage\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x05usage\"\xda\x01\n" +
+	"\x05usage\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x05usage\"\xf6\x01\n" +
 	"\n" +
 	"RenewReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -5521,7 +6021,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06leader\x18\x03 \x01(\tR\x06leader\x12\x19\n" +
 	"\blease_ms\x18\x04 \x01(\rR\aleaseMs\x12)\n" +
 	"\arefused\x18\x05 \x03(\v2\x0f.cairn.v1.LeaseR\arefused\x12*\n" +
-	"\avolumes\x18\x06 \x03(\v2\x10.cairn.v1.VolumeR\avolumes\x12\x12\n" +
+	"\avolumes\x18\x06 \x03(\v2\x10.cairn.v1.VolumeR\avolumes\x12\x1a\n" +
+	"\bmaintain\x18\x14 \x03(\tR\bmaintain\x12\x12\n" +
 	"\x04meta\x18( \x03(\tR\x04meta\"\r\n" +
 	"\vNodeRequest\"\x98\x03\n" +
 	"\tNodeReply\x12\x0e\n" +
@@ -5607,168 +6108,180 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 	return file_proto_pb_meta_proto_rawDescData
 }
 
-var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
+var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
 var file_proto_pb_meta_proto_goTypes = []any{
 	(ChunkState)(0),           // 0: cairn.v1.ChunkState
-	(*Store)(nil),             // 1: cairn.v1.Store
-	(*Host)(nil),              // 2: cairn.v1.Host
-	(*Member)(nil),            // 3: cairn.v1.Member
-	(*Chunk)(nil),             // 4: cairn.v1.Chunk
-	(*Volume)(nil),            // 5: cairn.v1.Volume
-	(*Qos)(nil),               // 6: cairn.v1.Qos
-	(*Tenant)(nil),            // 7: cairn.v1.Tenant
-	(*Pool)(nil),              // 8: cairn.v1.Pool
-	(*JoinToken)(nil),         // 9: cairn.v1.JoinToken
-	(*VM)(nil),                // 10: cairn.v1.VM
-	(*Event)(nil),             // 11: cairn.v1.Event
-	(*Command)(nil),           // 12: cairn.v1.Command
-	(*SetHost)(nil),           // 13: cairn.v1.SetHost
-	(*RemoveHost)(nil),        // 14: cairn.v1.RemoveHost
-	(*MakeToken)(nil),         // 15: cairn.v1.MakeToken
-	(*RevokeToken)(nil),       // 16: cairn.v1.RevokeToken
-	(*Note)(nil),              // 17: cairn.v1.Note
-	(*Housekeeping)(nil),      // 18: cairn.v1.Housekeeping
-	(*UndeleteVolume)(nil),    // 19: cairn.v1.UndeleteVolume
-	(*PurgeVolume)(nil),       // 20: cairn.v1.PurgeVolume
-	(*ShrinkVolume)(nil),      // 21: cairn.v1.ShrinkVolume
-	(*UndoShrink)(nil),        // 22: cairn.v1.UndoShrink
-	(*UpdateVolume)(nil),      // 23: cairn.v1.UpdateVolume
-	(*SetTenant)(nil),         // 24: cairn.v1.SetTenant
-	(*TrustVolume)(nil),       // 25: cairn.v1.TrustVolume
-	(*InitCluster)(nil),       // 26: cairn.v1.InitCluster
-	(*OpenSession)(nil),       // 27: cairn.v1.OpenSession
-	(*RegisterHost)(nil),      // 28: cairn.v1.RegisterHost
-	(*RegisterStore)(nil),     // 29: cairn.v1.RegisterStore
-	(*CreateVolume)(nil),      // 30: cairn.v1.CreateVolume
-	(*RenameVolume)(nil),      // 31: cairn.v1.RenameVolume
-	(*ResizeVolume)(nil),      // 32: cairn.v1.ResizeVolume
-	(*DeleteVolume)(nil),      // 33: cairn.v1.DeleteVolume
-	(*Attach)(nil),            // 34: cairn.v1.Attach
-	(*Detach)(nil),            // 35: cairn.v1.Detach
-	(*Allocate)(nil),          // 36: cairn.v1.Allocate
-	(*MemberChange)(nil),      // 37: cairn.v1.MemberChange
-	(*ChangeMembers)(nil),     // 38: cairn.v1.ChangeMembers
-	(*PutVM)(nil),             // 39: cairn.v1.PutVM
-	(*DeleteVM)(nil),          // 40: cairn.v1.DeleteVM
-	(*Result)(nil),            // 41: cairn.v1.Result
-	(*MemberResult)(nil),      // 42: cairn.v1.MemberResult
-	(*QueryRequest)(nil),      // 43: cairn.v1.QueryRequest
-	(*GoneVolumes)(nil),       // 44: cairn.v1.GoneVolumes
-	(*Events)(nil),            // 45: cairn.v1.Events
-	(*PlaceVM)(nil),           // 46: cairn.v1.PlaceVM
-	(*QueryReply)(nil),        // 47: cairn.v1.QueryReply
-	(*StoreUsage)(nil),        // 48: cairn.v1.StoreUsage
-	(*StoreState)(nil),        // 49: cairn.v1.StoreState
-	(*HostState)(nil),         // 50: cairn.v1.HostState
-	(*Lease)(nil),             // 51: cairn.v1.Lease
-	(*RenewRequest)(nil),      // 52: cairn.v1.RenewRequest
-	(*RenewReply)(nil),        // 53: cairn.v1.RenewReply
-	(*NodeRequest)(nil),       // 54: cairn.v1.NodeRequest
-	(*NodeReply)(nil),         // 55: cairn.v1.NodeReply
-	(*WatchRequest)(nil),      // 56: cairn.v1.WatchRequest
-	(*Change)(nil),            // 57: cairn.v1.Change
-	(*WatchReply)(nil),        // 58: cairn.v1.WatchReply
-	(*AddNodeRequest)(nil),    // 59: cairn.v1.AddNodeRequest
-	(*RemoveNodeRequest)(nil), // 60: cairn.v1.RemoveNodeRequest
-	(*NodesReply)(nil),        // 61: cairn.v1.NodesReply
-	(*BackupRequest)(nil),     // 62: cairn.v1.BackupRequest
-	(*BackupPiece)(nil),       // 63: cairn.v1.BackupPiece
-	nil,                       // 64: cairn.v1.Host.LabelsEntry
-	nil,                       // 65: cairn.v1.Volume.TagsEntry
-	nil,                       // 66: cairn.v1.UpdateVolume.SetTagsEntry
-	nil,                       // 67: cairn.v1.CreateVolume.TagsEntry
+	(ChunkMove_Step)(0),       // 1: cairn.v1.ChunkMove.Step
+	(*Store)(nil),             // 2: cairn.v1.Store
+	(*Host)(nil),              // 3: cairn.v1.Host
+	(*Member)(nil),            // 4: cairn.v1.Member
+	(*Chunk)(nil),             // 5: cairn.v1.Chunk
+	(*Filling)(nil),           // 6: cairn.v1.Filling
+	(*Volume)(nil),            // 7: cairn.v1.Volume
+	(*Qos)(nil),               // 8: cairn.v1.Qos
+	(*Tenant)(nil),            // 9: cairn.v1.Tenant
+	(*Pool)(nil),              // 10: cairn.v1.Pool
+	(*JoinToken)(nil),         // 11: cairn.v1.JoinToken
+	(*VM)(nil),                // 12: cairn.v1.VM
+	(*Event)(nil),             // 13: cairn.v1.Event
+	(*Command)(nil),           // 14: cairn.v1.Command
+	(*SetHost)(nil),           // 15: cairn.v1.SetHost
+	(*RemoveHost)(nil),        // 16: cairn.v1.RemoveHost
+	(*MakeToken)(nil),         // 17: cairn.v1.MakeToken
+	(*RevokeToken)(nil),       // 18: cairn.v1.RevokeToken
+	(*Note)(nil),              // 19: cairn.v1.Note
+	(*Housekeeping)(nil),      // 20: cairn.v1.Housekeeping
+	(*UndeleteVolume)(nil),    // 21: cairn.v1.UndeleteVolume
+	(*PurgeVolume)(nil),       // 22: cairn.v1.PurgeVolume
+	(*ShrinkVolume)(nil),      // 23: cairn.v1.ShrinkVolume
+	(*UndoShrink)(nil),        // 24: cairn.v1.UndoShrink
+	(*UpdateVolume)(nil),      // 25: cairn.v1.UpdateVolume
+	(*SetTenant)(nil),         // 26: cairn.v1.SetTenant
+	(*TrustVolume)(nil),       // 27: cairn.v1.TrustVolume
+	(*InitCluster)(nil),       // 28: cairn.v1.InitCluster
+	(*OpenSession)(nil),       // 29: cairn.v1.OpenSession
+	(*RegisterHost)(nil),      // 30: cairn.v1.RegisterHost
+	(*RegisterStore)(nil),     // 31: cairn.v1.RegisterStore
+	(*CreateVolume)(nil),      // 32: cairn.v1.CreateVolume
+	(*RenameVolume)(nil),      // 33: cairn.v1.RenameVolume
+	(*ResizeVolume)(nil),      // 34: cairn.v1.ResizeVolume
+	(*DeleteVolume)(nil),      // 35: cairn.v1.DeleteVolume
+	(*Attach)(nil),            // 36: cairn.v1.Attach
+	(*HandOver)(nil),          // 37: cairn.v1.HandOver
+	(*ChunkMove)(nil),         // 38: cairn.v1.ChunkMove
+	(*MoveChunks)(nil),        // 39: cairn.v1.MoveChunks
+	(*SetReplicas)(nil),       // 40: cairn.v1.SetReplicas
+	(*Detach)(nil),            // 41: cairn.v1.Detach
+	(*Allocate)(nil),          // 42: cairn.v1.Allocate
+	(*MemberChange)(nil),      // 43: cairn.v1.MemberChange
+	(*ChangeMembers)(nil),     // 44: cairn.v1.ChangeMembers
+	(*PutVM)(nil),             // 45: cairn.v1.PutVM
+	(*DeleteVM)(nil),          // 46: cairn.v1.DeleteVM
+	(*Result)(nil),            // 47: cairn.v1.Result
+	(*MemberResult)(nil),      // 48: cairn.v1.MemberResult
+	(*QueryRequest)(nil),      // 49: cairn.v1.QueryRequest
+	(*GoneVolumes)(nil),       // 50: cairn.v1.GoneVolumes
+	(*Events)(nil),            // 51: cairn.v1.Events
+	(*PlaceVM)(nil),           // 52: cairn.v1.PlaceVM
+	(*QueryReply)(nil),        // 53: cairn.v1.QueryReply
+	(*StoreUsage)(nil),        // 54: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 55: cairn.v1.StoreState
+	(*HostState)(nil),         // 56: cairn.v1.HostState
+	(*Lease)(nil),             // 57: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 58: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 59: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 60: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 61: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 62: cairn.v1.WatchRequest
+	(*Change)(nil),            // 63: cairn.v1.Change
+	(*WatchReply)(nil),        // 64: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 65: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 66: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 67: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 68: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 69: cairn.v1.BackupPiece
+	nil,                       // 70: cairn.v1.Host.LabelsEntry
+	nil,                       // 71: cairn.v1.Volume.TagsEntry
+	nil,                       // 72: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 73: cairn.v1.CreateVolume.TagsEntry
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	64, // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	70, // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
 	0,  // 1: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
-	3,  // 2: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	65, // 3: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
-	6,  // 4: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	27, // 5: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
-	28, // 6: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
-	29, // 7: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
-	30, // 8: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	31, // 9: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	32, // 10: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	33, // 11: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	34, // 12: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	35, // 13: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	36, // 14: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	38, // 15: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	39, // 16: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	40, // 17: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
-	26, // 18: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
-	13, // 19: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
-	14, // 20: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
-	15, // 21: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
-	16, // 22: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
-	17, // 23: cairn.v1.Command.note:type_name -> cairn.v1.Note
-	18, // 24: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
-	19, // 25: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
-	20, // 26: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
-	21, // 27: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
-	22, // 28: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
-	23, // 29: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
-	24, // 30: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
-	25, // 31: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
-	66, // 32: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
-	6,  // 33: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
-	2,  // 34: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	1,  // 35: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	67, // 36: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
-	6,  // 37: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	4,  // 38: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	37, // 39: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	10, // 40: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	5,  // 41: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	4,  // 42: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	42, // 43: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	10, // 44: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	44, // 45: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	45, // 46: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	46, // 47: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	5,  // 48: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	4,  // 49: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	50, // 50: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	10, // 51: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	11, // 52: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	55, // 53: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	7,  // 54: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	8,  // 55: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	9,  // 56: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	1,  // 57: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	48, // 58: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	2,  // 59: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	49, // 60: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	51, // 61: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	51, // 62: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	48, // 63: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	51, // 64: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	5,  // 65: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	57, // 66: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	55, // 67: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	12, // 68: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	43, // 69: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	52, // 70: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	54, // 71: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	56, // 72: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	59, // 73: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	60, // 74: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	62, // 75: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	41, // 76: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	47, // 77: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	53, // 78: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	55, // 79: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	58, // 80: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	61, // 81: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	61, // 82: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	63, // 83: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	76, // [76:84] is the sub-list for method output_type
-	68, // [68:76] is the sub-list for method input_type
-	68, // [68:68] is the sub-list for extension type_name
-	68, // [68:68] is the sub-list for extension extendee
-	0,  // [0:68] is the sub-list for field type_name
+	6,  // 2: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
+	4,  // 3: cairn.v1.Volume.members:type_name -> cairn.v1.Member
+	71, // 4: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	8,  // 5: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
+	29, // 6: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
+	30, // 7: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
+	31, // 8: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
+	32, // 9: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
+	33, // 10: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	34, // 11: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	35, // 12: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	36, // 13: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	41, // 14: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	42, // 15: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	44, // 16: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	45, // 17: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	46, // 18: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	28, // 19: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
+	15, // 20: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
+	16, // 21: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
+	17, // 22: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
+	18, // 23: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
+	19, // 24: cairn.v1.Command.note:type_name -> cairn.v1.Note
+	20, // 25: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
+	21, // 26: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
+	22, // 27: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
+	23, // 28: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
+	24, // 29: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
+	25, // 30: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
+	26, // 31: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
+	27, // 32: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
+	39, // 33: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
+	40, // 34: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
+	37, // 35: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
+	72, // 36: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	8,  // 37: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	3,  // 38: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	2,  // 39: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	73, // 40: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	8,  // 41: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	1,  // 42: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	38, // 43: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,  // 44: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	43, // 45: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12, // 46: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,  // 47: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,  // 48: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	48, // 49: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12, // 50: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	50, // 51: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	51, // 52: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	52, // 53: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	7,  // 54: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,  // 55: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	56, // 56: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12, // 57: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13, // 58: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	61, // 59: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,  // 60: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10, // 61: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11, // 62: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	2,  // 63: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	54, // 64: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,  // 65: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	55, // 66: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	57, // 67: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	57, // 68: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	54, // 69: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	57, // 70: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,  // 71: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	63, // 72: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	61, // 73: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14, // 74: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	49, // 75: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	58, // 76: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	60, // 77: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	62, // 78: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	65, // 79: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	66, // 80: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	68, // 81: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	47, // 82: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	53, // 83: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	59, // 84: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	61, // 85: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	64, // 86: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	67, // 87: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	67, // 88: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	69, // 89: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	82, // [82:90] is the sub-list for method output_type
+	74, // [74:82] is the sub-list for method input_type
+	74, // [74:74] is the sub-list for extension type_name
+	74, // [74:74] is the sub-list for extension extendee
+	0,  // [0:74] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -5776,7 +6289,7 @@ func file_proto_pb_meta_proto_init() {
 	if File_proto_pb_meta_proto != nil {
 		return
 	}
-	file_proto_pb_meta_proto_msgTypes[11].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[12].OneofWrappers = []any{
 		(*Command_OpenSession)(nil),
 		(*Command_RegisterHost)(nil),
 		(*Command_RegisterStore)(nil),
@@ -5804,8 +6317,11 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_UpdateVolume)(nil),
 		(*Command_SetTenant)(nil),
 		(*Command_TrustVolume)(nil),
+		(*Command_MoveChunks)(nil),
+		(*Command_SetReplicas)(nil),
+		(*Command_HandOver)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[42].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[47].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
 		(*QueryRequest_Volumes)(nil),
 		(*QueryRequest_Hosts)(nil),
@@ -5819,7 +6335,7 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_Tenants)(nil),
 		(*QueryRequest_Tokens)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[56].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[61].OneofWrappers = []any{
 		(*Change_Volume)(nil),
 		(*Change_Host)(nil),
 		(*Change_Store)(nil),
@@ -5832,8 +6348,8 @@ func file_proto_pb_meta_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   67,
+			NumEnums:      2,
+			NumMessages:   72,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
