@@ -771,6 +771,331 @@ func (x *HostStatusReply) GetVolumes() []*VolumeUsage {
 	return nil
 }
 
+type CutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	HoldMs        uint32                 `protobuf:"varint,2,opt,name=hold_ms,json=holdMs,proto3" json:"hold_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CutRequest) Reset() {
+	*x = CutRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CutRequest) ProtoMessage() {}
+
+func (x *CutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
+func (*CutRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *CutRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *CutRequest) GetHoldMs() uint32 {
+	if x != nil {
+		return x.HoldMs
+	}
+	return 0
+}
+
+type CutReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	VolumeId      uint64                 `protobuf:"varint,3,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Layer         uint32                 `protobuf:"varint,4,opt,name=layer,proto3" json:"layer,omitempty"` // that is cut
+	SizeBytes     uint64                 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Held          bool                   `protobuf:"varint,6,opt,name=held,proto3" json:"held,omitempty"`                   // ReleaseCut: until now
+	HeldUs        uint64                 `protobuf:"varint,7,opt,name=held_us,json=heldUs,proto3" json:"held_us,omitempty"` // ReleaseCut: for so long
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CutReply) Reset() {
+	*x = CutReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CutReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CutReply) ProtoMessage() {}
+
+func (x *CutReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CutReply.ProtoReflect.Descriptor instead.
+func (*CutReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *CutReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *CutReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *CutReply) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *CutReply) GetLayer() uint32 {
+	if x != nil {
+		return x.Layer
+	}
+	return 0
+}
+
+func (x *CutReply) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *CutReply) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
+func (x *CutReply) GetHeldUs() uint64 {
+	if x != nil {
+		return x.HeldUs
+	}
+	return 0
+}
+
+type DiffRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"` // snapshot; empty: everything that is not zeros
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`     // snapshot
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffRequest) Reset() {
+	*x = DiffRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffRequest) ProtoMessage() {}
+
+func (x *DiffRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
+func (*DiffRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *DiffRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *DiffRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *DiffRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+// DiffReply is one piece of the list; the last one may be an error.
+type DiffReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Ranges        []*Range               `protobuf:"bytes,3,rep,name=ranges,proto3" json:"ranges,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffReply) Reset() {
+	*x = DiffReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffReply) ProtoMessage() {}
+
+func (x *DiffReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffReply.ProtoReflect.Descriptor instead.
+func (*DiffReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DiffReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *DiffReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *DiffReply) GetRanges() []*Range {
+	if x != nil {
+		return x.Ranges
+	}
+	return nil
+}
+
+type Range struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Offset        uint64                 `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
+	Length        uint64                 `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"`
+	Zero          bool                   `protobuf:"varint,3,opt,name=zero,proto3" json:"zero,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Range) Reset() {
+	*x = Range{}
+	mi := &file_proto_pb_host_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Range) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Range) ProtoMessage() {}
+
+func (x *Range) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Range.ProtoReflect.Descriptor instead.
+func (*Range) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Range) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *Range) GetLength() uint64 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *Range) GetZero() bool {
+	if x != nil {
+		return x.Zero
+	}
+	return false
+}
+
 var File_proto_pb_host_proto protoreflect.FileDescriptor
 
 const file_proto_pb_host_proto_rawDesc = "" +
@@ -832,7 +1157,32 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12<\n" +
 	"\vattachments\x18\x04 \x03(\v2\x1a.cairn.v1.AttachmentStatusR\vattachments\x12,\n" +
 	"\x06stores\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x06stores\x12/\n" +
-	"\avolumes\x18\x06 \x03(\v2\x15.cairn.v1.VolumeUsageR\avolumes2\x86\x04\n" +
+	"\avolumes\x18\x06 \x03(\v2\x15.cairn.v1.VolumeUsageR\avolumes\"=\n" +
+	"\n" +
+	"CutRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x17\n" +
+	"\ahold_ms\x18\x02 \x01(\rR\x06holdMs\"\xb9\x01\n" +
+	"\bCutReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x1b\n" +
+	"\tvolume_id\x18\x03 \x01(\x04R\bvolumeId\x12\x14\n" +
+	"\x05layer\x18\x04 \x01(\rR\x05layer\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x12\x12\n" +
+	"\x04held\x18\x06 \x01(\bR\x04held\x12\x17\n" +
+	"\aheld_us\x18\a \x01(\x04R\x06heldUs\"I\n" +
+	"\vDiffRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\"d\n" +
+	"\tDiffReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12'\n" +
+	"\x06ranges\x18\x03 \x03(\v2\x0f.cairn.v1.RangeR\x06ranges\"K\n" +
+	"\x05Range\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x04R\x06offset\x12\x16\n" +
+	"\x06length\x18\x02 \x01(\x04R\x06length\x12\x12\n" +
+	"\x04zero\x18\x03 \x01(\bR\x04zero2\xdd\x06\n" +
 	"\vHostControl\x12J\n" +
 	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x128\n" +
 	"\fDetachVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
@@ -843,7 +1193,16 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\bResumeVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12,\n" +
 	"\x06ShowVM\x12\x0f.cairn.v1.VMRef\x1a\x11.cairn.v1.VMReply\x12D\n" +
 	"\n" +
-	"HostStatus\x12\x1b.cairn.v1.HostStatusRequest\x1a\x19.cairn.v1.HostStatusReplyB&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
+	"HostStatus\x12\x1b.cairn.v1.HostStatusRequest\x1a\x19.cairn.v1.HostStatusReply\x126\n" +
+	"\n" +
+	"PrepareCut\x12\x14.cairn.v1.CutRequest\x1a\x12.cairn.v1.CutReply\x123\n" +
+	"\aHoldCut\x12\x14.cairn.v1.CutRequest\x1a\x12.cairn.v1.CutReply\x126\n" +
+	"\n" +
+	"ReleaseCut\x12\x14.cairn.v1.CutRequest\x1a\x12.cairn.v1.CutReply\x129\n" +
+	"\rFlattenVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
+	"\rReclaimVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x12:\n" +
+	"\n" +
+	"DiffVolume\x12\x15.cairn.v1.DiffRequest\x1a\x13.cairn.v1.DiffReply0\x01B&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
 
 var (
 	file_proto_pb_host_proto_rawDescOnce sync.Once
@@ -857,7 +1216,7 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_proto_pb_host_proto_goTypes = []any{
 	(*VolumeRef)(nil),           // 0: cairn.v1.VolumeRef
 	(*VMRef)(nil),               // 1: cairn.v1.VMRef
@@ -870,36 +1229,54 @@ var file_proto_pb_host_proto_goTypes = []any{
 	(*AttachmentStatus)(nil),    // 8: cairn.v1.AttachmentStatus
 	(*VolumeUsage)(nil),         // 9: cairn.v1.VolumeUsage
 	(*HostStatusReply)(nil),     // 10: cairn.v1.HostStatusReply
-	(*StoreUsage)(nil),          // 11: cairn.v1.StoreUsage
+	(*CutRequest)(nil),          // 11: cairn.v1.CutRequest
+	(*CutReply)(nil),            // 12: cairn.v1.CutReply
+	(*DiffRequest)(nil),         // 13: cairn.v1.DiffRequest
+	(*DiffReply)(nil),           // 14: cairn.v1.DiffReply
+	(*Range)(nil),               // 15: cairn.v1.Range
+	(*StoreUsage)(nil),          // 16: cairn.v1.StoreUsage
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
 	7,  // 0: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
 	8,  // 1: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	11, // 2: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	16, // 2: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
 	9,  // 3: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
-	3,  // 4: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
-	0,  // 5: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
-	0,  // 6: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
-	1,  // 7: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
-	1,  // 8: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
-	1,  // 9: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
-	1,  // 10: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
-	1,  // 11: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
-	6,  // 12: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	4,  // 13: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	2,  // 14: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	2,  // 15: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	2,  // 16: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	2,  // 17: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	2,  // 18: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	2,  // 19: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	5,  // 20: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	10, // 21: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	13, // [13:22] is the sub-list for method output_type
-	4,  // [4:13] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	15, // 4: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
+	3,  // 5: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
+	0,  // 6: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
+	0,  // 7: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
+	1,  // 8: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
+	1,  // 9: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
+	1,  // 10: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
+	1,  // 11: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
+	1,  // 12: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
+	6,  // 13: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
+	11, // 14: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	11, // 15: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	11, // 16: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	0,  // 17: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
+	0,  // 18: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
+	13, // 19: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	4,  // 20: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	2,  // 21: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	2,  // 22: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	2,  // 23: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	2,  // 24: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	2,  // 25: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	2,  // 26: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	5,  // 27: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	10, // 28: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	12, // 29: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	12, // 30: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	12, // 31: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	2,  // 32: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	2,  // 33: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	14, // 34: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	20, // [20:35] is the sub-list for method output_type
+	5,  // [5:20] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_host_proto_init() }
@@ -914,7 +1291,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

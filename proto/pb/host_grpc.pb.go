@@ -30,6 +30,12 @@ const (
 	HostControl_ResumeVM_FullMethodName      = "/cairn.v1.HostControl/ResumeVM"
 	HostControl_ShowVM_FullMethodName        = "/cairn.v1.HostControl/ShowVM"
 	HostControl_HostStatus_FullMethodName    = "/cairn.v1.HostControl/HostStatus"
+	HostControl_PrepareCut_FullMethodName    = "/cairn.v1.HostControl/PrepareCut"
+	HostControl_HoldCut_FullMethodName       = "/cairn.v1.HostControl/HoldCut"
+	HostControl_ReleaseCut_FullMethodName    = "/cairn.v1.HostControl/ReleaseCut"
+	HostControl_FlattenVolume_FullMethodName = "/cairn.v1.HostControl/FlattenVolume"
+	HostControl_ReclaimVolume_FullMethodName = "/cairn.v1.HostControl/ReclaimVolume"
+	HostControl_DiffVolume_FullMethodName    = "/cairn.v1.HostControl/DiffVolume"
 )
 
 // HostControlClient is the client API for HostControl service.
@@ -46,6 +52,20 @@ type HostControlClient interface {
 	ResumeVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
 	ShowVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*VMReply, error)
 	HostStatus(ctx context.Context, in *HostStatusRequest, opts ...grpc.CallOption) (*HostStatusReply, error)
+	// A snapshot, of one volume or of several at the same moment, in three steps:
+	// PrepareCut flushes while the volume runs and gets the next layer, HoldCut
+	// holds new writes back until the older ones are durable and the next layer
+	// is written to, ReleaseCut lets them go and says whether they were held
+	// until then.
+	PrepareCut(ctx context.Context, in *CutRequest, opts ...grpc.CallOption) (*CutReply, error)
+	HoldCut(ctx context.Context, in *CutRequest, opts ...grpc.CallOption) (*CutReply, error)
+	ReleaseCut(ctx context.Context, in *CutRequest, opts ...grpc.CallOption) (*CutReply, error)
+	// FlattenVolume copies what a clone still reads from its origin.
+	FlattenVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error)
+	// ReclaimVolume waits until the layers of deleted snapshots are merged.
+	ReclaimVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error)
+	// DiffVolume lists what differs between two snapshots, or one and none.
+	DiffVolume(ctx context.Context, in *DiffRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffReply], error)
 }
 
 type hostControlClient struct {
@@ -146,6 +166,75 @@ func (c *hostControlClient) HostStatus(ctx context.Context, in *HostStatusReques
 	return out, nil
 }
 
+func (c *hostControlClient) PrepareCut(ctx context.Context, in *CutRequest, opts ...grpc.CallOption) (*CutReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CutReply)
+	err := c.cc.Invoke(ctx, HostControl_PrepareCut_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) HoldCut(ctx context.Context, in *CutRequest, opts ...grpc.CallOption) (*CutReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CutReply)
+	err := c.cc.Invoke(ctx, HostControl_HoldCut_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) ReleaseCut(ctx context.Context, in *CutRequest, opts ...grpc.CallOption) (*CutReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CutReply)
+	err := c.cc.Invoke(ctx, HostControl_ReleaseCut_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) FlattenVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_FlattenVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) ReclaimVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_ReclaimVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) DiffVolume(ctx context.Context, in *DiffRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffReply], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &HostControl_ServiceDesc.Streams[0], HostControl_DiffVolume_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[DiffRequest, DiffReply]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type HostControl_DiffVolumeClient = grpc.ServerStreamingClient[DiffReply]
+
 // HostControlServer is the server API for HostControl service.
 // All implementations must embed UnimplementedHostControlServer
 // for forward compatibility.
@@ -160,6 +249,20 @@ type HostControlServer interface {
 	ResumeVM(context.Context, *VMRef) (*HostReply, error)
 	ShowVM(context.Context, *VMRef) (*VMReply, error)
 	HostStatus(context.Context, *HostStatusRequest) (*HostStatusReply, error)
+	// A snapshot, of one volume or of several at the same moment, in three steps:
+	// PrepareCut flushes while the volume runs and gets the next layer, HoldCut
+	// holds new writes back until the older ones are durable and the next layer
+	// is written to, ReleaseCut lets them go and says whether they were held
+	// until then.
+	PrepareCut(context.Context, *CutRequest) (*CutReply, error)
+	HoldCut(context.Context, *CutRequest) (*CutReply, error)
+	ReleaseCut(context.Context, *CutRequest) (*CutReply, error)
+	// FlattenVolume copies what a clone still reads from its origin.
+	FlattenVolume(context.Context, *VolumeRef) (*HostReply, error)
+	// ReclaimVolume waits until the layers of deleted snapshots are merged.
+	ReclaimVolume(context.Context, *VolumeRef) (*HostReply, error)
+	// DiffVolume lists what differs between two snapshots, or one and none.
+	DiffVolume(*DiffRequest, grpc.ServerStreamingServer[DiffReply]) error
 	mustEmbedUnimplementedHostControlServer()
 }
 
@@ -196,6 +299,24 @@ func (UnimplementedHostControlServer) ShowVM(context.Context, *VMRef) (*VMReply,
 }
 func (UnimplementedHostControlServer) HostStatus(context.Context, *HostStatusRequest) (*HostStatusReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method HostStatus not implemented")
+}
+func (UnimplementedHostControlServer) PrepareCut(context.Context, *CutRequest) (*CutReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method PrepareCut not implemented")
+}
+func (UnimplementedHostControlServer) HoldCut(context.Context, *CutRequest) (*CutReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method HoldCut not implemented")
+}
+func (UnimplementedHostControlServer) ReleaseCut(context.Context, *CutRequest) (*CutReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReleaseCut not implemented")
+}
+func (UnimplementedHostControlServer) FlattenVolume(context.Context, *VolumeRef) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method FlattenVolume not implemented")
+}
+func (UnimplementedHostControlServer) ReclaimVolume(context.Context, *VolumeRef) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReclaimVolume not implemented")
+}
+func (UnimplementedHostControlServer) DiffVolume(*DiffRequest, grpc.ServerStreamingServer[DiffReply]) error {
+	return status.Error(codes.Unimplemented, "method DiffVolume not implemented")
 }
 func (UnimplementedHostControlServer) mustEmbedUnimplementedHostControlServer() {}
 func (UnimplementedHostControlServer) testEmbeddedByValue()                     {}
@@ -380,6 +501,107 @@ func _HostControl_HostStatus_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _HostControl_PrepareCut_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CutRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).PrepareCut(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_PrepareCut_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).PrepareCut(ctx, req.(*CutRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_HoldCut_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CutRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).HoldCut(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_HoldCut_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).HoldCut(ctx, req.(*CutRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_ReleaseCut_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CutRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ReleaseCut(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ReleaseCut_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ReleaseCut(ctx, req.(*CutRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_FlattenVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).FlattenVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_FlattenVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).FlattenVolume(ctx, req.(*VolumeRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_ReclaimVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ReclaimVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ReclaimVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ReclaimVolume(ctx, req.(*VolumeRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_DiffVolume_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(DiffRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(HostControlServer).DiffVolume(m, &grpc.GenericServerStream[DiffRequest, DiffReply]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type HostControl_DiffVolumeServer = grpc.ServerStreamingServer[DiffReply]
+
 // HostControl_ServiceDesc is the grpc.ServiceDesc for HostControl service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -423,7 +645,33 @@ var HostControl_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "HostStatus",
 			Handler:    _HostControl_HostStatus_Handler,
 		},
+		{
+			MethodName: "PrepareCut",
+			Handler:    _HostControl_PrepareCut_Handler,
+		},
+		{
+			MethodName: "HoldCut",
+			Handler:    _HostControl_HoldCut_Handler,
+		},
+		{
+			MethodName: "ReleaseCut",
+			Handler:    _HostControl_ReleaseCut_Handler,
+		},
+		{
+			MethodName: "FlattenVolume",
+			Handler:    _HostControl_FlattenVolume_Handler,
+		},
+		{
+			MethodName: "ReclaimVolume",
+			Handler:    _HostControl_ReclaimVolume_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "DiffVolume",
+			Handler:       _HostControl_DiffVolume_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "proto/pb/host.proto",
 }

@@ -543,6 +543,10 @@ type Volume struct {
 	ShrunkFrom     uint64                 `protobuf:"varint,46,opt,name=shrunk_from,json=shrunkFrom,proto3" json:"shrunk_from,omitempty"`               // bytes; > 0: a shrink can be undone
 	UndoUnixNs     int64                  `protobuf:"varint,47,opt,name=undo_unix_ns,json=undoUnixNs,proto3" json:"undo_unix_ns,omitempty"`             // until then
 	RestoredUnixNs int64                  `protobuf:"varint,48,opt,name=restored_unix_ns,json=restoredUnixNs,proto3" json:"restored_unix_ns,omitempty"` // it came out of a metadata backup of then and nobody has vouched for it
+	Layers         []*Layer               `protobuf:"bytes,60,rep,name=layers,proto3" json:"layers,omitempty"`                                          // empty: only layer 0, the top
+	Top            uint32                 `protobuf:"varint,61,opt,name=top,proto3" json:"top,omitempty"`                                               // the layer a new writer writes to
+	LastLayer      uint32                 `protobuf:"varint,62,opt,name=last_layer,json=lastLayer,proto3" json:"last_layer,omitempty"`                  // the highest id ever given
+	Origin         *Origin                `protobuf:"bytes,63,opt,name=origin,proto3" json:"origin,omitempty"`                                          // of a clone
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -750,6 +754,34 @@ func (x *Volume) GetRestoredUnixNs() int64 {
 		return x.RestoredUnixNs
 	}
 	return 0
+}
+
+func (x *Volume) GetLayers() []*Layer {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *Volume) GetTop() uint32 {
+	if x != nil {
+		return x.Top
+	}
+	return 0
+}
+
+func (x *Volume) GetLastLayer() uint32 {
+	if x != nil {
+		return x.LastLayer
+	}
+	return 0
+}
+
+func (x *Volume) GetOrigin() *Origin {
+	if x != nil {
+		return x.Origin
+	}
+	return nil
 }
 
 // Qos bounds what a volume gets of its gateway. 0 is no bound.
@@ -1314,6 +1346,13 @@ type Command struct {
 	//	*Command_MoveChunks
 	//	*Command_SetReplicas
 	//	*Command_HandOver
+	//	*Command_PrepareSnapshot
+	//	*Command_NameSnapshots
+	//	*Command_DeleteSnapshot
+	//	*Command_CloneVolume
+	//	*Command_RollbackVolume
+	//	*Command_FlattenVolume
+	//	*Command_PruneLayer
 	Op            isCommand_Op `protobuf_oneof:"op"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1654,6 +1693,69 @@ func (x *Command) GetHandOver() *HandOver {
 	return nil
 }
 
+func (x *Command) GetPrepareSnapshot() *PrepareSnapshot {
+	if x != nil {
+		if x, ok := x.Op.(*Command_PrepareSnapshot); ok {
+			return x.PrepareSnapshot
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetNameSnapshots() *NameSnapshots {
+	if x != nil {
+		if x, ok := x.Op.(*Command_NameSnapshots); ok {
+			return x.NameSnapshots
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetDeleteSnapshot() *DeleteSnapshot {
+	if x != nil {
+		if x, ok := x.Op.(*Command_DeleteSnapshot); ok {
+			return x.DeleteSnapshot
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetCloneVolume() *CloneVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_CloneVolume); ok {
+			return x.CloneVolume
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRollbackVolume() *RollbackVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_RollbackVolume); ok {
+			return x.RollbackVolume
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetFlattenVolume() *FlattenVolume {
+	if x != nil {
+		if x, ok := x.Op.(*Command_FlattenVolume); ok {
+			return x.FlattenVolume
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetPruneLayer() *PruneLayer {
+	if x != nil {
+		if x, ok := x.Op.(*Command_PruneLayer); ok {
+			return x.PruneLayer
+		}
+	}
+	return nil
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -1778,6 +1880,34 @@ type Command_HandOver struct {
 	HandOver *HandOver `protobuf:"bytes,72,opt,name=hand_over,json=handOver,proto3,oneof"`
 }
 
+type Command_PrepareSnapshot struct {
+	PrepareSnapshot *PrepareSnapshot `protobuf:"bytes,60,opt,name=prepare_snapshot,json=prepareSnapshot,proto3,oneof"`
+}
+
+type Command_NameSnapshots struct {
+	NameSnapshots *NameSnapshots `protobuf:"bytes,61,opt,name=name_snapshots,json=nameSnapshots,proto3,oneof"`
+}
+
+type Command_DeleteSnapshot struct {
+	DeleteSnapshot *DeleteSnapshot `protobuf:"bytes,62,opt,name=delete_snapshot,json=deleteSnapshot,proto3,oneof"`
+}
+
+type Command_CloneVolume struct {
+	CloneVolume *CloneVolume `protobuf:"bytes,63,opt,name=clone_volume,json=cloneVolume,proto3,oneof"`
+}
+
+type Command_RollbackVolume struct {
+	RollbackVolume *RollbackVolume `protobuf:"bytes,64,opt,name=rollback_volume,json=rollbackVolume,proto3,oneof"`
+}
+
+type Command_FlattenVolume struct {
+	FlattenVolume *FlattenVolume `protobuf:"bytes,65,opt,name=flatten_volume,json=flattenVolume,proto3,oneof"`
+}
+
+type Command_PruneLayer struct {
+	PruneLayer *PruneLayer `protobuf:"bytes,66,opt,name=prune_layer,json=pruneLayer,proto3,oneof"`
+}
+
 func (*Command_OpenSession) isCommand_Op() {}
 
 func (*Command_RegisterHost) isCommand_Op() {}
@@ -1837,6 +1967,20 @@ func (*Command_MoveChunks) isCommand_Op() {}
 func (*Command_SetReplicas) isCommand_Op() {}
 
 func (*Command_HandOver) isCommand_Op() {}
+
+func (*Command_PrepareSnapshot) isCommand_Op() {}
+
+func (*Command_NameSnapshots) isCommand_Op() {}
+
+func (*Command_DeleteSnapshot) isCommand_Op() {}
+
+func (*Command_CloneVolume) isCommand_Op() {}
+
+func (*Command_RollbackVolume) isCommand_Op() {}
+
+func (*Command_FlattenVolume) isCommand_Op() {}
+
+func (*Command_PruneLayer) isCommand_Op() {}
 
 // SetHost drains a host or lets it take part again: a drained one gets no new
 // chunks, VMs or attachments.
@@ -3720,6 +3864,7 @@ type Result struct {
 	Vm            *VM                    `protobuf:"bytes,7,opt,name=vm,proto3" json:"vm,omitempty"`
 	ClusterId     string                 `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Refused       bool                   `protobuf:"varint,9,opt,name=refused,proto3" json:"refused,omitempty"` // refused before the log: not done, and its number is not used up
+	Volumes       []*Volume              `protobuf:"bytes,60,rep,name=volumes,proto3" json:"volumes,omitempty"` // name_snapshots, in order
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3817,6 +3962,13 @@ func (x *Result) GetRefused() bool {
 	return false
 }
 
+func (x *Result) GetVolumes() []*Volume {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
 type MemberResult struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
@@ -3893,8 +4045,10 @@ type QueryRequest struct {
 	//	*QueryRequest_DeletedVolumes
 	//	*QueryRequest_Tenants
 	//	*QueryRequest_Tokens
+	//	*QueryRequest_LayersOf
 	Q             isQueryRequest_Q `protobuf_oneof:"q"`
-	WithChunks    bool             `protobuf:"varint,20,opt,name=with_chunks,json=withChunks,proto3" json:"with_chunks,omitempty"` // volume: its chunk map too
+	WithChunks    bool             `protobuf:"varint,20,opt,name=with_chunks,json=withChunks,proto3" json:"with_chunks,omitempty"`    // volume: its chunk map too
+	WithOrigins   bool             `protobuf:"varint,61,opt,name=with_origins,json=withOrigins,proto3" json:"with_origins,omitempty"` // volume: what its clone chain reads through
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4044,9 +4198,25 @@ func (x *QueryRequest) GetTokens() bool {
 	return false
 }
 
+func (x *QueryRequest) GetLayersOf() *LayersOf {
+	if x != nil {
+		if x, ok := x.Q.(*QueryRequest_LayersOf); ok {
+			return x.LayersOf
+		}
+	}
+	return nil
+}
+
 func (x *QueryRequest) GetWithChunks() bool {
 	if x != nil {
 		return x.WithChunks
+	}
+	return false
+}
+
+func (x *QueryRequest) GetWithOrigins() bool {
+	if x != nil {
+		return x.WithOrigins
 	}
 	return false
 }
@@ -4103,6 +4273,10 @@ type QueryRequest_Tokens struct {
 	Tokens bool `protobuf:"varint,42,opt,name=tokens,proto3,oneof"`
 }
 
+type QueryRequest_LayersOf struct {
+	LayersOf *LayersOf `protobuf:"bytes,60,opt,name=layers_of,json=layersOf,proto3,oneof"`
+}
+
 func (*QueryRequest_Volume) isQueryRequest_Q() {}
 
 func (*QueryRequest_Volumes) isQueryRequest_Q() {}
@@ -4126,6 +4300,8 @@ func (*QueryRequest_DeletedVolumes) isQueryRequest_Q() {}
 func (*QueryRequest_Tenants) isQueryRequest_Q() {}
 
 func (*QueryRequest_Tokens) isQueryRequest_Q() {}
+
+func (*QueryRequest_LayersOf) isQueryRequest_Q() {}
 
 // GoneVolumes asks which of these volumes no longer exist.
 type GoneVolumes struct {
@@ -4296,6 +4472,8 @@ type QueryReply struct {
 	Pool          *Pool                  `protobuf:"bytes,41,opt,name=pool,proto3" json:"pool,omitempty"`
 	Tokens        []*JoinToken           `protobuf:"bytes,42,rep,name=tokens,proto3" json:"tokens,omitempty"`
 	Revision      uint64                 `protobuf:"varint,43,opt,name=revision,proto3" json:"revision,omitempty"` // the state's, for Watch
+	Layers        []*VolumeLayers        `protobuf:"bytes,60,rep,name=layers,proto3" json:"layers,omitempty"`
+	Origins       []*OriginState         `protobuf:"bytes,61,rep,name=origins,proto3" json:"origins,omitempty"` // nearest first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4449,6 +4627,89 @@ func (x *QueryReply) GetRevision() uint64 {
 	return 0
 }
 
+func (x *QueryReply) GetLayers() []*VolumeLayers {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *QueryReply) GetOrigins() []*OriginState {
+	if x != nil {
+		return x.Origins
+	}
+	return nil
+}
+
+// OriginState is a volume that another reads through, from a layer on down.
+type OriginState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Layer         uint32                 `protobuf:"varint,2,opt,name=layer,proto3" json:"layer,omitempty"`
+	SizeBytes     uint64                 `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Chunks        []*Chunk               `protobuf:"bytes,4,rep,name=chunks,proto3" json:"chunks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OriginState) Reset() {
+	*x = OriginState{}
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OriginState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OriginState) ProtoMessage() {}
+
+func (x *OriginState) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OriginState.ProtoReflect.Descriptor instead.
+func (*OriginState) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *OriginState) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+func (x *OriginState) GetLayer() uint32 {
+	if x != nil {
+		return x.Layer
+	}
+	return 0
+}
+
+func (x *OriginState) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *OriginState) GetChunks() []*Chunk {
+	if x != nil {
+		return x.Chunks
+	}
+	return nil
+}
+
 type StoreUsage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
@@ -4462,7 +4723,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4474,7 +4735,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4487,7 +4748,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -4536,7 +4797,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4548,7 +4809,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4561,7 +4822,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -4597,7 +4858,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4609,7 +4870,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4622,7 +4883,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -4663,7 +4924,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4675,7 +4936,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4688,7 +4949,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -4718,7 +4979,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4730,7 +4991,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4743,7 +5004,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -4797,7 +5058,7 @@ type RenewReply struct {
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4809,7 +5070,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4822,7 +5083,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -4889,7 +5150,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4901,7 +5162,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4914,7 +5175,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
 }
 
 type NodeReply struct {
@@ -4941,7 +5202,7 @@ type NodeReply struct {
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4953,7 +5214,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4966,7 +5227,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *NodeReply) GetId() string {
@@ -5091,7 +5352,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5103,7 +5364,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5116,7 +5377,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *WatchRequest) GetAfter() uint64 {
@@ -5145,7 +5406,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5157,7 +5418,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5170,7 +5431,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Change) GetWhat() isChange_What {
@@ -5287,7 +5548,7 @@ type WatchReply struct {
 
 func (x *WatchReply) Reset() {
 	*x = WatchReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5299,7 +5560,7 @@ func (x *WatchReply) String() string {
 func (*WatchReply) ProtoMessage() {}
 
 func (x *WatchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5312,7 +5573,7 @@ func (x *WatchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
 func (*WatchReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WatchReply) GetRevision() uint64 {
@@ -5353,7 +5614,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5365,7 +5626,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5378,7 +5639,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AddNodeRequest) GetApiAddr() string {
@@ -5405,7 +5666,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5417,7 +5678,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5430,7 +5691,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -5459,7 +5720,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5471,7 +5732,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5484,7 +5745,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *NodesReply) GetStatus() uint32 {
@@ -5523,7 +5784,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5535,7 +5796,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5548,7 +5809,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
 }
 
 type BackupPiece struct {
@@ -5563,7 +5824,7 @@ type BackupPiece struct {
 
 func (x *BackupPiece) Reset() {
 	*x = BackupPiece{}
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5575,7 +5836,7 @@ func (x *BackupPiece) String() string {
 func (*BackupPiece) ProtoMessage() {}
 
 func (x *BackupPiece) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5588,7 +5849,7 @@ func (x *BackupPiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
 func (*BackupPiece) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *BackupPiece) GetStatus() uint32 {
@@ -5623,7 +5884,7 @@ var File_proto_pb_meta_proto protoreflect.FileDescriptor
 
 const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
-	"\x13proto/pb/meta.proto\x12\bcairn.v1\"\x8e\x01\n" +
+	"\x13proto/pb/meta.proto\x12\bcairn.v1\x1a\x17proto/pb/snapshot.proto\"\x8e\x01\n" +
 	"\x05Store\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
@@ -5657,7 +5918,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\afilling\x18\x14 \x03(\v2\x11.cairn.v1.FillingR\afilling\";\n" +
 	"\aFilling\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x1a\n" +
-	"\breplaces\x18\x02 \x01(\fR\breplaces\"\xe2\x06\n" +
+	"\breplaces\x18\x02 \x01(\fR\breplaces\"\xe6\a\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -5690,7 +5951,12 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"shrunkFrom\x12 \n" +
 	"\fundo_unix_ns\x18/ \x01(\x03R\n" +
 	"undoUnixNs\x12(\n" +
-	"\x10restored_unix_ns\x180 \x01(\x03R\x0erestoredUnixNs\x1a7\n" +
+	"\x10restored_unix_ns\x180 \x01(\x03R\x0erestoredUnixNs\x12'\n" +
+	"\x06layers\x18< \x03(\v2\x0f.cairn.v1.LayerR\x06layers\x12\x10\n" +
+	"\x03top\x18= \x01(\rR\x03top\x12\x1d\n" +
+	"\n" +
+	"last_layer\x18> \x01(\rR\tlastLayer\x12(\n" +
+	"\x06origin\x18? \x01(\v2\x10.cairn.v1.OriginR\x06origin\x1a7\n" +
 	"\tTagsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb8\x01\n" +
@@ -5740,7 +6006,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18( \x01(\tR\aoutcome\"\x9e\x0e\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\xe9\x11\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -5782,7 +6048,15 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\vmove_chunks\x18F \x01(\v2\x14.cairn.v1.MoveChunksH\x00R\n" +
 	"moveChunks\x12:\n" +
 	"\fset_replicas\x18G \x01(\v2\x15.cairn.v1.SetReplicasH\x00R\vsetReplicas\x121\n" +
-	"\thand_over\x18H \x01(\v2\x12.cairn.v1.HandOverH\x00R\bhandOverB\x04\n" +
+	"\thand_over\x18H \x01(\v2\x12.cairn.v1.HandOverH\x00R\bhandOver\x12F\n" +
+	"\x10prepare_snapshot\x18< \x01(\v2\x19.cairn.v1.PrepareSnapshotH\x00R\x0fprepareSnapshot\x12@\n" +
+	"\x0ename_snapshots\x18= \x01(\v2\x17.cairn.v1.NameSnapshotsH\x00R\rnameSnapshots\x12C\n" +
+	"\x0fdelete_snapshot\x18> \x01(\v2\x18.cairn.v1.DeleteSnapshotH\x00R\x0edeleteSnapshot\x12:\n" +
+	"\fclone_volume\x18? \x01(\v2\x15.cairn.v1.CloneVolumeH\x00R\vcloneVolume\x12C\n" +
+	"\x0frollback_volume\x18@ \x01(\v2\x18.cairn.v1.RollbackVolumeH\x00R\x0erollbackVolume\x12@\n" +
+	"\x0eflatten_volume\x18A \x01(\v2\x17.cairn.v1.FlattenVolumeH\x00R\rflattenVolume\x127\n" +
+	"\vprune_layer\x18B \x01(\v2\x14.cairn.v1.PruneLayerH\x00R\n" +
+	"pruneLayerB\x04\n" +
 	"\x02op\"7\n" +
 	"\aSetHost\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
@@ -5922,7 +6196,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\v2\f.cairn.v1.VMR\x02vm\x12\x16\n" +
 	"\x06create\x18\x02 \x01(\bR\x06create\"\x1e\n" +
 	"\bDeleteVM\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\xac\x02\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xd8\x02\n" +
 	"\x06Result\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
@@ -5933,11 +6207,12 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x02vm\x18\a \x01(\v2\f.cairn.v1.VMR\x02vm\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\b \x01(\tR\tclusterId\x12\x18\n" +
-	"\arefused\x18\t \x01(\bR\arefused\"Z\n" +
+	"\arefused\x18\t \x01(\bR\arefused\x12*\n" +
+	"\avolumes\x18< \x03(\v2\x10.cairn.v1.VolumeR\avolumes\"Z\n" +
 	"\fMemberResult\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"\xae\x03\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"\x84\x04\n" +
 	"\fQueryRequest\x12\x18\n" +
 	"\x06volume\x18\x01 \x01(\tH\x00R\x06volume\x12\x1a\n" +
 	"\avolumes\x18\x02 \x01(\bH\x00R\avolumes\x12\x16\n" +
@@ -5950,9 +6225,11 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\bplace_vm\x18\t \x01(\v2\x11.cairn.v1.PlaceVMH\x00R\aplaceVm\x12)\n" +
 	"\x0fdeleted_volumes\x18( \x01(\bH\x00R\x0edeletedVolumes\x12\x1a\n" +
 	"\atenants\x18) \x01(\bH\x00R\atenants\x12\x18\n" +
-	"\x06tokens\x18* \x01(\bH\x00R\x06tokens\x12\x1f\n" +
+	"\x06tokens\x18* \x01(\bH\x00R\x06tokens\x121\n" +
+	"\tlayers_of\x18< \x01(\v2\x12.cairn.v1.LayersOfH\x00R\blayersOf\x12\x1f\n" +
 	"\vwith_chunks\x18\x14 \x01(\bR\n" +
-	"withChunksB\x03\n" +
+	"withChunks\x12!\n" +
+	"\fwith_origins\x18= \x01(\bR\vwithOriginsB\x03\n" +
 	"\x01q\",\n" +
 	"\vGoneVolumes\x12\x1d\n" +
 	"\n" +
@@ -5962,7 +6239,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"<\n" +
 	"\aPlaceVM\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12!\n" +
-	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xd6\x04\n" +
+	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xb7\x05\n" +
 	"\n" +
 	"QueryReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -5984,7 +6261,15 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\atenants\x18( \x03(\v2\x10.cairn.v1.TenantR\atenants\x12\"\n" +
 	"\x04pool\x18) \x01(\v2\x0e.cairn.v1.PoolR\x04pool\x12+\n" +
 	"\x06tokens\x18* \x03(\v2\x13.cairn.v1.JoinTokenR\x06tokens\x12\x1a\n" +
-	"\brevision\x18+ \x01(\x04R\brevision\"\x9d\x01\n" +
+	"\brevision\x18+ \x01(\x04R\brevision\x12.\n" +
+	"\x06layers\x18< \x03(\v2\x16.cairn.v1.VolumeLayersR\x06layers\x12/\n" +
+	"\aorigins\x18= \x03(\v2\x15.cairn.v1.OriginStateR\aorigins\"\x95\x01\n" +
+	"\vOriginState\x12(\n" +
+	"\x06volume\x18\x01 \x01(\v2\x10.cairn.v1.VolumeR\x06volume\x12\x14\n" +
+	"\x05layer\x18\x02 \x01(\rR\x05layer\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\x12'\n" +
+	"\x06chunks\x18\x04 \x03(\v2\x0f.cairn.v1.ChunkR\x06chunks\"\x9d\x01\n" +
 	"\n" +
 	"StoreUsage\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12%\n" +
@@ -6109,7 +6394,7 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 73)
 var file_proto_pb_meta_proto_goTypes = []any{
 	(ChunkState)(0),           // 0: cairn.v1.ChunkState
 	(ChunkMove_Step)(0),       // 1: cairn.v1.ChunkMove.Step
@@ -6165,123 +6450,150 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	(*Events)(nil),            // 51: cairn.v1.Events
 	(*PlaceVM)(nil),           // 52: cairn.v1.PlaceVM
 	(*QueryReply)(nil),        // 53: cairn.v1.QueryReply
-	(*StoreUsage)(nil),        // 54: cairn.v1.StoreUsage
-	(*StoreState)(nil),        // 55: cairn.v1.StoreState
-	(*HostState)(nil),         // 56: cairn.v1.HostState
-	(*Lease)(nil),             // 57: cairn.v1.Lease
-	(*RenewRequest)(nil),      // 58: cairn.v1.RenewRequest
-	(*RenewReply)(nil),        // 59: cairn.v1.RenewReply
-	(*NodeRequest)(nil),       // 60: cairn.v1.NodeRequest
-	(*NodeReply)(nil),         // 61: cairn.v1.NodeReply
-	(*WatchRequest)(nil),      // 62: cairn.v1.WatchRequest
-	(*Change)(nil),            // 63: cairn.v1.Change
-	(*WatchReply)(nil),        // 64: cairn.v1.WatchReply
-	(*AddNodeRequest)(nil),    // 65: cairn.v1.AddNodeRequest
-	(*RemoveNodeRequest)(nil), // 66: cairn.v1.RemoveNodeRequest
-	(*NodesReply)(nil),        // 67: cairn.v1.NodesReply
-	(*BackupRequest)(nil),     // 68: cairn.v1.BackupRequest
-	(*BackupPiece)(nil),       // 69: cairn.v1.BackupPiece
-	nil,                       // 70: cairn.v1.Host.LabelsEntry
-	nil,                       // 71: cairn.v1.Volume.TagsEntry
-	nil,                       // 72: cairn.v1.UpdateVolume.SetTagsEntry
-	nil,                       // 73: cairn.v1.CreateVolume.TagsEntry
+	(*OriginState)(nil),       // 54: cairn.v1.OriginState
+	(*StoreUsage)(nil),        // 55: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 56: cairn.v1.StoreState
+	(*HostState)(nil),         // 57: cairn.v1.HostState
+	(*Lease)(nil),             // 58: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 59: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 60: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 61: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 62: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 63: cairn.v1.WatchRequest
+	(*Change)(nil),            // 64: cairn.v1.Change
+	(*WatchReply)(nil),        // 65: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 66: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 67: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 68: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 69: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 70: cairn.v1.BackupPiece
+	nil,                       // 71: cairn.v1.Host.LabelsEntry
+	nil,                       // 72: cairn.v1.Volume.TagsEntry
+	nil,                       // 73: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 74: cairn.v1.CreateVolume.TagsEntry
+	(*Layer)(nil),             // 75: cairn.v1.Layer
+	(*Origin)(nil),            // 76: cairn.v1.Origin
+	(*PrepareSnapshot)(nil),   // 77: cairn.v1.PrepareSnapshot
+	(*NameSnapshots)(nil),     // 78: cairn.v1.NameSnapshots
+	(*DeleteSnapshot)(nil),    // 79: cairn.v1.DeleteSnapshot
+	(*CloneVolume)(nil),       // 80: cairn.v1.CloneVolume
+	(*RollbackVolume)(nil),    // 81: cairn.v1.RollbackVolume
+	(*FlattenVolume)(nil),     // 82: cairn.v1.FlattenVolume
+	(*PruneLayer)(nil),        // 83: cairn.v1.PruneLayer
+	(*LayersOf)(nil),          // 84: cairn.v1.LayersOf
+	(*VolumeLayers)(nil),      // 85: cairn.v1.VolumeLayers
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	70, // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	71, // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
 	0,  // 1: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
 	6,  // 2: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
 	4,  // 3: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	71, // 4: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	72, // 4: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
 	8,  // 5: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	29, // 6: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
-	30, // 7: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
-	31, // 8: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
-	32, // 9: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	33, // 10: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	34, // 11: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	35, // 12: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	36, // 13: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	41, // 14: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	42, // 15: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	44, // 16: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	45, // 17: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	46, // 18: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
-	28, // 19: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
-	15, // 20: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
-	16, // 21: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
-	17, // 22: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
-	18, // 23: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
-	19, // 24: cairn.v1.Command.note:type_name -> cairn.v1.Note
-	20, // 25: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
-	21, // 26: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
-	22, // 27: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
-	23, // 28: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
-	24, // 29: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
-	25, // 30: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
-	26, // 31: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
-	27, // 32: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
-	39, // 33: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
-	40, // 34: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
-	37, // 35: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
-	72, // 36: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
-	8,  // 37: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
-	3,  // 38: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	2,  // 39: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	73, // 40: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
-	8,  // 41: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	1,  // 42: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
-	38, // 43: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
-	5,  // 44: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	43, // 45: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	12, // 46: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	7,  // 47: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	5,  // 48: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	48, // 49: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	12, // 50: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	50, // 51: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	51, // 52: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	52, // 53: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	7,  // 54: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	5,  // 55: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	56, // 56: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	12, // 57: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	13, // 58: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	61, // 59: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	9,  // 60: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	10, // 61: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	11, // 62: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	2,  // 63: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	54, // 64: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,  // 65: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	55, // 66: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	57, // 67: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	57, // 68: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	54, // 69: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	57, // 70: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,  // 71: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	63, // 72: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	61, // 73: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14, // 74: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	49, // 75: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	58, // 76: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	60, // 77: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	62, // 78: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	65, // 79: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	66, // 80: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	68, // 81: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	47, // 82: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	53, // 83: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	59, // 84: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	61, // 85: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	64, // 86: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	67, // 87: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	67, // 88: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	69, // 89: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	82, // [82:90] is the sub-list for method output_type
-	74, // [74:82] is the sub-list for method input_type
-	74, // [74:74] is the sub-list for extension type_name
-	74, // [74:74] is the sub-list for extension extendee
-	0,  // [0:74] is the sub-list for field type_name
+	75, // 6: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
+	76, // 7: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
+	29, // 8: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
+	30, // 9: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
+	31, // 10: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
+	32, // 11: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
+	33, // 12: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	34, // 13: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	35, // 14: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	36, // 15: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	41, // 16: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	42, // 17: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	44, // 18: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	45, // 19: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	46, // 20: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	28, // 21: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
+	15, // 22: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
+	16, // 23: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
+	17, // 24: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
+	18, // 25: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
+	19, // 26: cairn.v1.Command.note:type_name -> cairn.v1.Note
+	20, // 27: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
+	21, // 28: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
+	22, // 29: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
+	23, // 30: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
+	24, // 31: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
+	25, // 32: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
+	26, // 33: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
+	27, // 34: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
+	39, // 35: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
+	40, // 36: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
+	37, // 37: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
+	77, // 38: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
+	78, // 39: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
+	79, // 40: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
+	80, // 41: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
+	81, // 42: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
+	82, // 43: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
+	83, // 44: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
+	73, // 45: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	8,  // 46: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	3,  // 47: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	2,  // 48: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	74, // 49: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	8,  // 50: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	1,  // 51: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	38, // 52: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,  // 53: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	43, // 54: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12, // 55: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,  // 56: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,  // 57: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	48, // 58: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12, // 59: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	7,  // 60: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
+	50, // 61: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	51, // 62: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	52, // 63: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	84, // 64: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	7,  // 65: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,  // 66: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	57, // 67: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12, // 68: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13, // 69: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	62, // 70: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,  // 71: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10, // 72: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11, // 73: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	85, // 74: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	54, // 75: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	7,  // 76: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,  // 77: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,  // 78: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	55, // 79: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,  // 80: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	56, // 81: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	58, // 82: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	58, // 83: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	55, // 84: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	58, // 85: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,  // 86: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	64, // 87: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	62, // 88: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14, // 89: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	49, // 90: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	59, // 91: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	61, // 92: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	63, // 93: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	66, // 94: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	67, // 95: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	69, // 96: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	47, // 97: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	53, // 98: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	60, // 99: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	62, // 100: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	65, // 101: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	68, // 102: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	68, // 103: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	70, // 104: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	97, // [97:105] is the sub-list for method output_type
+	89, // [89:97] is the sub-list for method input_type
+	89, // [89:89] is the sub-list for extension type_name
+	89, // [89:89] is the sub-list for extension extendee
+	0,  // [0:89] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -6289,6 +6601,7 @@ func file_proto_pb_meta_proto_init() {
 	if File_proto_pb_meta_proto != nil {
 		return
 	}
+	file_proto_pb_snapshot_proto_init()
 	file_proto_pb_meta_proto_msgTypes[12].OneofWrappers = []any{
 		(*Command_OpenSession)(nil),
 		(*Command_RegisterHost)(nil),
@@ -6320,6 +6633,13 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_MoveChunks)(nil),
 		(*Command_SetReplicas)(nil),
 		(*Command_HandOver)(nil),
+		(*Command_PrepareSnapshot)(nil),
+		(*Command_NameSnapshots)(nil),
+		(*Command_DeleteSnapshot)(nil),
+		(*Command_CloneVolume)(nil),
+		(*Command_RollbackVolume)(nil),
+		(*Command_FlattenVolume)(nil),
+		(*Command_PruneLayer)(nil),
 	}
 	file_proto_pb_meta_proto_msgTypes[47].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
@@ -6334,8 +6654,9 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_DeletedVolumes)(nil),
 		(*QueryRequest_Tenants)(nil),
 		(*QueryRequest_Tokens)(nil),
+		(*QueryRequest_LayersOf)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[61].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[62].OneofWrappers = []any{
 		(*Change_Volume)(nil),
 		(*Change_Host)(nil),
 		(*Change_Store)(nil),
@@ -6349,7 +6670,7 @@ func file_proto_pb_meta_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   72,
+			NumMessages:   73,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
