@@ -39,6 +39,9 @@ func AppendRequest(dst []byte, q *Request) []byte {
 		dst = le.AppendUint32(dst, s)
 	}
 	dst = appendEntries(dst, q.Entries)
+	for _, l := range q.Chain {
+		dst = le.AppendUint32(dst, uint32(l))
+	}
 	putHeader(dst[start:], q.Kind, q.Flags&^FlagReply, q.ID, len(q.Data))
 	return dst
 }
@@ -152,8 +155,9 @@ func DecodeRequest(h Header, body []byte) (*Request, error) {
 	q.Count = le.Uint32(body[68:])
 	sums, entries := uint64(le.Uint32(body[72:])), uint64(le.Uint32(body[76:]))
 	rest := body[requestFixed:]
-	if 4*sums+entryBytes*entries != uint64(len(rest)) {
-		return nil, status.Errorf(status.Invalid, "request body of %d bytes does not hold %d sums and %d entries", len(body), sums, entries)
+	fixed := 4*sums + entryBytes*entries
+	if fixed > uint64(len(rest)) || (uint64(len(rest))-fixed)%4 != 0 || uint64(len(rest))-fixed > 4*(MaxLayers-1) {
+		return nil, status.Errorf(status.Invalid, "request body of %d bytes does not hold %d sums, %d entries and a chain of at most %d layers", len(body), sums, entries, MaxLayers)
 	}
 	if sums > 0 {
 		q.Sums = make([]uint32, sums)
@@ -161,7 +165,10 @@ func DecodeRequest(h Header, body []byte) (*Request, error) {
 			q.Sums[i] = le.Uint32(rest[4*i:])
 		}
 	}
-	q.Entries = decodeEntries(rest[4*sums:])
+	q.Entries = decodeEntries(rest[4*sums : fixed])
+	for rest = rest[fixed:]; len(rest) > 0; rest = rest[4:] {
+		q.Chain = append(q.Chain, ids.LayerID(le.Uint32(rest)))
+	}
 	return q, q.check(h.DataLen)
 }
 
@@ -175,6 +182,9 @@ func (q *Request) check(data int) error {
 	}
 	if uint64(q.Block)+uint64(q.Count) > 1<<32 {
 		return bad("blocks beyond any chunk")
+	}
+	if !q.chained() {
+		return bad("layers that do not descend")
 	}
 	switch q.Kind {
 	case Write:
@@ -205,6 +215,19 @@ func (q *Request) check(data int) error {
 		}
 	}
 	return nil
+}
+
+// chained reports whether the chain is one: of a Read, each layer older than the
+// one before.
+func (q *Request) chained() bool {
+	last := q.Layer
+	for _, l := range q.Chain {
+		if l >= last {
+			return false
+		}
+		last = l
+	}
+	return len(q.Chain) == 0 || q.Kind == Read && len(q.Chain) < MaxLayers
 }
 
 // DecodeReply decodes a reply's body. Data is read by the caller.

@@ -88,3 +88,28 @@ func TestBlockSumCoversIdentity(t *testing.T) {
 		seen[s] = i
 	}
 }
+
+func TestAChainTravelsWithARead(t *testing.T) {
+	q := &Request{Kind: Read, ID: 3, Volume: 1, Chunk: 2, Layer: 9, Count: 1, Chain: []ids.LayerID{7, 3, 0}}
+	decode := func() (*Request, error) {
+		b := AppendRequest(nil, q)
+		h, err := ParseHeader(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return DecodeRequest(h, b[HeaderBytes:])
+	}
+	if got, err := decode(); err != nil || !reflect.DeepEqual(got, q) {
+		t.Fatalf("got %+v, %v\nwant %+v", got, err, q)
+	}
+	for _, bad := range [][]ids.LayerID{{9}, {7, 7}, {3, 7}, make([]ids.LayerID, MaxLayers)} {
+		q.Chain = bad
+		if got, err := decode(); status.Of(err) != status.Invalid {
+			t.Fatalf("chain %v: %+v, %v", bad, got, err)
+		}
+	}
+	q.Kind, q.Chain, q.Count = Flush, []ids.LayerID{3}, 0
+	if got, err := decode(); status.Of(err) != status.Invalid {
+		t.Fatalf("a flush with a chain: %+v, %v", got, err)
+	}
+}

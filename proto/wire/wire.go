@@ -21,7 +21,8 @@
 //
 // # Versions
 //
-//	1  this layout
+//	1  this layout; a chain behind the entries came later, and older servers
+//	   refuse frames with one
 package wire
 
 import (
@@ -45,6 +46,8 @@ const (
 	MaxEntries = MaxBody/entryBytes - 8
 	// MaxIO is the largest read or write of one frame, in blocks.
 	MaxIO = MaxData / ids.BlockSize
+	// MaxLayers bounds the layers of a volume, and so of a read's chain.
+	MaxLayers = 60
 )
 
 // Kind is what a frame asks for. A reply has its request's kind.
@@ -69,9 +72,12 @@ const (
 	// Flush makes everything this store answered earlier durable, and logs
 	// Floor for the volume. Fenced.
 	Flush Kind = 5
-	// Read returns Count blocks from Block on; holes read as zeros. With
-	// FlagEntries the reply says version, kind and checksum of each block
-	// (holes included). Fenced.
+	// Read returns Count blocks from Block on, each from the first of Layer and
+	// the layers of Chain that has an entry for it (a tombstone is one); blocks
+	// none has read as zeros. NotFound if one of the layers is gone, or is being
+	// merged into one that does not stand before it. With FlagEntries the reply
+	// says layer, version, kind and checksum of each block (holes included).
+	// Fenced, unless FlagFrozen.
 	Read Kind = 6
 	// Seal raises the volume's epoch to Epoch, durably, and answers after all
 	// earlier appends are finished: Reply.Version = highest version held,
@@ -103,8 +109,17 @@ const (
 	// Settle tells a store that the volume's in-sync members were made equal and
 	// durable under Epoch with Floor: from here on it is intact again. Durable
 	// when answered. Fenced.
-	Settle    Kind = 14
-	kindCount Kind = 15
+	Settle Kind = 14
+	// Layers tells what layers of the volume there are: Layer is the highest id
+	// ever given, Entries name the layers that live (Layer; Kind = EntryZero: it
+	// is being merged into Block). Any other up to Layer is dropped, for good.
+	// Layers only ever go, so it may come from anybody, late and again: not fenced.
+	Layers Kind = 15
+	// Merge gives Chunk's entries of Layer to the layer it is being merged into,
+	// wherever that has none, at their versions. Durable in the order of the log.
+	// Answered when Layer holds nothing of Chunk any more. Fenced.
+	Merge     Kind = 16
+	kindCount Kind = 17
 )
 
 // Frame flags.
@@ -114,6 +129,10 @@ const (
 	FlagMore    uint16 = 1 << 2 // Newer reply: the list was cut
 	FlagIntact  uint16 = 1 << 3 // Seal reply: nothing accepted was lost
 	FlagRepair  uint16 = 1 << 4 // Install: rewrite a bad block at its own version
+	// FlagFrozen says, of a Read or List, that nothing is written to its layers
+	// any more: it needs no seal and is not fenced. Reply.Incarnation tells whose
+	// data it is. NotFound if the store knows nothing of the chunk.
+	FlagFrozen uint16 = 1 << 5
 )
 
 // DigestBlocks is the range of one digest: 4 MiB.
@@ -156,8 +175,11 @@ type Request struct {
 	Floor   ids.Version
 	Limit   ids.Version
 	Sums    []uint32 // Write: one per block
-	Entries []Entry  // Install
-	Data    []byte   // Write, Install: whole blocks; owned by the receiver until it replies
+	Entries []Entry  // Install, Layers
+	// Chain is where a Read goes on for what Layer does not have: newest first,
+	// descending ids. Not copied: it must not change while the request is out.
+	Chain []ids.LayerID
+	Data  []byte // Write, Install: whole blocks; owned by the receiver until it replies
 
 	// Into, if long enough, receives a Read's data, and Reply.Data is a slice
 	// of it. It does not travel.
@@ -236,7 +258,7 @@ func mix(x uint64) uint64 {
 // String returns the kind's name.
 func (k Kind) String() string {
 	names := [...]string{"?", "hello", "ping", "write", "zero", "flush", "read", "seal", "newer", "digest",
-		"list", "install", "drop", "stat", "settle"}
+		"list", "install", "drop", "stat", "settle", "layers", "merge"}
 	if int(k) < len(names) {
 		return names[k]
 	}
