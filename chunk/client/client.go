@@ -38,8 +38,9 @@ type Handler interface {
 	// Down says that connection gen is gone, with all its answers, and that
 	// nothing of it touches a request any more.
 	Down(gen uint64, why string)
-	// Lost says that the store could not be reached by one more attempt. It
-	// comes once between two connections; the link keeps trying.
+	// Lost says that the store could not be reached by one more attempt, which
+	// has tried every path. It comes once between two connections; the link
+	// keeps trying.
 	Lost(why string)
 	// Replies brings answers. The slice is the link's, the replies and all they
 	// hold are the handler's.
@@ -68,6 +69,9 @@ const (
 	backoffFirst   = 10 * time.Millisecond
 	backoffMax     = 500 * time.Millisecond
 	quickEvery     = time.Second // a lost connection is dialled again at once, but no more often
+	// maxConnect bounds the wait for a peer's kernel, which tries all paths over
+	// and over: one that has not answered by then is not reachable.
+	maxConnect = 500 * time.Millisecond
 )
 
 // defaultHold bounds what waits in a link: its outbox and what is held back by
@@ -77,7 +81,7 @@ const defaultHold = 256 << 20
 
 // Config says whom to reach.
 type Config struct {
-	Addr    string        // of the chunk server, "host:port"
+	Addr    string        // of the chunk server, "host:port", or one for each path with commas (netplane/link)
 	Cluster string        // must be the server's
 	Dialer  link.Dialer   // source address and TLS; its Timeout is Attempt's unless set
 	Attempt time.Duration // bounds one dial and Hello (default 1 s)
@@ -108,6 +112,9 @@ func Dial(cfg Config, h Handler) Link {
 	}
 	if cfg.Dialer.Timeout <= 0 {
 		cfg.Dialer.Timeout = cfg.Attempt
+		if cfg.Dialer.TLS == nil { // no process has a say in it
+			cfg.Dialer.Timeout = min(cfg.Attempt, maxConnect)
+		}
 	}
 	if cfg.Ping <= 0 {
 		cfg.Ping = defaultPing

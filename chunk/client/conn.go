@@ -196,17 +196,27 @@ func (c *conn) settle(batch []*wire.Reply) ([]*wire.Reply, error) {
 // watch pings, also while requests are outstanding: a store that is slow to
 // answer is not a dead peer. It ends a connection that brought no byte since
 // silentPings pings. It counts its own ticks and not the clock, so that a
-// process which was suspended itself does not blame its peers.
+// process which was suspended itself does not blame its peers. While an answer
+// is awaited it also pings between: only what is sent can go unacknowledged, and
+// show the link layer that the path is gone.
 func (c *conn) watch(every time.Duration, quit <-chan struct{}) {
-	t := time.NewTicker(every)
+	t := time.NewTicker(every / ticksPerPing)
 	defer t.Stop()
-	var seen uint64
+	var seen, last uint64
 	silent := 0 // pings sent since the last byte
-	for {
+	for tick := 1; ; tick++ {
 		select {
 		case <-quit:
 			return
 		case <-t.C:
+		}
+		if tick%ticksPerPing != 0 {
+			if now := c.received.Load(); now == last && c.waiting.Load() && c.awaits() {
+				c.ping()
+			} else {
+				last = now
+			}
+			continue
 		}
 		got := c.received.Load()
 		if got != seen || !c.waiting.Load() {
@@ -221,9 +231,23 @@ func (c *conn) watch(every time.Duration, quit <-chan struct{}) {
 			c.fail(fmt.Errorf("cannot send: %w", err))
 			return
 		}
-		c.out.Requests(&wire.Request{Kind: wire.Ping, ID: pingID})
-		c.out.Flush()
+		c.ping()
 	}
+}
+
+// ticksPerPing is how often watch looks between two pings.
+const ticksPerPing = 3
+
+func (c *conn) ping() {
+	c.out.Requests(&wire.Request{Kind: wire.Ping, ID: pingID})
+	c.out.Flush()
+}
+
+// awaits reports whether a request is unanswered.
+func (c *conn) awaits() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.used > 0
 }
 
 // fail ends the connection because of err, at once and once. Sends that come

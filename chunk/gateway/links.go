@@ -198,7 +198,9 @@ func (p *peer) open() {
 	if local {
 		l = client.Local(sub, h)
 	} else {
-		l = client.Dial(client.Config{Addr: r.Addr, Cluster: v.g.cfg.Cluster, Dialer: v.g.cfg.Dialer}, h)
+		d := v.g.cfg.Dialer
+		d.Prefer = uint64(v.id) + uint64(p.replica) // replicas of a volume take different paths, volumes too
+		l = client.Dial(client.Config{Addr: r.Addr, Cluster: v.g.cfg.Cluster, Dialer: d}, h)
 	}
 	v.mu.Lock()
 	p.link = l

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +10,7 @@ import (
 	"github.com/BurntSushi/toml"
 	"github.com/spf13/cobra"
 
+	"github.com/cairnstore/cairn/netplane/link"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
@@ -36,8 +36,8 @@ type hostConfig struct {
 	Name    string            `toml:"name"`
 	Dir     string            `toml:"dir"`
 	Cluster string            `toml:"cluster"`
-	Meta    []string          `toml:"meta"`    // host:port of every metadata node
-	Data    string            `toml:"data"`    // host:port of the chunk server
+	Meta    []string          `toml:"meta"`    // host:port of every metadata node; one node's paths with commas
+	Data    string            `toml:"data"`    // host:port of the chunk server; with commas: the stable address, then one per plane
 	Control string            `toml:"control"` // host:port of the control service
 	NBD     string            `toml:"nbd"`     // unix socket of the NBD server
 	Labels  map[string]string `toml:"labels"`  // rack, zone
@@ -94,9 +94,8 @@ func loadHostConfig(path string) (*hostConfig, error) {
 }
 
 func checkAddr(what, addr string) error {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil || host == "" || port == "" {
-		return fmt.Errorf("%s = %q is not host:port", what, addr)
+	if err := link.CheckAddrs(addr); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
 }

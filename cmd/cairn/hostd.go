@@ -25,6 +25,7 @@ import (
 	"github.com/cairnstore/cairn/chunk/store"
 	metaclient "github.com/cairnstore/cairn/meta/client"
 	nbdserver "github.com/cairnstore/cairn/nbd/server"
+	"github.com/cairnstore/cairn/netplane/link"
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -49,6 +50,7 @@ type hostd struct {
 	stores  []*hostStore
 	chunks  *chunkserver.Server
 	gw      *gateway.Gateway
+	paths   *link.Paths
 	nbd     *nbdserver.Server
 	vms     *agent.Agent
 	grpc    *grpc.Server
@@ -94,7 +96,8 @@ func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd
 	}
 	h.meta = metaclient.New(metaclient.Config{Addrs: cfg.Meta, Who: cfg.Name})
 	h.undo = append(h.undo, h.meta.Close)
-	dataL, err := listenPatiently(cfg.Data)
+	h.startPaths()
+	dataL, err := listenPatiently(link.Config{Addr: cfg.Data, Echo: true})
 	if err != nil {
 		return h, err
 	}
@@ -270,7 +273,7 @@ func (h *hostd) startGateway() error {
 	for _, s := range h.stores {
 		local[s.ID()] = s
 	}
-	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage,
+	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Dialer: link.Dialer{Paths: h.paths},
 		Gone: func(name string) { h.nbd.Drop(name) }, Alone: true, Log: h.log})
 	return h.serveNBD()
 }
@@ -286,7 +289,7 @@ func (h *hostd) usage() []*pb.StoreUsage {
 }
 
 func (h *hostd) serveControl(ctx context.Context) error {
-	l, err := listenPatiently(h.cfg.Control)
+	l, err := listenPatiently(link.Config{Addr: h.cfg.Control})
 	if err != nil {
 		return err
 	}

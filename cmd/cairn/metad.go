@@ -21,11 +21,11 @@ import (
 type metad struct{ srv *server.Server }
 
 func startMeta(cfg *metaConfig, log *slog.Logger) (*metad, error) {
-	raftL, err := listenPatiently(cfg.Raft)
+	raftL, err := listenPatiently(link.Config{Addr: cfg.Raft})
 	if err != nil {
 		return nil, err
 	}
-	apiL, err := listenPatiently(cfg.API)
+	apiL, err := listenPatiently(link.Config{Addr: cfg.API})
 	if err != nil {
 		return nil, errors.Join(err, raftL.Close())
 	}
@@ -45,10 +45,10 @@ func (m *metad) close() error { return m.srv.Close() }
 
 // listenPatiently listens on an address that a predecessor may be just letting
 // go of.
-func listenPatiently(addr string) (net.Listener, error) {
+func listenPatiently(c link.Config) (net.Listener, error) {
 	deadline := time.Now().Add(3 * time.Second)
 	for {
-		l, err := link.Listen(link.Config{Addr: addr})
+		l, err := link.Listen(c)
 		if err == nil || time.Now().After(deadline) {
 			return l, err
 		}

@@ -10,6 +10,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+
+	"github.com/cairnstore/cairn/netplane/link"
 )
 
 // raftTimeout bounds one message to a peer; a snapshot gets more by its size.
@@ -200,11 +202,5 @@ func (s *streams) hangUp() (err error) {
 
 // Dial implements raft.StreamLayer.
 func (s *streams) Dial(addr raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	d := &net.Dialer{Timeout: timeout}
-	if s.tls == nil {
-		return d.Dial("tcp", string(addr))
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	return (&tls.Dialer{NetDialer: d, Config: s.tls}).DialContext(ctx, "tcp", string(addr))
+	return link.Dialer{TLS: s.tls, Timeout: timeout}.Dial(context.Background(), string(addr))
 }

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/cairnstore/cairn/netplane/link"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -272,7 +273,7 @@ func (s *Server) dialPeers() error {
 		if p.ID == s.cfg.ID {
 			continue
 		}
-		c, err := grpc.NewClient("passthrough:///"+p.APIAddr, grpc.WithTransportCredentials(creds),
+		c, err := grpc.NewClient("passthrough:///"+p.APIAddr, grpc.WithTransportCredentials(creds), grpc.WithContextDialer(link.Dialer{}.Dial),
 			grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second,
 				Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}}))
 		if err != nil {

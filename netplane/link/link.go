@@ -1,18 +1,26 @@
-// Package link opens TCP connections between storage addresses, tuned so that
-// a dead peer is noticed and a small frame is never held back.
+// Package link opens TCP connections between storage addresses, over whichever
+// path works, and ends those whose path has stopped working.
 //
-// Duty: dial and listen, socket options, optional TLS. Floor: F1. It does not
-// frame, ping or re-dial (chunk/client does): the kernel counts keepalive in
-// whole seconds, so an idle peer that goes silent is noticed by keepalive in
-// about 2 s, and faster only by the application's own pings.
+// Duty: dial and listen, socket options, optional TLS; the choice among several
+// addresses of one peer, the probes that tell which of them work, how fast and
+// with which packet size (paths.go), and the guard that closes a connection
+// whose bytes are no longer acknowledged (guard.go). Floor: F1. It does not
+// frame, nor dial again: who owns a connection does that when it ends, and
+// finds another path.
+//
+// An address is "host:port", or several of one peer with commas between: first
+// the stable one that routing reaches over any spine, then one per plane.
 package link
 
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,14 +35,66 @@ const UserTimeoutMs = 1200
 // DefaultTimeout bounds a dial, TLS handshake included.
 const DefaultTimeout = 2 * time.Second
 
+// stagger is the wait before the next way is tried beside those under way; one
+// more try of the same address takes another way where routing has several.
+const stagger = 40 * time.Millisecond
+
+// maxTries bounds the connections one dial has under way.
+const maxTries = 12
+
 // Dialer opens connections. The zero value dials plain TCP from any address.
 type Dialer struct {
-	LocalAddr netip.Addr    // source address; the zero value lets the kernel choose
+	LocalAddr netip.Addr    // source address; the zero value lets the kernel, or Paths, choose
 	TLS       *tls.Config   // nil: plain
 	Timeout   time.Duration // whole dial; 0: DefaultTimeout
+	DSCP      int           // class of service, 0 to 63
+	Paths     *Paths        // what is known of paths; nil: nothing
+	Prefer    uint64        // dialers with different numbers prefer different ones of equal paths
 }
 
-// Dial connects to addr ("host:port"). Its errors are status.Unavailable.
+// candidate is one way to a peer.
+type candidate struct {
+	addr  string
+	local netip.Addr
+	mss   int   // 0: the kernel's
+	path  *path // nil: not probed
+}
+
+// SplitAddrs returns the addresses of one peer.
+func SplitAddrs(list string) []string {
+	out := strings.Split(list, ",")
+	for i := range out {
+		out[i] = strings.TrimSpace(out[i])
+	}
+	return out
+}
+
+// CheckAddrs refuses a list that is not one to eight different "host:port".
+// Errors are Invalid.
+func CheckAddrs(list string) error {
+	seen := map[string]bool{}
+	for _, a := range SplitAddrs(list) {
+		host, port, err := net.SplitHostPort(a)
+		if err != nil || host == "" || port == "" {
+			return status.Errorf(status.Invalid, "%q is not host:port", a)
+		}
+		if seen[a] {
+			return status.Errorf(status.Invalid, "%s is listed twice", a)
+		}
+		seen[a] = true
+	}
+	if len(seen) > maxAddrs {
+		return status.Errorf(status.Invalid, "%d addresses are too many: a host has at most %d", len(seen), maxAddrs)
+	}
+	return nil
+}
+
+// maxAddrs bounds the addresses of one peer.
+const maxAddrs = 8
+
+// Dial connects to one of addr's addresses: the best by what is known, the next
+// ones beside it when it does not answer soon. Its errors are
+// status.Unavailable.
 func (d Dialer) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	timeout := d.Timeout
 	if timeout <= 0 {
@@ -42,23 +102,16 @@ func (d Dialer) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	nd := net.Dialer{KeepAliveConfig: keepAlive()}
-	if d.LocalAddr.IsValid() {
-		nd.LocalAddr = &net.TCPAddr{IP: d.LocalAddr.AsSlice(), Zone: d.LocalAddr.Zone()}
-	}
-	c, err := nd.DialContext(ctx, "tcp", addr)
+	c, err := d.race(ctx, d.candidates(addr))
 	if err != nil {
 		return nil, status.Errorf(status.Unavailable, "cannot connect to %s: %w", addr, err)
-	}
-	if err := tune(c); err != nil {
-		return nil, closeAfter(c, err)
 	}
 	if d.TLS == nil {
 		return c, nil
 	}
 	conf := d.TLS
 	if conf.ServerName == "" && !conf.InsecureSkipVerify {
-		host, _, err := net.SplitHostPort(addr)
+		host, _, err := net.SplitHostPort(SplitAddrs(addr)[0])
 		if err != nil {
 			return nil, closeAfter(c, status.Errorf(status.Invalid, "address %q is not host:port: %w", addr, err))
 		}
@@ -72,55 +125,121 @@ func (d Dialer) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	return tc, nil
 }
 
-// Config says where to listen.
-type Config struct {
-	Addr string      // "host:port"; port 0 lets the kernel choose
-	TLS  *tls.Config // nil: plain
+func (d Dialer) candidates(addr string) []candidate {
+	if d.Paths != nil {
+		return d.Paths.order(addr, d.Prefer)
+	}
+	var out []candidate
+	for _, a := range SplitAddrs(addr) {
+		out = append(out, candidate{addr: a, local: d.LocalAddr})
+	}
+	return out
 }
 
-// Listen listens on c.Addr; accepted connections are tuned like dialed ones.
-// A TLS handshake happens at the first read or write of the connection.
-func Listen(c Config) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: keepAlive()}
-	l, err := lc.Listen(context.Background(), "tcp", c.Addr)
-	if err != nil {
-		return nil, status.Errorf(status.Unavailable, "cannot listen on %s: %w", c.Addr, err)
-	}
-	l = &listener{l}
-	if c.TLS != nil {
-		l = tls.NewListener(l, c.TLS)
-	}
-	return l, nil
+type attempt struct {
+	way int
+	c   *Conn
+	err error
 }
 
-type listener struct{ net.Listener }
-
-// Accept returns the next connection that could be tuned: one that died before
-// is not the listener's failure.
-func (l *listener) Accept() (net.Conn, error) {
+// race dials the ways one after the other, each a moment after the last, and
+// again those that have not answered, until one answers or all have failed.
+func (d Dialer) race(ctx context.Context, ways []candidate) (*Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	results := make(chan attempt)
+	running, failed, errs := 0, make([]bool, len(ways)), []error(nil)
+	try := func(i int) {
+		running++
+		go func() {
+			c, err := d.one(ctx, ways[i])
+			results <- attempt{i, c, err}
+		}()
+	}
+	// What is still under way when this returns ends by itself, unused.
+	defer func() {
+		cancel()
+		go func() {
+			for range running {
+				if late := <-results; late.c != nil {
+					late.c.abort()
+				}
+			}
+		}()
+	}()
+	next, tries := 0, 0
+	t := time.NewTicker(stagger)
+	defer t.Stop()
+	start := func() {
+		for range ways {
+			i := next % len(ways)
+			next++
+			if !failed[i] {
+				tries++
+				try(i)
+				return
+			}
+		}
+	}
+	start()
 	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		if tune(c) == nil {
-			return c, nil
-		}
-		if err := c.Close(); err != nil {
-			return nil, fmt.Errorf("close a connection that could not be tuned: %w", err)
+		select {
+		case r := <-results:
+			running--
+			if r.err == nil {
+				return r.c, nil
+			}
+			errs = append(errs, r.err)
+			failed[r.way] = true
+			if next < len(ways) {
+				start()
+			} else if running == 0 {
+				return nil, errors.Join(errs...)
+			}
+		case <-t.C:
+			if tries < maxTries {
+				start()
+			}
+		case <-ctx.Done():
+			return nil, errors.Join(append(errs, errors.New("no answer"))...)
 		}
 	}
+}
+
+// one dials one way.
+func (d Dialer) one(ctx context.Context, w candidate) (*Conn, error) {
+	nd := net.Dialer{KeepAliveConfig: keepAlive(), Control: func(_, _ string, raw syscall.RawConn) error {
+		return control(raw, func(fd int) error {
+			if w.mss > 0 {
+				if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_MAXSEG, w.mss); err != nil {
+					return fmt.Errorf("set TCP_MAXSEG: %w", err)
+				}
+			}
+			return setDSCP(fd, d.DSCP)
+		})
+	}}
+	if w.local.IsValid() {
+		nd.LocalAddr = &net.TCPAddr{IP: w.local.AsSlice(), Zone: w.local.Zone()}
+	}
+	nc, err := nd.DialContext(ctx, "tcp", w.addr)
+	if err != nil {
+		return nil, err
+	}
+	tc := nc.(*net.TCPConn) // what "tcp" gives
+	if err := tune(tc, 0); err != nil {
+		return nil, closeAfter(nc, err)
+	}
+	c, err := guarded(tc, w)
+	if err != nil {
+		return nil, closeAfter(nc, err)
+	}
+	return c, nil
 }
 
 func keepAlive() net.KeepAliveConfig {
 	return net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 1}
 }
 
-func tune(c net.Conn) error {
-	tc, ok := c.(*net.TCPConn)
-	if !ok {
-		return status.Errorf(status.Internal, "a %T is no TCP connection", c)
-	}
+func tune(tc *net.TCPConn, dscp int) error {
 	if err := tc.SetNoDelay(true); err != nil {
 		return fmt.Errorf("set TCP_NODELAY: %w", err)
 	}
@@ -128,16 +247,41 @@ func tune(c net.Conn) error {
 	if err != nil {
 		return fmt.Errorf("reach the socket: %w", err)
 	}
-	var serr error
-	if err := raw.Control(func(fd uintptr) {
-		serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, UserTimeoutMs)
-	}); err != nil {
-		return fmt.Errorf("reach the socket: %w", err)
+	return control(raw, func(fd int) error {
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, UserTimeoutMs); err != nil {
+			return fmt.Errorf("set TCP_USER_TIMEOUT: %w", err)
+		}
+		return setDSCP(fd, dscp)
+	})
+}
+
+// setDSCP marks what the socket sends; the class stands in the upper six bits.
+func setDSCP(fd, dscp int) error {
+	if dscp == 0 {
+		return nil
 	}
-	if serr != nil {
-		return fmt.Errorf("set TCP_USER_TIMEOUT: %w", serr)
+	family, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		return fmt.Errorf("read SO_DOMAIN: %w", err)
+	}
+	if family == unix.AF_INET6 {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, dscp<<2)
+	} else {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TOS, dscp<<2)
+	}
+	if err != nil {
+		return fmt.Errorf("set the class of service: %w", err)
 	}
 	return nil
+}
+
+// control runs f on a socket's descriptor.
+func control(raw syscall.RawConn, f func(fd int) error) error {
+	var err error
+	if cerr := raw.Control(func(fd uintptr) { err = f(int(fd)) }); cerr != nil {
+		return fmt.Errorf("reach the socket: %w", cerr)
+	}
+	return err
 }
 
 // closeAfter closes c because of err and reports both.

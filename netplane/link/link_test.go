@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +33,7 @@ func TestBothEndsAreTunedAndBound(t *testing.T) {
 		t.Fatalf("came from %s", got)
 	}
 	for _, end := range []net.Conn{c, a} {
-		raw, err := end.(*net.TCPConn).SyscallConn()
+		raw, err := end.(syscall.Conn).SyscallConn()
 		if err != nil {
 			t.Fatal(err)
 		}
