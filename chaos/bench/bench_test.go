@@ -140,6 +140,36 @@ func TestResult(t *testing.T) {
 	t.Logf("\n%s", out.String())
 }
 
+// The NBD server's comparison, short: three servers, every load.
+func TestRunNBD(t *testing.T) {
+	dir := t.TempDir()
+	var out bytes.Buffer
+	cfg := Config{Dir: dir, Out: &out, JSON: true, Rounds: 1, Each: 200 * time.Millisecond, SizeBytes: 32 << 20}
+	if err := RunNBD(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	var r NBDResult
+	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Jobs) != len(nbdJobs) || len(r.Others) != 2 {
+		t.Errorf("%+v", r)
+	}
+	for _, j := range r.Jobs {
+		if j.Cairn.IOPerS <= 0 || j.Cairn.ServerCPUUs <= 0 || len(j.Against) != 2 || j.Against[0].Ratio <= 0 || j.Against[1].Figures.ServerCPUUs <= 0 {
+			t.Errorf("%+v", j)
+		}
+	}
+	out.Reset()
+	if err := r.print(Config{Out: &out}); err != nil || !strings.Contains(out.String(), "aio=threads") {
+		t.Errorf("%v: %s", err, out.String())
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v (%v)", left, err)
+	}
+}
+
 // The whole of it, short: both sides, every job, a kill, and nothing left.
 func TestRun(t *testing.T) {
 	bin := os.Getenv("CAIRN_BIN")

@@ -27,14 +27,17 @@ type side interface {
 // startMaxWait bounds the wait for a server's socket.
 const startMaxWait = 10 * time.Second
 
-// qemuSide is the reference: qemu-nbd with its defaults on a raw file.
-type qemuSide struct {
+// program is a server of somebody else's.
+type program struct {
+	name   string
 	socket string
+	at     string // its export's URI
 	cmd    *exec.Cmd
 	gone   chan struct{} // closed when it ended
 }
 
-func startQemu(ctx context.Context, dir string, sizeBytes uint64) (*qemuSide, error) {
+// startQemu starts the reference: qemu-nbd with its defaults on a raw file.
+func startQemu(ctx context.Context, dir string, sizeBytes uint64) (*program, error) {
 	raw := filepath.Join(dir, "disk.raw")
 	f, err := os.Create(raw)
 	if err != nil {
@@ -43,13 +46,20 @@ func startQemu(ctx context.Context, dir string, sizeBytes uint64) (*qemuSide, er
 	if err := errors.Join(f.Truncate(int64(sizeBytes)), f.Close()); err != nil {
 		return nil, fmt.Errorf("the reference's raw file: %w", err)
 	}
-	q := &qemuSide{socket: filepath.Join(dir, "qemu.sock"), gone: make(chan struct{})}
-	q.cmd = exec.Command("qemu-nbd", "--format=raw", "--persistent", "--shared=8", "--export-name=v", "--socket="+q.socket, raw)
+	socket := filepath.Join(dir, "qemu.sock")
+	return startProgram(ctx, "qemu-nbd, one raw file", socket, "v",
+		"qemu-nbd", "--format=raw", "--persistent", "--shared=8", "--export-name=v", "--socket="+socket, raw)
+}
+
+// startProgram runs a server until close, and returns once it accepts.
+func startProgram(ctx context.Context, name, socket, export string, argv ...string) (*program, error) {
+	q := &program{name: name, socket: socket, at: "nbd+unix:///" + export + "?socket=" + socket, gone: make(chan struct{})}
+	q.cmd = exec.Command(argv[0], argv[1:]...)
 	var said strings.Builder
 	q.cmd.Stderr = &said
 	q.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C reaches us alone, and we stop it
 	if err := q.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("qemu-nbd does not start: %w; `apt-get install qemu-utils` brings it", err)
+		return nil, fmt.Errorf("%s does not start: %w", argv[0], err)
 	}
 	var ended error
 	go func() {
@@ -65,21 +75,21 @@ func startQemu(ctx context.Context, dir string, sizeBytes uint64) (*qemuSide, er
 		}
 		select {
 		case <-q.gone:
-			return nil, fmt.Errorf("qemu-nbd ended at once: %w: %s", ended, said.String())
+			return nil, fmt.Errorf("%s ended at once: %w: %s", argv[0], ended, said.String())
 		case <-ctx.Done():
-			return nil, errors.Join(fmt.Errorf("qemu-nbd does not serve: %w", err), q.close())
+			return nil, errors.Join(fmt.Errorf("%s does not serve: %w", argv[0], err), q.close())
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
 
-func (q *qemuSide) label() string        { return "qemu-nbd, one raw file" }
-func (q *qemuSide) uri() string          { return "nbd+unix:///v?socket=" + q.socket }
-func (q *qemuSide) pids() ([]int, error) { return []int{q.cmd.Process.Pid}, nil }
+func (q *program) label() string        { return q.name }
+func (q *program) uri() string          { return q.at }
+func (q *program) pids() ([]int, error) { return []int{q.cmd.Process.Pid}, nil }
 
-func (q *qemuSide) close() error {
+func (q *program) close() error {
 	if err := q.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("qemu-nbd cannot be stopped: %w", err)
+		return fmt.Errorf("%s cannot be stopped: %w", q.cmd.Path, err)
 	}
 	select {
 	case <-q.gone:
@@ -87,7 +97,7 @@ func (q *qemuSide) close() error {
 	case <-time.After(startMaxWait):
 	}
 	if err := q.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("qemu-nbd cannot be killed: %w", err)
+		return fmt.Errorf("%s cannot be killed: %w", q.cmd.Path, err)
 	}
 	<-q.gone
 	return nil

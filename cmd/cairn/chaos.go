@@ -44,6 +44,7 @@ func benchCommand() *cobra.Command {
 		},
 	}
 	out.register(cmd)
+	cmd.AddCommand(benchNBDCommand())
 	return cmd
 }
 

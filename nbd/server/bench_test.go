@@ -75,6 +75,38 @@ func pump(b *testing.B, c *client.Client, cmd uint16, depth, size int) {
 	wg.Wait()
 }
 
+// TestNoAllocationPerRequest: what a batch needs is there from the one before.
+func TestNoAllocationPerRequest(t *testing.T) {
+	s := serve(t, server.Config{Exports: exports{"v": newMemory(1 << 20)}})
+	for _, structured := range []bool{false, true} {
+		nc := greeted(t, raw(t, "unix", s.sock))
+		if structured {
+			wantReply(t, nc, nbd.OptStructured, nil, nbd.RepAck)
+		}
+		wantReply(t, nc, nbd.OptGo, nbd.AppendInfoRequest(nil, "v"), nbd.RepAck)
+		const depth = 16
+		var batch []byte
+		for i := range uint64(depth) {
+			batch = append(batch, write4k(i, i)...)
+			batch = nbd.AppendRequest(batch, nbd.Request{Type: nbd.CmdRead, Off: i * 4096, Len: 4096})
+			batch = nbd.AppendRequest(batch, nbd.Request{Type: nbd.CmdWriteZeroes, Off: i * 4096, Len: 4096})
+			batch = nbd.AppendRequest(batch, nbd.Request{Type: nbd.CmdFlush})
+		}
+		head := nbd.SimpleSize
+		if structured {
+			head = nbd.DataHeadSize
+		}
+		replies := make([]byte, depth*(3*nbd.SimpleSize+head+4096))
+		per := testing.AllocsPerRun(300, func() {
+			mustWrite(t, nc, batch)
+			mustRead(t, nc, replies)
+		})
+		if !raceDetector && per >= depth/4 { // a collection empties the pools now and then
+			t.Errorf("structured %v: %v allocations per batch of %d requests", structured, per, 4*depth)
+		}
+	}
+}
+
 // BenchmarkServer drives the server with a client that does next to nothing:
 // depth requests in one write, their replies read as one lump. The client's
 // part of cpu-µs/op is one write, the copies, and the reads.

@@ -61,11 +61,17 @@ func (m *memory) Submit(ops []*volume.Op) {
 		m.mu.Unlock()
 		return
 	}
-	var room [64]volume.Done
-	done := m.apply(ops, room[:0])
+	list := doneLists.Get().(*[]volume.Done)
+	done := m.apply(ops, (*list)[:0])
 	m.mu.Unlock()
 	complete(done)
+	clear(done)
+	*list = done
+	doneLists.Put(list)
 }
+
+// doneLists are the lists Submit gives operations back in.
+var doneLists = sync.Pool{New: func() any { s := make([]volume.Done, 0, 64); return &s }}
 
 func (m *memory) apply(ops []*volume.Op, done []volume.Done) []volume.Done {
 	for _, op := range ops {
