@@ -164,7 +164,7 @@ func TestADiskForOtherPrograms(t *testing.T) {
 		t.Fatal(err)
 	}
 	tool(t, "nbdcopy", "--flush", img, uri)
-	tool(t, "fio", "--name=v", "--ioengine=nbd", "--uri="+uri, "--rw=randwrite", "--bs=4k", "--iodepth=32", "--offset=64m",
+	tool(t, "fio", "--name=v", "--verify_state_save=0", "--ioengine=nbd", "--uri="+uri, "--rw=randwrite", "--bs=4k", "--iodepth=32", "--offset=64m",
 		"--size=16m", "--verify=crc32c", "--verify_fatal=1", "--end_fsync=1")
 	n.interrupt()
 	n = startUp(t, d)
