@@ -18,7 +18,7 @@ type faultyDisk struct {
 	life int  // of the process that uses it: completions of an earlier one are lost
 	now  bool // opening and closing: operations complete at once
 
-	lanes     [4]time.Duration // busy until
+	lanes     [disk.Allocate + 1]time.Duration // busy until
 	pending   []*disk.Op       // submitted and not completed, in order; bounded by the store
 	hungUntil time.Duration
 	slow      time.Duration // each operation takes so much longer
@@ -150,7 +150,7 @@ func (d *faultyDisk) crash(keep int) {
 			}
 		}
 	}
-	d.pending, d.lanes, d.failNext, d.rot = nil, [4]time.Duration{}, false, ""
+	d.pending, d.lanes, d.failNext, d.rot = nil, [disk.Allocate + 1]time.Duration{}, false, ""
 	d.life++
 	if keep < 100 {
 		d.mem.PowerLoss(d.w.rng.Uint64(), keep)

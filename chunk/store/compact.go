@@ -35,6 +35,7 @@ type compaction struct {
 	at      uint32 // next block of it to look at
 	reading bool
 	blocked bool   // nothing to copy to, until a segment is freed or the clock ticks
+	idle    bool   // it would not yield anything; false after any change
 	staged  uint64 // LSN of the last copy; the next window waits for it
 	buf     []byte
 }
@@ -44,7 +45,7 @@ func (c *compaction) busy() bool { return c.reading }
 // low reports whether free segments run out: from here on compaction is driven
 // by every request, not by the clock alone.
 func (s *Store) low() bool {
-	return len(s.free) <= max(reserveWrites+2, len(s.segs)/16)
+	return s.freeSegments() <= max(reserveWrites+2, len(s.segs)/16)
 }
 
 // step goes on if it can. Without pressure only ticks of the clock drive it.
@@ -58,12 +59,13 @@ func (c *compaction) step(out *outbox, tick bool) error {
 	}
 	c.blocked = c.blocked && !tick
 	if c.victim == nil {
-		if c.blocked {
+		if c.idle = true; c.blocked {
 			return nil
 		}
 		if c.victim = c.pick(); c.victim == nil {
 			return nil
 		}
+		c.idle = false
 		c.at, c.staged = 0, 0
 		c.victim.pins.Add(1)
 	}

@@ -63,6 +63,9 @@ func (s *Store) recover() error {
 		return status.Errorf(status.IO, "sync the disk: %w", err)
 	}
 	s.adopt(c)
+	if err := s.backFree(s.stock()); err != nil {
+		return err
+	}
 	if err := s.firstHead(); err != nil {
 		return err
 	}
@@ -305,7 +308,7 @@ func (s *Store) adopt(c *course) {
 	for _, v := range s.vols {
 		v.intact = v.intact && !lost
 	}
-	s.free, s.dead, s.pinned = nil, nil, nil
+	s.free, s.bare, s.dead, s.pinned = nil, nil, nil, nil
 	for _, g := range s.segs {
 		g.written = g.tail
 		switch {
@@ -313,13 +316,14 @@ func (s *Store) adopt(c *course) {
 			g.stale, g.state, g.tail = false, segLeaving, s.super.segBlocks
 			s.pinned = append(s.pinned, g) // discarded once the head is durable
 		case g.state == segFree:
-			s.free = append(s.free, g)
+			s.bare = append(s.bare, g)
 		case g.live+g.marks == 0:
 			s.dead = append(s.dead, g)
 		}
 	}
-	if n := len(s.pinned); len(s.free) == 0 && n > 0 {
-		s.free, s.pinned = s.pinned[n-1:], s.pinned[:n-1]
+	if n := len(s.pinned); n > 0 { // the last one to be tried: it has room behind it, or most of it
+		s.freed(s.pinned[n-1], &s.bare)
+		s.pinned = s.pinned[:n-1]
 	}
 }
 
@@ -330,7 +334,7 @@ func (s *Store) replenish() error {
 	s.mu.Lock()
 	s.opening = true
 	defer func() { s.opening = false; s.mu.Unlock() }()
-	for s.failed == nil && len(s.free) <= reserveSystem {
+	for s.failed == nil && s.freeSegments() <= reserveSystem {
 		var out outbox
 		lsn := s.lsn
 		err := s.releaseDead()

@@ -209,9 +209,20 @@ func (s *Store) discard(gone []*segment, out *outbox) {
 			s.pinned = append(s.pinned, g)
 			continue
 		}
+		if len(s.free) < s.stock() { // it keeps its room and is used again as it is
+			s.freed(g, &s.free)
+			continue
+		}
 		s.discards++
 		out.ops = append(out.ops, s.discardOp(g))
 	}
+}
+
+// freed ends a segment's use.
+func (s *Store) freed(g *segment, list *[]*segment) {
+	g.state, g.tail, g.written = segFree, 0, 0
+	*list = append(*list, g)
+	s.compact.blocked = false
 }
 
 func (s *Store) discardOp(g *segment) *disk.Op {
@@ -223,9 +234,7 @@ func (s *Store) discardOp(g *segment) *disk.Op {
 		if err != nil && !errors.Is(err, syscall.EOPNOTSUPP) { // a disk that cannot is merely not thin
 			s.fail(status.Errorf(status.IO, "discard on the disk: %w", err), &out)
 		}
-		g.state, g.tail, g.written = segFree, 0, 0
-		s.free = append(s.free, g)
-		s.compact.blocked = false
+		s.freed(g, &s.bare)
 		s.proceed(&out)
 		s.unlock(&out)
 	}

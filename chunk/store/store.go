@@ -40,7 +40,7 @@ type Usage struct {
 	CapacityBytes uint64 // what guests' data may fill
 	UsedBytes     uint64 // of the disk, in segments that are in use
 	LiveBytes     uint64 // blocks of guests' data
-	State         string // "ok" or "failed: why"
+	State         string // "ok", "no room: why" or "failed: why"
 	Note          string // what the last opening found damaged; "": nothing
 }
 
@@ -76,8 +76,9 @@ type Store struct {
 	idx   index
 	live  uint64 // data blocks
 	segs  []*segment
-	free  []*segment
-	open  *segment // takes appends
+	free  []*segment // with room on the disk behind them: see room.go
+	bare  []*segment // free, with none yet
+	open  *segment   // takes appends
 	drops map[dropKey]uint64
 	gaps  []gap // damage that is known already
 
@@ -101,11 +102,14 @@ type Store struct {
 	waiting      []*held // writes that wait for space or for the disk
 	waitingBytes int64   // ≤ maxWaiting
 
-	dead     []*segment // nothing points to them, maybe
-	pinned   []*segment // given up, to be discarded
-	discards int        // in flight
-	leaving  []*chunk   // dropped, still in the index's figures
-	compact  compaction
+	dead       []*segment // nothing points to them, maybe
+	pinned     []*segment // given up, to be discarded
+	discards   int        // in flight
+	starved    bool       // the disk had no room to give
+	probe      bool       // it is asked again
+	allocating bool       // a restock is in flight
+	leaving    []*chunk   // dropped, still in the index's figures
+	compact    compaction
 }
 
 const defaultIndexBytes = 64 << 20
@@ -124,6 +128,9 @@ func Make(d disk.Disk, f Format) error {
 	}
 	s := newStore(Config{Disk: d, BootID: "format"}, *p)
 	s.incarnation, s.life = f.Incarnation, 1
+	if err := s.backFree(1); err != nil {
+		return err
+	}
 	if err := s.firstHead(); err != nil {
 		return err
 	}
@@ -187,7 +194,7 @@ func newStore(cfg Config, p super) *Store {
 	for n := range p.segments {
 		g := &segment{n: n}
 		s.segs = append(s.segs, g)
-		s.free = append(s.free, g)
+		s.bare = append(s.bare, g)
 	}
 	s.compact.s = s
 	perSegment := uint64(p.segBlocks) - uint64(p.segBlocks)/32 - 4
@@ -243,6 +250,9 @@ func (s *Store) Usage() Usage {
 			u.UsedBytes += uint64(g.tail) * blockBytes
 		}
 	}
+	if s.starved {
+		u.State = "no room: the file system under the store is full"
+	}
 	if s.failed != nil {
 		u.State = "failed: " + s.failed.Error()
 	}
@@ -281,6 +291,7 @@ func (s *Store) step(now time.Duration, out *outbox) error {
 	if err := s.forget(2000); err != nil {
 		return err
 	}
+	s.probe = true
 	pinned := s.pinned
 	s.pinned = nil
 	s.discard(pinned, out)

@@ -82,6 +82,7 @@ func (s *Store) proceed(out *outbox) {
 		}
 	}
 	s.pump(out)
+	s.restock(out)
 	if s.closed || s.opening {
 		s.cond.Broadcast()
 	}
@@ -367,7 +368,9 @@ func (s *Store) admits(q *wire.Request) error {
 	if blocks > 0 && s.live+uint64(blocks) > s.capacity && s.live+s.fresh(q) > s.capacity {
 		return errFull
 	}
-	if !s.roomFor(blocks, reserve) || s.stagedBytes() > maxStaged {
+	if room := s.roomFor(blocks, reserve); !room && blocks > 0 && !s.waits() {
+		return errStarved
+	} else if !room || s.stagedBytes() > maxStaged {
 		return errWait
 	}
 	return nil
@@ -415,6 +418,7 @@ func (s *Store) change(c *caller, q *wire.Request, out *outbox) error {
 	if err != nil {
 		return err
 	}
+	s.compact.idle = false // something has died by it, perhaps
 	s.afterAppends(c, &wire.Reply{Kind: q.Kind, ID: q.ID}, out)
 	return nil
 }
