@@ -23,6 +23,8 @@ type metaConfig struct {
 	Raft      string       `toml:"raft"`    // host:port for the other nodes
 	Peers     []peerConfig `toml:"peer"`    // all nodes, this one included
 	TimeoutMs int          `toml:"timeout_ms"`
+	Join      bool         `toml:"join,omitempty"`       // begin empty and wait to be added; no peers then
+	LogFormat string       `toml:"log_format,omitempty"` // text (default) or json
 }
 
 type peerConfig struct {
@@ -44,6 +46,9 @@ type hostConfig struct {
 	CPUs    int               `toml:"cpus"`    // for VMs
 	Memory  string            `toml:"memory"`  // for VMs
 	Stores  []storeConfig     `toml:"store"`
+
+	JoinToken string `toml:"join_token,omitempty"` // of `cairn host token`; needed once, by a new host
+	LogFormat string `toml:"log_format,omitempty"` // text (default) or json
 
 	nbdConfig
 
@@ -104,6 +109,15 @@ func (c *metaConfig) check() error {
 	if c.ID == "" || c.Dir == "" || c.Cluster == "" {
 		return fmt.Errorf("id, dir and cluster are all needed")
 	}
+	if err := checkLogFormat(c.LogFormat); err != nil {
+		return err
+	}
+	if c.Join {
+		if len(c.Peers) > 0 {
+			return fmt.Errorf("a node with join = true lists no peers: `cairn meta add` tells it of them")
+		}
+		return errors.Join(checkAddr("api", c.API), checkAddr("raft", c.Raft))
+	}
 	if len(c.Peers) != 1 && len(c.Peers) != 3 && len(c.Peers) != 5 {
 		return fmt.Errorf("a cluster has 1, 3 or 5 metadata nodes, not %d: list each as a [[peer]]", len(c.Peers))
 	}
@@ -125,7 +139,17 @@ func (c *metaConfig) check() error {
 	return errors.Join(checkAddr("api", c.API), checkAddr("raft", c.Raft))
 }
 
+func checkLogFormat(f string) error {
+	if f != "" && f != "text" && f != "json" {
+		return fmt.Errorf("log_format = %q is not text or json", f)
+	}
+	return nil
+}
+
 func (c *hostConfig) check() (err error) {
+	if err := checkLogFormat(c.LogFormat); err != nil {
+		return err
+	}
 	if c.Name == "" || c.Dir == "" || c.Cluster == "" || len(c.Meta) == 0 {
 		return fmt.Errorf("name, dir, cluster and meta are all needed")
 	}

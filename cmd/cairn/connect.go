@@ -19,6 +19,10 @@ import (
 // cliWait bounds a command that does little.
 const cliWait = 30 * time.Second
 
+// giveUp is after how long without a metadata leader a command fails, naming
+// who is missing: longer than an election.
+const giveUp = 4500 * time.Millisecond
+
 // cli is what every command of an admin knows: which cluster.
 type cli struct {
 	dir, meta string
@@ -65,7 +69,7 @@ func (c *cli) connect() (*session, error) {
 			return nil, status.Errorf(status.Unavailable, "the cluster in %s is not up: `cairn up --dir %s` starts it", c.localDir(), c.localDir())
 		}
 	}
-	return &session{meta: metaclient.New(metaclient.Config{Addrs: addrs, Who: who()}), dir: c.localDir()}, nil
+	return &session{meta: metaclient.New(metaclient.Config{Addrs: addrs, Who: who(), GiveUp: giveUp}), dir: c.localDir()}, nil
 }
 
 // who names the person for the event log.

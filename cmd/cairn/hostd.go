@@ -255,7 +255,7 @@ func (h *hostd) register(ctx context.Context) error {
 		}
 		host.MemoryBytes = uint64(si.Totalram) * uint64(si.Unit)
 	}
-	if _, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_RegisterHost{RegisterHost: &pb.RegisterHost{Host: host}}}); err != nil {
+	if _, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_RegisterHost{RegisterHost: &pb.RegisterHost{Host: host, JoinToken: h.cfg.JoinToken}}}); err != nil {
 		return err
 	}
 	for _, s := range h.stores {
@@ -374,7 +374,7 @@ func hostCommand(c *cli) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			h, err := startHost(cmd.Context(), cfg, daemonLog())
+			h, err := startHost(cmd.Context(), cfg, daemonLog(cfg.LogFormat))
 			if err != nil {
 				return err
 			}
@@ -385,6 +385,6 @@ func hostCommand(c *cli) *cobra.Command {
 	}
 	run.Flags().StringVar(&config, "config", "", "configuration file")
 	must(run.MarkFlagRequired("config"))
-	cmd.AddCommand(run, hostListCommand(c))
+	cmd.AddCommand(run, hostListCommand(c), hostShowCommand(c), hostDrainCommand(c), hostResumeCommand(c), hostRemoveCommand(c), hostTokenCommand(c))
 	return cmd
 }

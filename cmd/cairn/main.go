@@ -12,6 +12,7 @@
 //	up, supervise         a whole cluster in one process, or one process each
 //	connect               finding the metadata service and a host from the CLI
 //	volume, image, vm     commands on volumes, their contents, and VMs
+//	metaadmin, hostadmin  nodes that come and go, backups; hosts that join and drain
 //	status                status, hosts, stores, metadata nodes, events
 //	demo, bench, chaos    the main job shown, measured, and attacked
 package main

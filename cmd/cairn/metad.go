@@ -29,16 +29,25 @@ func startMeta(cfg *metaConfig, log *slog.Logger) (*metad, error) {
 	if err != nil {
 		return nil, errors.Join(err, raftL.Close())
 	}
-	sc := server.Config{ID: cfg.ID, Dir: cfg.Dir, RaftListener: raftL, APIListener: apiL, Placer: driver.New(),
-		Timeout: time.Duration(cfg.TimeoutMs) * time.Millisecond, Log: log}
-	for _, p := range cfg.Peers {
-		sc.Peers = append(sc.Peers, server.Peer{ID: p.ID, RaftAddr: p.Raft, APIAddr: p.API})
-	}
+	sc := cfg.server()
+	sc.RaftListener, sc.APIListener, sc.Placer, sc.Log = raftL, apiL, driver.New(), log
 	srv, err := server.New(sc)
 	if err != nil {
 		return nil, errors.Join(err, ignoreClosed(raftL.Close()), ignoreClosed(apiL.Close()))
 	}
 	return &metad{srv}, nil
+}
+
+// server is the node without what runs it.
+func (c *metaConfig) server() server.Config {
+	sc := server.Config{ID: c.ID, Cluster: c.Cluster, Dir: c.Dir, Join: c.Join, Timeout: time.Duration(c.TimeoutMs) * time.Millisecond}
+	for _, p := range c.Peers {
+		sc.Peers = append(sc.Peers, server.Peer{ID: p.ID, RaftAddr: p.Raft, APIAddr: p.API})
+	}
+	if c.Join {
+		sc.Peers = []server.Peer{{ID: c.ID, RaftAddr: c.Raft, APIAddr: c.API}}
+	}
+	return sc
 }
 
 func (m *metad) close() error { return m.srv.Close() }
@@ -63,8 +72,13 @@ func ignoreClosed(err error) error {
 	return err
 }
 
-func daemonLog() *slog.Logger {
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo}))
+// daemonLog writes structured lines to standard error: key=value, or JSON.
+func daemonLog(format string) *slog.Logger {
+	opt := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opt))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opt))
 }
 
 func metaCommand(c *cli) *cobra.Command {
@@ -80,7 +94,7 @@ func metaCommand(c *cli) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			m, err := startMeta(cfg, daemonLog())
+			m, err := startMeta(cfg, daemonLog(cfg.LogFormat))
 			if err != nil {
 				return err
 			}
@@ -90,7 +104,7 @@ func metaCommand(c *cli) *cobra.Command {
 	}
 	run.Flags().StringVar(&config, "config", "", "configuration file")
 	must(run.MarkFlagRequired("config"))
-	cmd.AddCommand(run, metaListCommand(c))
+	cmd.AddCommand(run, metaListCommand(c), metaAddCommand(c), metaRemoveCommand(c), metaBackupCommand(c), metaRestoreCommand())
 	return cmd
 }
 

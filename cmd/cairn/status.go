@@ -21,6 +21,8 @@ type clusterView struct {
 
 type metaView struct {
 	ID        string `json:"id"`
+	Name      string `json:"name"`
+	Role      string `json:"role"` // voter, learner, none
 	Addr      string `json:"addr"`
 	State     string `json:"state"`
 	Leader    bool   `json:"leader"`
@@ -32,6 +34,7 @@ type metaView struct {
 type hostView struct {
 	Name       string      `json:"name"`
 	Up         bool        `json:"up"`
+	Drained    bool        `json:"drained"`
 	LastSeenMs int64       `json:"lastSeenMs"`
 	Data       string      `json:"dataAddr"`
 	Control    string      `json:"controlAddr"`
@@ -50,10 +53,19 @@ type storeView struct {
 	State       string `json:"state"`
 }
 
+// membersWait is for how long a leader is asked before the nodes are, one by one.
+const membersWait = 3 * time.Second
+
 func (s *session) metaViews(ctx context.Context) []metaView {
-	var out []metaView
-	for _, n := range s.meta.Nodes(ctx) {
-		out = append(out, metaView{ID: n.Id, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
+	out := []metaView{}
+	mctx, cancel := context.WithTimeout(ctx, membersWait)
+	defer cancel()
+	nodes, err := s.meta.Members(mctx)
+	if err != nil { // without a leader: what each says of itself
+		nodes = s.meta.Nodes(ctx)
+	}
+	for _, n := range nodes {
+		out = append(out, metaView{ID: n.Id, Name: n.Name, Role: n.Role, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
 			StateHash: fmt.Sprintf("%016x", n.StateHash)})
 	}
 	return out
@@ -66,26 +78,32 @@ func (s *session) hostViews(ctx context.Context) ([]hostView, error) {
 	}
 	out := []hostView{}
 	for _, h := range hosts {
-		w := hostView{Name: h.Host.Name, Up: h.Up, LastSeenMs: h.LastSeenMs, Data: h.Host.DataAddr, Control: h.Host.ControlAddr,
-			CPUs: h.Host.Cpus, Memory: h.Host.MemoryBytes, Stores: []storeView{}}
-		for _, st := range h.Stores {
-			v := storeView{ID: fmt.Sprintf("%x", st.Store.Id), Host: st.Store.Host, Incarnation: st.Store.Incarnation,
-				Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState()}
-			switch {
-			case !st.Up:
-				v.State = "down"
-			case v.State == "":
-				v.State = "ok"
-			}
-			w.Stores = append(w.Stores, v)
-		}
-		out = append(out, w)
+		out = append(out, viewHost(h))
 	}
 	return out, nil
 }
 
+func viewHost(h *pb.HostState) hostView {
+	w := hostView{Name: h.Host.Name, Up: h.Up, Drained: h.Host.Drained, LastSeenMs: h.LastSeenMs, Data: h.Host.DataAddr, Control: h.Host.ControlAddr,
+		CPUs: h.Host.Cpus, Memory: h.Host.MemoryBytes, Stores: []storeView{}}
+	for _, st := range h.Stores {
+		v := storeView{ID: fmt.Sprintf("%x", st.Store.Id), Host: st.Store.Host, Incarnation: st.Store.Incarnation,
+			Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState()}
+		switch {
+		case !st.Up:
+			v.State = "down"
+		case v.State == "":
+			v.State = "ok"
+		}
+		w.Stores = append(w.Stores, v)
+	}
+	return w
+}
+
 func seen(h hostView) string {
 	switch {
+	case h.Up && h.Drained:
+		return "up, drained"
 	case h.Up:
 		return "up"
 	case h.LastSeenMs < 0:
@@ -207,9 +225,9 @@ func printStatus(w *clusterView) error {
 func metaTable(ms []metaView) ([]string, [][]string) {
 	var rows [][]string
 	for _, m := range ms {
-		rows = append(rows, []string{dash(m.ID), m.Addr, m.State, fmt.Sprint(m.Term), fmt.Sprint(m.Applied), m.StateHash})
+		rows = append(rows, []string{dash(m.Name), m.Addr, dash(m.Role), m.State, fmt.Sprint(m.Term), fmt.Sprint(m.Applied), m.StateHash})
 	}
-	return []string{"META", "ADDRESS", "STATE", "TERM", "APPLIED", "STATE HASH"}, rows
+	return []string{"META", "ADDRESS", "ROLE", "STATE", "TERM", "APPLIED", "STATE HASH"}, rows
 }
 
 func metaListCommand(c *cli) *cobra.Command {

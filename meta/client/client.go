@@ -42,6 +42,9 @@ type Config struct {
 	Addrs []string    // API addresses of the metadata nodes, in any order
 	TLS   *tls.Config // nil: plain
 	Who   string      // for the event log: user or host
+	// GiveUp is after how long without any leader a question fails with
+	// Unavailable, naming who is missing; 0: it is asked until its context ends.
+	GiveUp time.Duration
 }
 
 // Client is safe for concurrent use. It holds no goroutine of its own.
@@ -51,7 +54,7 @@ type Client struct {
 
 	mu     sync.Mutex // guards all below
 	conns  map[string]*grpc.ClientConn
-	order  []string // asked in this order, after the leader
+	order  []string // asked in this order, after the leader; the configured ones first
 	leader string   // the address that answered last
 	closed bool
 	free   []*session // the last used comes first, so that few are ever opened
@@ -106,21 +109,22 @@ func (c *Client) conn(addr string) (*grpc.ClientConn, error) {
 type walk struct {
 	c     *Client
 	hint  string
-	turn  int    // into order
-	inRow int    // nodes asked since the last pause
-	last  error  // of the last node that answered
-	slow  string // a node that did not answer in time
+	turn  int       // into order
+	inRow int       // nodes asked since the last pause
+	last  error     // of the last node that answered
+	slow  string    // a node that did not answer in time
+	led   time.Time // when a leader was last heard of, or the walk begun
 }
 
 func (c *Client) walk() *walk {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return &walk{c: c, hint: c.leader}
+	return &walk{c: c, hint: c.leader, led: time.Now()}
 }
 
 // next returns the address to ask now, after a pause when all were asked.
 func (w *walk) next(ctx context.Context) (string, error) {
-	if w.inRow > len(w.c.order) {
+	if w.inRow > w.c.nodes() {
 		w.inRow = 0
 		t := time.NewTimer(roundPause)
 		defer t.Stop()
@@ -132,11 +136,16 @@ func (w *walk) next(ctx context.Context) (string, error) {
 	if err := ctx.Err(); err != nil {
 		return "", w.gaveUp(err)
 	}
+	if g := w.c.cfg.GiveUp; g > 0 && time.Since(w.led) >= g {
+		return "", w.gaveUp(status.Timeout)
+	}
 	w.inRow++
 	if addr := w.hint; addr != "" {
 		w.hint = ""
 		return addr, nil
 	}
+	w.c.mu.Lock()
+	defer w.c.mu.Unlock()
 	addr := w.c.order[w.turn%len(w.c.order)]
 	w.turn++
 	return addr, nil
@@ -155,6 +164,9 @@ func (w *walk) answered(addr string, err error, kind status.Kind, detail, leader
 	}
 	w.c.mu.Lock()
 	defer w.c.mu.Unlock()
+	if leader != "" {
+		w.led = time.Now()
+	}
 	switch kind {
 	case status.Unavailable, status.Unknown, status.Shutdown:
 		if w.c.leader == addr {
@@ -177,13 +189,13 @@ func (w *walk) gaveUp(cause error) error {
 	if w.slow != "" {
 		return &status.Error{Kind: status.Unavailable, Text: "metadata node " + w.slow + " did not answer in time: it may hang, or be unreachable", Err: cause}
 	}
-	return &status.Error{Kind: status.Unavailable, Text: "no metadata node of " + strings.Join(w.c.order, ", ") + " answers: is the cluster up?", Err: cause}
+	return &status.Error{Kind: status.Unavailable, Text: "no metadata node of " + strings.Join(w.c.addrs(), ", ") + " answers: is the cluster up?", Err: cause}
 }
 
 // ask puts one question until a node answers it. try makes one call and says
 // kind, sentence and hint of the reply.
 func (c *Client) ask(ctx context.Context, timeout time.Duration, try func(context.Context, pb.MetaClient) (status.Kind, string, string, error)) error {
-	if len(c.order) == 0 {
+	if c.nodes() == 0 {
 		return status.Errorf(status.Invalid, "no address of a metadata node is given: name a local cluster's directory or its metadata nodes")
 	}
 	w := c.walk()
@@ -218,6 +230,34 @@ func (c *Client) Query(ctx context.Context, req *pb.QueryRequest) (*pb.QueryRepl
 	return rep, nil
 }
 
+func (c *Client) nodes() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.order)
+}
+
+func (c *Client) addrs() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.order)
+}
+
+// learn takes over the addresses of all metadata nodes. Configured ones stay:
+// a node that is away may be named nowhere else.
+func (c *Client) learn(addrs []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	order := slices.Clone(c.cfg.Addrs)
+	for _, a := range addrs {
+		if !slices.Contains(order, a) && len(order) < maxConns {
+			order = append(order, a)
+		}
+	}
+	if len(addrs) > 0 {
+		c.order = order
+	}
+}
+
 // Renew is a host's heartbeat. A granted lease counts from before this call.
 func (c *Client) Renew(ctx context.Context, req *pb.RenewRequest) (*pb.RenewReply, error) {
 	var rep *pb.RenewReply
@@ -228,6 +268,7 @@ func (c *Client) Renew(ctx context.Context, req *pb.RenewRequest) (*pb.RenewRepl
 	if err != nil {
 		return nil, err
 	}
+	c.learn(rep.Meta)
 	return rep, nil
 }
 
@@ -236,9 +277,10 @@ func (c *Client) Renew(ctx context.Context, req *pb.RenewRequest) (*pb.RenewRepl
 func (c *Client) Nodes(ctx context.Context) []*pb.NodeReply {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
-	out := make([]*pb.NodeReply, len(c.order))
+	addrs := c.addrs()
+	out := make([]*pb.NodeReply, len(addrs))
 	var wg sync.WaitGroup
-	for i, addr := range c.order {
+	for i, addr := range addrs {
 		wg.Go(func() {
 			out[i] = &pb.NodeReply{Addr: addr, State: "unreachable"}
 			conn, err := c.conn(addr)

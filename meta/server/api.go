@@ -92,7 +92,7 @@ func (s *Server) checkFree(cmd *pb.Command) error {
 		floor = freeLast
 	}
 	if free < floor {
-		return status.Errorf(status.NoSpace, "the metadata leader %s has %d MiB left in %s and keeps %d free: make room there", s.cfg.ID, free>>20, s.cfg.Dir, floor>>20)
+		return status.Errorf(status.NoSpace, "the metadata leader %s has %d MiB left in %s and keeps %d free: make room there", nameOf(s.id), free>>20, s.cfg.Dir, floor>>20)
 	}
 	return nil
 }
@@ -185,6 +185,9 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 		return nil, status.Errorf(status.NotFound, "host %q is not registered: register it before it renews leases", req.Host)
 	}
 	t.hear(req.Host, req.Usage, now)
+	for _, p := range s.members() {
+		rep.Meta = append(rep.Meta, p.APIAddr)
+	}
 	return rep, nil
 }
 
@@ -270,30 +273,20 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 	return nil
 }
 
-// nodes tells about every configured node.
-func (s *Server) nodes(ctx context.Context) []*pb.NodeReply {
-	byID := map[string]*pb.NodeReply{s.cfg.ID: s.node()}
-	for i, r := range s.askPeers(ctx) {
-		if r == nil {
-			r = &pb.NodeReply{Id: s.peers[i].ID, Addr: s.peers[i].APIAddr, State: "unreachable"}
-		}
-		byID[r.Id] = r
-	}
-	var out []*pb.NodeReply
-	for _, p := range s.cfg.Peers {
-		out = append(out, byID[p.ID])
-	}
-	return out
-}
-
 // Node implements pb.MetaServer.
 func (s *Server) Node(context.Context, *pb.NodeRequest) (*pb.NodeReply, error) {
 	return s.node(), nil
 }
 
 func (s *Server) node() *pb.NodeReply {
-	rep := &pb.NodeReply{Id: s.cfg.ID, Addr: s.addrs[raft.ServerID(s.cfg.ID)].APIAddr}
+	self := s.addrs[raft.ServerID(s.id)]
+	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: stateFormat}
 	rep.Applied, rep.StateHash = s.fsm.at()
+	servers := s.servers()
+	rep.Role = role(servers, s.id)
+	if free, err := s.cfg.free(s.cfg.Dir); err == nil { // without it, it is shown as 0
+		rep.FreeBytes = free
+	}
 	r := s.raft.Load()
 	if r == nil {
 		rep.State, rep.LastIndex, rep.Term = *s.phase.Load(), s.oldIndex, s.oldTerm
@@ -302,5 +295,8 @@ func (s *Server) node() *pb.NodeReply {
 	rep.Term, rep.LastIndex, rep.LeaderAddr = r.CurrentTerm(), r.LastIndex(), s.leaderAPI()
 	rep.State = strings.ToLower(r.State().String())
 	rep.Leader = rep.State == "leader"
+	if rep.Role == "none" && rep.LastIndex == 0 {
+		rep.State, rep.Detail = "waiting", "to be added with `cairn meta add`"
+	}
 	return rep
 }

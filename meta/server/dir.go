@@ -33,6 +33,9 @@ type record struct {
 	Joined    bool   `json:"joined"`               // raft has been started, or may be
 	NeedIndex uint64 `json:"need_index,omitempty"` // no vote before this much of the log is here
 	AboveTerm uint64 `json:"above_term,omitempty"` // no vote up to this term
+	Life      string `json:"life,omitempty"`       // the id it was, or is to be, added under
+	Added     bool   `json:"added,omitempty"`      // a leader has written to it: its log must be there from now on
+	Removed   bool   `json:"removed,omitempty"`    // for good
 }
 
 // nodeDir is the locked directory of one node.

@@ -372,12 +372,8 @@ func (s *snapshot) write(out io.Writer) error {
 	var sum, count uint64
 	_, err := w.Write(binary.BigEndian.AppendUint64([]byte(snapMagic), s.applied))
 	s.kv.Scan(nil, nil, func(k, v []byte) bool {
-		h := binary.BigEndian.AppendUint32(nil, uint32(len(k)))
-		h = binary.BigEndian.AppendUint32(h, uint32(len(v)))
-		for _, b := range [][]byte{h, k, v} {
-			if err == nil {
-				_, err = w.Write(b)
-			}
+		if err == nil {
+			err = writePair(w, k, v)
 		}
 		sum += state.HashPair(k, v)
 		count++
@@ -389,6 +385,21 @@ func (s *snapshot) write(out io.Writer) error {
 	if sum != s.hash {
 		return fmt.Errorf("the state's hash is %x by a scan and %x by its changes: no snapshot is made of it", sum, s.hash)
 	}
+	return writeTail(w, count, sum)
+}
+
+func writePair(w *bufio.Writer, k, v []byte) error {
+	h := binary.BigEndian.AppendUint32(w.AvailableBuffer(), uint32(len(k)))
+	_, err := w.Write(binary.BigEndian.AppendUint32(h, uint32(len(v))))
+	for _, b := range [][]byte{k, v} {
+		if err == nil {
+			_, err = w.Write(b)
+		}
+	}
+	return err
+}
+
+func writeTail(w *bufio.Writer, count, sum uint64) error {
 	tail := binary.BigEndian.AppendUint64(make([]byte, 4), count)
 	if _, err := w.Write(binary.BigEndian.AppendUint64(tail, sum)); err != nil {
 		return err
@@ -423,6 +434,15 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 func load(db *badger.DB, r io.Reader) (applied, sum uint64, err error) {
 	wb := db.NewWriteBatch()
 	defer wb.Cancel()
+	if applied, sum, err = readPairs(r, wb.Set); err != nil {
+		return 0, 0, err
+	}
+	return applied, sum, wb.Flush()
+}
+
+// readPairs reads a snapshot to its end and compares its hash. What fn was
+// given counts only if the result is no error.
+func readPairs(r io.Reader, fn func(k, v []byte) error) (applied, sum uint64, err error) {
 	var head [16]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return 0, 0, err
@@ -444,7 +464,7 @@ func load(db *badger.DB, r io.Reader) (applied, sum uint64, err error) {
 			if binary.BigEndian.Uint64(tail[:]) != count || binary.BigEndian.Uint64(tail[8:]) != sum {
 				return 0, 0, status.Errorf(status.Corrupt, "its hash is wrong")
 			}
-			return binary.BigEndian.Uint64(head[8:]), sum, wb.Flush()
+			return binary.BigEndian.Uint64(head[8:]), sum, nil
 		}
 		if _, err := io.ReadFull(r, n[4:]); err != nil {
 			return 0, 0, err
@@ -459,7 +479,7 @@ func load(db *badger.DB, r io.Reader) (applied, sum uint64, err error) {
 		}
 		k, v := kv[:klen:klen], kv[klen:]
 		sum += state.HashPair(k, v)
-		if err := wb.Set(k, v); err != nil {
+		if err := fn(k, v); err != nil {
 			return 0, 0, err
 		}
 	}

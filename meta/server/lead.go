@@ -49,17 +49,49 @@ func (s *Server) notLeader() error {
 	if r == nil {
 		return status.Errorf(status.Unavailable, "metadata node %s is starting: it waits for its peers", s.cfg.ID)
 	}
-	if _, id := r.LeaderWithID(); id != "" && string(id) != s.cfg.ID {
-		return status.Errorf(status.Unavailable, "metadata node %s is not the leader, %s is", s.cfg.ID, id)
+	if _, id := r.LeaderWithID(); id != "" && string(id) != s.id {
+		return status.Errorf(status.Unavailable, "metadata node %s is not the leader, %s is", nameOf(s.id), nameOf(string(id)))
 	}
-	return status.Errorf(status.Unavailable, "the metadata cluster has no leader now: a majority of its %d nodes must be up", len(s.cfg.Peers))
+	return s.noQuorum()
+}
+
+// noQuorum names who is missing, asked at most once a second.
+func (s *Server) noQuorum() error {
+	q := &s.silent
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := len(voters(s.servers()))
+	if now := boottime(); q.at == 0 || now-q.at > time.Second {
+		ctx, cancel := context.WithTimeout(s.ctx, missingTimeout)
+		q.names = s.missing(ctx)
+		cancel()
+		q.at = boottime()
+	}
+	switch {
+	case n == 0:
+		return status.Errorf(status.Unavailable, "metadata node %s is in no cluster: `cairn meta add` adds it to one", nameOf(s.id))
+	case q.names == "":
+		return status.Errorf(status.Unavailable, "the metadata cluster has no leader now: its %d nodes are electing one", n)
+	}
+	return status.Errorf(status.Unavailable, "the metadata cluster has no leader: %d of its %d nodes must be up, and %s did not answer node %s", n/2+1, n, q.names, nameOf(s.id))
+}
+
+const missingTimeout = 500 * time.Millisecond // to find out who does not answer
+
+// silence is who did not answer when last asked.
+type silence struct {
+	mu    sync.Mutex // guards both below, and lets one ask at a time
+	at    time.Duration
+	names string
 }
 
 // leaderAPI is where to ask instead, "" if unknown.
 func (s *Server) leaderAPI() string {
 	if r := s.raft.Load(); r != nil {
-		_, id := r.LeaderWithID()
-		return s.addrs[id].APIAddr
+		if _, id := r.LeaderWithID(); id != "" {
+			p, _ := s.member(id)
+			return p.APIAddr
+		}
 	}
 	return ""
 }
@@ -247,9 +279,21 @@ func (s *Server) watchdog() {
 			s.fail(status.Errorf(status.IO, "a metadata command has hung for %v on the leader: is its disk %s well?", hungTicks*s.cfg.tick, s.dir.path))
 			return
 		}
-		if r.State() == raft.Shutdown && s.ctx.Err() == nil {
-			s.fail(status.Errorf(status.Shutdown, "raft has ended: this node was removed from the metadata cluster, or its log cannot be written"))
+		if r.State() == raft.Shutdown && s.ctx.Err() == nil && role(s.servers(), s.id) == "none" {
+			s.dir.rec.Removed = true
+			s.fail(errors.Join(status.Errorf(status.Shutdown, "this node was removed from the metadata cluster"), s.dir.save()))
 			return
+		}
+		if r.State() == raft.Shutdown && s.ctx.Err() == nil {
+			s.fail(status.Errorf(status.Shutdown, "raft has ended: its log in %s cannot be written", s.dir.path))
+			return
+		}
+		if rec := &s.dir.rec; rec.Life != "" && !rec.Added && r.LastIndex() > 0 {
+			rec.Added = true
+			if err := s.dir.save(); err != nil {
+				s.fail(err)
+				return
+			}
 		}
 		if need := s.dir.rec.NeedIndex; need > 0 && r.AppliedIndex() >= need {
 			s.dir.rec.NeedIndex = 0

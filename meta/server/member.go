@@ -1,13 +1,11 @@
 package server
 
 import (
-	"context"
 	"fmt"
 	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
-	"google.golang.org/grpc"
 
 	"github.com/cairnstore/cairn/proto/pb"
 )
@@ -55,35 +53,12 @@ func (v *voter) may(term uint64) (uint64, bool) {
 	return term, v.applied() >= v.need
 }
 
-// peerConn asks one peer how far it is.
-type peerConn struct {
-	Peer
-	conn *grpc.ClientConn
-}
-
-// ask returns the peer's own word, or nil: no answer, or not that peer.
-func (p peerConn) ask(ctx context.Context) *pb.NodeReply {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
-	rep, err := pb.NewMetaClient(p.conn).Node(ctx, &pb.NodeRequest{})
-	if err != nil || rep.Id != p.ID {
-		return nil
-	}
-	return rep
-}
-
-// askPeers asks all other nodes at once; a nil element has not answered.
-func (s *Server) askPeers(ctx context.Context) []*pb.NodeReply {
-	out := make([]*pb.NodeReply, len(s.peers))
-	done := make(chan struct{}, len(s.peers))
-	for i, p := range s.peers {
-		go func() {
-			out[i] = p.ask(ctx)
-			done <- struct{}{}
-		}()
-	}
-	for range s.peers {
-		<-done
+// others are the other nodes of the file.
+func (s *Server) others() (out []Peer) {
+	for _, p := range s.cfg.Peers {
+		if p.ID != s.cfg.ID {
+			out = append(out, p)
+		}
 	}
 	return out
 }
@@ -126,10 +101,11 @@ func (s *Server) enter() {
 func (s *Server) waitForPeers(what string, do func(r *pb.NodeReply) bool) (replies []*pb.NodeReply) {
 	for told := time.Duration(0); s.ctx.Err() == nil; told += askEvery {
 		missing := ""
-		replies = s.askPeers(s.ctx)
+		peers := s.others()
+		replies = s.askAll(s.ctx, peers)
 		for i, r := range replies {
 			if r == nil || !do(r) {
-				missing = s.peers[i].ID + " at " + s.peers[i].APIAddr
+				missing = peers[i].ID + " at " + peers[i].APIAddr
 			}
 		}
 		if missing == "" {

@@ -16,12 +16,9 @@ import (
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
-	"github.com/cairnstore/cairn/netplane/link"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -38,6 +35,7 @@ type Config struct {
 	RaftListener net.Listener // closed by Close, also when New fails
 	APIListener  net.Listener // the same
 	Peers        []Peer
+	Join         bool // begin with an empty directory and wait to be added; Peers is this node alone
 	Placer       Placer
 	TLS          *tls.Config   // for both listeners and for calls to peers; nil: plain
 	Timeout      time.Duration // heartbeat and election timeout; 0: 1 s
@@ -52,6 +50,12 @@ type Config struct {
 	snapEvery uint64                            // entries between snapshots, and kept behind one
 }
 
+// stateFormat is the version of what commands mean and of the state they make.
+// A node applies every version up to its own. It rises when an older program
+// would make another state of the same command; see docs/OPERATIONS.md on
+// upgrades.
+const stateFormat = 1
+
 // Server is a running node of the metadata service.
 type Server struct {
 	pb.UnimplementedMetaServer
@@ -61,9 +65,10 @@ type Server struct {
 	fsm   *fsm
 	bolt  *raftboltdb.BoltStore
 	snaps *raft.FileSnapshotStore
-	peers []peerConn // all but this one
-	addrs map[raft.ServerID]Peer
-	kept  bool // the state in Badger needs no restoring
+	id    string                 // to raft; see nodes.go
+	dials dials                  // to other nodes
+	addrs map[raft.ServerID]Peer // in the file
+	kept  bool                   // the state in Badger needs no restoring
 
 	// What a node says of itself before raft runs.
 	phase             atomic.Pointer[string] // new or starting
@@ -78,6 +83,7 @@ type Server struct {
 	trans  *transport                // set before raft
 	verify verifier
 	flight flight
+	silent silence
 
 	mu     sync.Mutex // guards tenure, err, closed
 	tenure *tenure
@@ -120,6 +126,9 @@ func (cfg *Config) check() error {
 		}
 		seen[p.ID] = true
 		me = me || p.ID == cfg.ID
+	}
+	if cfg.Join && len(cfg.Peers) != 1 {
+		return status.Errorf(status.Invalid, "metadata node %s waits to be added to a cluster: its only peer is itself", cfg.ID)
 	}
 	if !me {
 		return status.Errorf(status.Invalid, "metadata node %q is not among its own peers: add it to the list", cfg.ID)
@@ -168,15 +177,15 @@ func begin(cfg Config) (_ *Server, err error) {
 	if s.dir, err = openDir(cfg.Dir, cfg.ID, cfg.Cluster); err != nil {
 		return nil, err
 	}
-	if err = s.openFiles(); err != nil {
+	if err = s.begins(); err != nil {
 		return nil, err
 	}
-	if err = s.dialPeers(); err != nil {
+	if err = s.openFiles(); err != nil {
 		return nil, err
 	}
 	s.serve()
 	if !s.dir.rec.Joined {
-		if len(s.peers) > 0 {
+		if len(cfg.Peers) > 1 {
 			s.wg.Go(s.enter)
 			return s, nil
 		}
@@ -189,6 +198,30 @@ func begin(cfg Config) (_ *Server, err error) {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
+}
+
+// begins gives the node its id. Crash points: before the record the next start
+// makes another id, of which nobody has heard.
+func (s *Server) begins() error {
+	rec := &s.dir.rec
+	switch {
+	case rec.Removed:
+		return status.Errorf(status.Conflict, "metadata node %s was removed from its cluster: move %s away and set `join = true` to add it again", s.cfg.ID, s.dir.path)
+	case s.cfg.Join && !rec.Joined:
+		rec.Life, rec.Joined = lifeOf(s.cfg.ID), true
+		if err := s.dir.save(); err != nil {
+			return err
+		}
+	}
+	s.id = s.cfg.ID
+	if rec.Life != "" { // also when the file does not say join any more
+		s.id = rec.Life
+		p := s.addrs[raft.ServerID(s.cfg.ID)]
+		p.ID = s.id
+		delete(s.addrs, raft.ServerID(s.cfg.ID))
+		s.addrs[raft.ServerID(s.id)] = p
+	}
+	return nil
 }
 
 // openFiles opens log, snapshots and state, and refuses what cannot be this
@@ -204,7 +237,7 @@ func (s *Server) openFiles() (err error) {
 	if err != nil {
 		return fmt.Errorf("reading the metadata log: %w", err)
 	}
-	if s.dir.rec.Joined && s.dir.rec.NeedIndex == 0 && !has {
+	if s.dir.rec.Joined && s.dir.rec.NeedIndex == 0 && (s.dir.rec.Life == "" || s.dir.rec.Added) && !has {
 		return status.Errorf(status.Corrupt, "the metadata log in %s is gone: move the directory away and this node gets everything from the others", s.dir.path)
 	}
 	first, err := s.bolt.FirstIndex()
@@ -264,26 +297,6 @@ func (s *Server) checkSnapshots(snaps []*raft.SnapshotMeta, first uint64) error 
 	return status.Errorf(status.Corrupt, "the metadata snapshots in %s are damaged and the log begins after them: move the directory away and this node gets everything from the others", s.dir.path)
 }
 
-func (s *Server) dialPeers() error {
-	creds := insecure.NewCredentials()
-	if s.cfg.TLS != nil {
-		creds = credentials.NewTLS(s.cfg.TLS)
-	}
-	for _, p := range s.cfg.Peers {
-		if p.ID == s.cfg.ID {
-			continue
-		}
-		c, err := grpc.NewClient("passthrough:///"+p.APIAddr, grpc.WithTransportCredentials(creds), grpc.WithContextDialer(link.Dialer{}.Dial),
-			grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second,
-				Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}}))
-		if err != nil {
-			return status.Errorf(status.Invalid, "metadata peer %s has no usable address %q: %w", p.ID, p.APIAddr, err)
-		}
-		s.peers = append(s.peers, peerConn{p, c})
-	}
-	return nil
-}
-
 // Bounds of what one caller can make this node hold.
 const (
 	maxRequest = 4 << 20
@@ -311,7 +324,7 @@ func (s *Server) serve() {
 
 func (s *Server) raftConfig(kept bool) *raft.Config {
 	c := raft.DefaultConfig()
-	c.LocalID = raft.ServerID(s.cfg.ID)
+	c.LocalID = raft.ServerID(s.id)
 	c.HeartbeatTimeout, c.ElectionTimeout = s.cfg.Timeout, s.cfg.Timeout
 	c.LeaderLeaseTimeout = s.cfg.Timeout / 2
 	c.CommitTimeout = min(c.CommitTimeout, s.cfg.Timeout/4)
@@ -329,18 +342,22 @@ func (s *Server) raftConfig(kept bool) *raft.Config {
 func (s *Server) configuration() raft.Configuration {
 	var c raft.Configuration
 	for _, p := range s.cfg.Peers {
-		c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(p.ID), Address: raft.ServerAddress(p.RaftAddr)})
+		if s.dir.rec.Life == "" {
+			c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(p.ID), Address: joinAddr(p)})
+		}
 	}
 	return c
 }
 
-// ServerAddr implements raft.ServerAddressProvider: the configured address
-// counts, not the one in the log, so that a node may move.
+// ServerAddr implements raft.ServerAddressProvider.
 func (s *Server) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
 	if p, ok := s.addrs[id]; ok {
 		return raft.ServerAddress(p.RaftAddr), nil
 	}
-	return "", status.Errorf(status.NotFound, "metadata node %s is not among the configured peers", id)
+	if p, ok := s.member(id); ok {
+		return raft.ServerAddress(p.RaftAddr), nil
+	}
+	return "", status.Errorf(status.NotFound, "metadata node %s is not in the cluster", id)
 }
 
 // start runs raft. The node has a record that it takes part.
@@ -349,7 +366,7 @@ func (s *Server) start() error {
 	var vote *voter
 	if rec.NeedIndex > 0 || rec.AboveTerm > 0 && s.oldTerm <= rec.AboveTerm { // raft itself never goes back in terms
 		vote = &voter{need: rec.NeedIndex, above: rec.AboveTerm, applied: s.applied,
-			header: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(s.cfg.ID), Addr: []byte(s.addrs[raft.ServerID(s.cfg.ID)].RaftAddr)}}
+			header: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(s.id), Addr: []byte(s.addrs[raft.ServerID(s.id)].RaftAddr)}}
 	}
 	var logs raft.LogStore = s.bolt
 	if s.cfg.logs != nil {
@@ -447,10 +464,7 @@ func (s *Server) Close() error {
 }
 
 func (s *Server) closeFiles() (err error) {
-	for _, p := range s.peers {
-		err = errors.Join(err, p.conn.Close())
-	}
-	s.peers = nil
+	err = s.dials.close()
 	if s.fsm != nil {
 		err = errors.Join(err, s.fsm.close())
 		s.fsm = nil

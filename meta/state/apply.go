@@ -193,6 +193,8 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.makeToken(op.MakeToken)
 	case *pb.Command_RevokeToken:
 		return a.revokeToken(op.RevokeToken)
+	case *pb.Command_TrustVolume:
+		return a.trustVolume(op.TrustVolume)
 	case *pb.Command_Note:
 		return a.note(op.Note)
 	}

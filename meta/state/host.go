@@ -3,7 +3,6 @@ package state
 import (
 	"bytes"
 	"crypto/sha256"
-	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -36,7 +35,7 @@ func (a *apply) checkJoin(host, secret string) (*pb.JoinToken, error) {
 	case t == nil:
 		return nil, status.Errorf(status.Permission, "host %s brings a join token this cluster does not know, or one that was revoked or used up: make another with `cairn host token`", host)
 	case a.now > t.UntilUnixNs:
-		return nil, status.Errorf(status.Permission, "the join token of host %s was good until %s: make another with `cairn host token`", host, time.Unix(0, t.UntilUnixNs).UTC().Format(time.DateTime))
+		return nil, status.Errorf(status.Permission, "the join token of host %s was good until %s: make another with `cairn host token`", host, stamp(t.UntilUnixNs))
 	}
 	return t, nil
 }

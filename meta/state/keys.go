@@ -199,9 +199,10 @@ func Label(h *pb.Host, domain string) string {
 // an older copy, and data must not be dropped at its word.
 func Gone(kv KV, volumes []uint64) []uint64 {
 	given := u64(kv.Get(key(tMeta, "volume")))
+	lost := lostIDs(kv)
 	var out []uint64
 	for _, id := range volumes {
-		if id <= given && kv.Get(key(tVolume, id)) == nil {
+		if id <= given && !lost.has(id) && kv.Get(key(tVolume, id)) == nil {
 			out = append(out, id)
 		}
 	}

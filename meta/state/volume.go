@@ -3,6 +3,7 @@ package state
 import (
 	"bytes"
 	"math/bits"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -24,6 +25,9 @@ func validName(s string) bool {
 	}
 	return true
 }
+
+// stamp is a moment as people read it, in UTC.
+func stamp(ns int64) string { return time.Unix(0, ns).UTC().Format(time.DateTime) }
 
 func badName(what, name string) error {
 	return status.Errorf(status.Invalid, "%q is not a name for a %s: use 1 to %d of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit", name, what, maxNameBytes)
@@ -208,6 +212,9 @@ func (a *apply) attach(op *pb.Attach) (*pb.Result, error) {
 	gone := op.PredecessorGone && v.HolderHost == op.Host
 	if v.HolderSession != "" && !mine && !gone && !op.Takeover {
 		return nil, status.Errorf(status.Held, "volume %s is held by host %s (session %s): detach it there, or take it over", v.Name, v.HolderHost, v.HolderSession)
+	}
+	if err := checkTrusted(v); err != nil {
+		return nil, err
 	}
 	if v.Epoch >= ids.MaxEpoch {
 		return nil, status.Errorf(status.TooBig, "volume %s has used all %d writer epochs: copy it to a new volume", v.Name, ids.MaxEpoch)
