@@ -23,6 +23,7 @@ type conn struct {
 	in  *stream.Reader
 
 	batch  []*wire.Request // the reader's: gathered for store, not submitted
+	now    time.Duration   // the reader's: since the server's start, when the frames at hand were read
 	store  Store           // of batch
 	closer sync.Once
 
@@ -39,9 +40,10 @@ const maxGreeting = 2 << 10
 
 // slot is one outstanding request.
 type slot struct {
-	id   uint64 // the client's
-	cost int    // > 0 ⇔ outstanding
-	tag  uint32 // tells this use of the slot from earlier ones
+	id   uint64        // the client's
+	cost int           // > 0 ⇔ outstanding
+	at   time.Duration // it was admitted, since the server's start
+	tag  uint32        // tells this use of the slot from earlier ones
 }
 
 var _ wire.Sink = (*conn)(nil)
@@ -143,6 +145,7 @@ func (c *conn) judge(q *wire.Request) error {
 func (c *conn) serve() error {
 	for {
 		c.out.Cork()
+		c.now = time.Since(c.s.start)
 		err := c.decode()
 		c.submit()
 		c.out.Uncork()
@@ -263,7 +266,7 @@ func (c *conn) slot(q *wire.Request, cost int) {
 		c.slots = append(c.slots, slot{})
 	}
 	tag := c.slots[i].tag + 1
-	c.slots[i] = slot{q.ID, cost, tag}
+	c.slots[i] = slot{q.ID, cost, c.now, tag}
 	c.used += cost
 	q.ID = uint64(tag)<<32 | uint64(i)
 }
@@ -281,6 +284,7 @@ func (c *conn) submit() {
 // Replies implements wire.Sink. The reply to a request that is not outstanding
 // is dropped with a log line: the store has answered twice.
 func (c *conn) Replies(rs []*wire.Reply) {
+	now := time.Since(c.s.start)
 	c.mu.Lock()
 	for _, r := range rs {
 		i, tag := uint32(r.ID), uint32(r.ID>>32)
@@ -292,7 +296,7 @@ func (c *conn) Replies(rs []*wire.Reply) {
 		c.slots[i] = slot{tag: tag}
 		c.free = append(c.free, i)
 		c.used -= s.cost
-		r.ID = s.id
+		r.ID, r.Took = s.id, uint64((now - s.at).Microseconds()) // the store's queue and disk
 		c.out.Replies(r)
 	}
 	c.freed.Signal()

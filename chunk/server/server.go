@@ -60,6 +60,7 @@ type Server struct {
 	cfg    Config
 	stores map[ids.StoreID]Store
 	log    *slog.Logger
+	start  time.Time
 	wg     sync.WaitGroup // one per connection
 
 	mu        sync.Mutex // guards the fields below
@@ -79,7 +80,7 @@ func New(cfg Config) *Server {
 	if cfg.WindowBytes <= 0 {
 		cfg.WindowBytes = stream.Window
 	}
-	s := &Server{cfg: cfg, stores: map[ids.StoreID]Store{}, log: cfg.Log, listeners: map[net.Listener]bool{}, conns: map[*conn]bool{}}
+	s := &Server{cfg: cfg, stores: map[ids.StoreID]Store{}, log: cfg.Log, start: time.Now(), listeners: map[net.Listener]bool{}, conns: map[*conn]bool{}}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

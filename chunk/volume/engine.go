@@ -107,6 +107,8 @@ type Engine struct {
 	stillUntil time.Duration
 
 	stats Stats
+	slow  slowLog
+	cause cause // of the operation that is being answered
 }
 
 // Stats counts what an engine has done since it was made.
@@ -173,6 +175,7 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 	switch ev := ev.(type) {
 	case *Submit:
 		for _, op := range ev.Ops {
+			op.at = now
 			e.submit(op)
 		}
 	case *Replies:
@@ -243,6 +246,7 @@ func (e *Engine) done(op *Op, k status.Kind) {
 		return
 	}
 	op.answered = true
+	e.note(op, k)
 	e.out.Done = append(e.out.Done, Done{op, k})
 }
 

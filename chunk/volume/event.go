@@ -30,10 +30,15 @@ type Op struct {
 	Data []byte // Write: payload. Read: Len bytes to fill
 	User any    // whoever submitted it: a Completer, for the shell
 
-	parts    int         // pieces not finished; > 0 while admitting
-	failed   status.Kind // first failure
-	answered bool        // it was in Out.Done: whatever still refers to it is late
-	next     *Op         // wait queue
+	// Waited is how long the client's request has been with the shell already:
+	// it counts in Slow.
+	Waited time.Duration
+
+	parts    int           // pieces not finished; > 0 while admitting
+	failed   status.Kind   // first failure
+	answered bool          // it was in Out.Done: whatever still refers to it is late
+	next     *Op           // wait queue
+	at       time.Duration // it was submitted
 }
 
 // Done is a finished operation.

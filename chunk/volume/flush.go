@@ -18,6 +18,7 @@ type flushState struct {
 	round     uint64
 	need      map[*replica]bool // false: not sent yet
 	target    ids.Version       // what the round makes durable
+	legs      []leg             // by replica index: of this round
 	dirty     uint64            // bytes completed since the last round began
 	lastAt    time.Duration
 }
@@ -39,6 +40,7 @@ func (e *Engine) startFlush() {
 	}
 	f.now, f.next, f.wanted = f.next, nil, false
 	if f.dirty == 0 {
+		f.legs = f.legs[:0]
 		e.flushed()
 		return
 	}
@@ -51,6 +53,7 @@ func (e *Engine) beginRound() {
 	f.stale, f.round, f.lastAt = false, f.round+1, e.now
 	f.target = min(e.inFlight.lowest()-1, ids.MakeVersion(e.epoch, e.counter))
 	f.need = map[*replica]bool{}
+	f.legs = append(f.legs[:0], make([]leg, len(e.replicas))...)
 	for _, r := range e.replicas {
 		if r.required() {
 			f.need[r] = false
@@ -70,11 +73,13 @@ func (e *Engine) sendFlushes() {
 			continue
 		}
 		f.need[r] = true
+		f.legs[r.index] = leg{sent: e.now}
 		round := f.round
 		e.call(r, &wire.Request{Kind: wire.Flush, Floor: e.floor}, func(rep *wire.Reply) {
 			if !f.running || f.round != round {
 				return
 			}
+			f.legs[r.index].answered(e.now-f.legs[r.index].sent, rep.Took, r.local)
 			switch rep.Status {
 			case status.OK:
 				delete(f.need, r)
@@ -110,7 +115,9 @@ func (e *Engine) roundDone() {
 func (e *Engine) flushed() {
 	ops := e.flush.now
 	e.flush.now = nil
+	e.cause = cause{round: e.flush.legs, replicas: e.replicas}
 	for _, op := range ops {
 		e.done(op, status.OK)
 	}
+	e.cause = cause{}
 }

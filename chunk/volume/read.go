@@ -17,6 +17,7 @@ type read struct {
 	job   *job   // the merge whose edge this is; nil for a client's read
 	bad   uint16 // bit i: c.replicas[i] has answered with an error
 	until uint64 // counter when the data came: later writes do not matter
+	legs  legs   // by position
 	req   wire.Request
 }
 
@@ -71,6 +72,7 @@ func (e *Engine) sendRead(rd *read) {
 		// Only the in-process twin fills it, and only before Submit returns.
 		rd.req.Into = rd.piece.data()
 	}
+	rd.legs[pos] = leg{sent: e.now}
 	e.send(best, &rd.req, slot{read: rd, pos: pos})
 }
 
@@ -165,9 +167,10 @@ func (e *Engine) readDone(rd *read, data []byte, k status.Kind) {
 		return
 	}
 	if k != status.OK {
-		op := rd.op
+		e.cause = cause{legs: &rd.legs, replicas: rd.c.replicas}
+		e.partDone(rd.op, k)
+		e.cause = cause{}
 		e.freeRead(rd)
-		e.partDone(op, k)
 		return
 	}
 	dst := rd.piece.data()
@@ -188,9 +191,10 @@ func (e *Engine) answerRead(rd *read) {
 			return
 		}
 	}
-	op := rd.op
+	e.cause = cause{legs: &rd.legs, replicas: rd.c.replicas}
+	e.partDone(rd.op, status.OK)
+	e.cause = cause{}
 	e.freeRead(rd)
-	e.partDone(op, status.OK)
 }
 
 // repair writes a good block over the bad copies, at the version it has: a bad

@@ -146,8 +146,10 @@ func (e *Engine) freeSlot(r *replica, i uint32) slot {
 func (e *Engine) answer(r *replica, s slot, rep *wire.Reply) {
 	switch {
 	case s.job != nil:
+		s.job.legs[s.pos].answered(e.now-s.at, rep.Took, r.local)
 		e.accepted(r, s.job, s.pos, rep)
 	case s.read != nil:
+		s.read.legs[s.pos].answered(e.now-s.at, rep.Took, r.local)
 		e.readReply(r, s.read, s.pos, rep)
 	default:
 		s.on(rep)

@@ -38,6 +38,7 @@ type job struct {
 	waiters    []waiter
 	sums       []uint32
 	reqs       []wire.Request // by position; whose they are says Send
+	legs       legs           // by position
 	prev, next *job
 }
 
@@ -214,6 +215,7 @@ func (e *Engine) sendJob(j *job, pos int) {
 		}
 	}
 	j.sent |= bit
+	j.legs[pos] = leg{sent: e.now}
 	j.unanswered++
 	e.send(r, q, slot{job: j, pos: pos})
 }
@@ -278,7 +280,9 @@ func (e *Engine) finish(j *job, k status.Kind) {
 	if j.full {
 		e.notFull(j)
 	}
+	e.cause = cause{legs: &j.legs, replicas: j.c.replicas}
 	e.partDone(j.op, k)
+	e.cause = cause{}
 	for i := 0; i < len(j.waiters); i++ {
 		switch w := j.waiters[i]; {
 		case w.read != nil:

@@ -62,7 +62,7 @@ func AppendReply(dst []byte, r *Reply) []byte {
 	dst = le.AppendUint64(dst, uint64(r.Version))
 	dst = le.AppendUint64(dst, uint64(r.Floor))
 	dst = le.AppendUint64(dst, uint64(r.Incarnation))
-	dst = le.AppendUint64(dst, 0) // reserved
+	dst = le.AppendUint64(dst, r.Took)
 	dst = le.AppendUint32(dst, uint32(len(r.Digests)))
 	dst = le.AppendUint32(dst, uint32(len(r.Entries)))
 	dst = le.AppendUint64(dst, uint64(len(detail)))
@@ -246,6 +246,7 @@ func DecodeReply(h Header, body []byte) (*Reply, error) {
 	r.Version = ids.Version(le.Uint64(body[24:]))
 	r.Floor = ids.Version(le.Uint64(body[32:]))
 	r.Incarnation = ids.Incarnation(le.Uint64(body[40:]))
+	r.Took = le.Uint64(body[48:])
 	digests, entries, detail := uint64(le.Uint32(body[56:])), uint64(le.Uint32(body[60:])), le.Uint64(body[64:])
 	rest := body[replyFixed:]
 	if detail > maxDetail || 8*digests+entryBytes*entries+detail != uint64(len(rest)) {

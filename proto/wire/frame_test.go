@@ -31,7 +31,7 @@ func TestFramesSurviveTheWire(t *testing.T) {
 		t.Fatalf("got %+v\nwant %+v", got, q)
 	}
 	r := &Reply{Kind: Read, Flags: FlagReply | FlagMore, Status: status.Corrupt, ID: 9, Epoch: 1, Block: 2, Count64: 3, Version: 4,
-		Floor: 5, Incarnation: 6, Digests: []uint64{1, 2, 3}, Entries: q.Entries, Detail: "bad block"}
+		Floor: 5, Incarnation: 6, Took: 7, Digests: []uint64{1, 2, 3}, Entries: q.Entries, Detail: "bad block"}
 	b = AppendReply(nil, r)
 	if h, err = ParseHeader(b); err != nil {
 		t.Fatal(err)

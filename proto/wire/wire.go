@@ -198,6 +198,7 @@ type Reply struct {
 	Version     ids.Version
 	Floor       ids.Version
 	Incarnation ids.Incarnation
+	Took        uint64 // µs from the request's arrival at the chunk server to this reply; 0: not told
 	Digests     []uint64
 	Entries     []Entry
 	Detail      string // one sentence when Status is not OK
