@@ -234,6 +234,7 @@ func (s *Store) pump(out *outbox) {
 			finishBatch(g.buf[h:], s.durable, s.written)
 		}
 		s.writing, s.marked = g, s.durable
+		s.logged += int64(len(g.buf))
 		g.op = disk.Op{Kind: disk.Write, Off: offset(s.base(g.seg) + g.start), Bufs: [][]byte{g.buf},
 			Done: func(err error) { s.wrote(g, err) }}
 		out.ops = append(out.ops, &g.op)

@@ -25,7 +25,7 @@ func (s *Store) writeHead() error {
 	w := tableWriter{s: s}
 	for _, seg := range s.segs {
 		if seg.state == segClosed {
-			w.add(kindSegments, uint64(seg.n)|uint64(seg.life)<<32, seg.gen, seg.last)
+			w.add(kindSegments, uint64(seg.n)|uint64(seg.life)<<32, seg.gen, seg.last|uint64(seg.tail)<<lastBits)
 		}
 	}
 	for id, v := range s.vols {
@@ -40,6 +40,9 @@ func (s *Store) writeHead() error {
 		w.add(kindGaps, g.gen, g.from, g.to)
 	}
 	w.flush()
+	for i := range s.roots[:min(len(s.roots), maxRoots)] {
+		w.root(s.roots[i].record())
+	}
 	info.chunk, info.block = s.lsn-first+1, w.sum
 	info.encode(g.buf[at:])
 	return w.err
@@ -79,6 +82,28 @@ func (w *tableWriter) flush() {
 	w.buf = w.buf[:0]
 }
 
+// root appends the root of a checkpoint.
+func (w *tableWriter) root(r record) {
+	if w.err == nil {
+		_, w.err = w.s.append(&r, 0)
+		w.sum = rootSum(w.sum, &r)
+	}
+}
+
+// rootSum continues a head's checksum by a root.
+func rootSum(sum uint32, r *record) uint32 {
+	var b [recordFixed]byte
+	r.encode(b[:])
+	return tableSum(sum, kindRoot, b[:])
+}
+
+// maxRoots is how many checkpoints a head names. One whose root is not durable
+// yet may be among them: the head is behind it in the log.
+const maxRoots = 3
+
+// lastBits is the width of a last LSN in the table of segments.
+const lastBits = 48
+
 // tableSum continues a head's checksum by one table record.
 func tableSum(sum uint32, k kind, entries []byte) uint32 {
 	return (sum*31+uint32(k))*0x9e3779b1 ^ wire.Checksum(entries)
@@ -112,12 +137,16 @@ func (s *Store) pruneGaps() {
 	})
 }
 
-// pruneDrops forgets drops that no segment's records are older than.
+// pruneDrops forgets drops that no segment's records and no kept checkpoint are
+// older than.
 func (s *Store) pruneDrops() {
 	if len(s.leaving) > 0 {
 		return // their pages would meet those of a volume that comes back
 	}
 	oldest := s.lsn
+	for _, r := range s.roots {
+		oldest = min(oldest, r.from+1)
+	}
 	for _, g := range s.segs {
 		if g.state != segFree {
 			oldest = min(oldest, g.gen)

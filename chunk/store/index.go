@@ -13,24 +13,7 @@ const (
 	// maxChunkBlocks bounds a chunk: 1 GiB.
 	maxChunkBlocks = 1 << 18
 	pageBlocks     = 128
-	pageBytes      = pageBlocks * (8 + 4 + 4 + 1)
-	pageEncoded    = pageBytes + 4
-
-	// SpillPageBytes is the size of every page a Spill is given.
-	SpillPageBytes = pageEncoded
 )
-
-// Spill keeps index pages that do not fit into memory. It is a scratch pad:
-// nothing in it outlives the store's closing, the log rebuilds the index. Its
-// calls run under the store's lock.
-type Spill interface {
-	// Wipe forgets everything; called once, by Open.
-	Wipe() error
-	// Put keeps a copy of page. Get returns the last one put under key.
-	Put(key, page []byte) error
-	Get(key []byte) ([]byte, error)
-	Delete(key []byte) error
-}
 
 // entry is where the newest record of a block is.
 type entry struct {
@@ -50,16 +33,20 @@ type slots struct {
 
 // page is the index of pageBlocks consecutive blocks. It is in one of three
 // states: uniform (slots nil, all entries are one), resident (slots set) or
-// spilled.
+// away (the entries are in Pages only).
 type page struct {
-	c       *chunk
-	n       uint32 // block / pageBlocks
-	slots   *slots
-	one     entry       // uniform: every entry (never data)
-	top     ids.Version // ≥ every version in the page
-	spilled bool        // the entries are in the Spill only
-	copied  bool        // the Spill has the entries as they are
-	used    bool        // touched since the clock hand passed
+	c     *chunk
+	n     uint32 // block / pageBlocks
+	slots *slots
+	one   entry       // uniform: every entry (never data)
+	top   ids.Version // ≥ every version in the page
+	hash  uint64      // of what was saved last, if known
+	away  bool
+	known bool // Pages was given it, and has not been told to delete it
+	clean bool // Pages has the entries as they are
+	queue bool // it is in the queue of what is to be saved
+	dead  bool // dropped
+	used  bool // touched since the clock hand passed
 }
 
 // chunk is one layer of one chunk of a volume.
@@ -129,13 +116,39 @@ func (v *vol) forget(match func(*chunk) bool) []*chunk {
 	return gone
 }
 
-// index bounds the pages in memory: 0 ≤ len(ring)·pageBytes ≤ limit after
-// trim, when there is a Spill.
+// index bounds the pages in memory: len(ring)·pageBytes goes below limit as
+// soon as pages are saved, and no change is admitted while it is a quarter
+// above. Without Pages all of it stays in memory.
+//
+// A changed page is queued once; take makes a batch of the oldest, saved ends
+// it. count and sum say what Pages holds once the batch in flight is saved.
 type index struct {
-	limit int64
-	spill Spill
-	ring  []*page // the resident pages, in clock order
-	hand  int
+	limit  int64
+	pages  Pages
+	mark   uint64  // the store's
+	blocks uint32  // of the disk
+	ring   []*page // the resident pages, in clock order
+	hand   int
+	misses uint64 // pages fetched
+
+	queue  []*page // changed since they were saved, oldest change first
+	gone   []gone  // dropped, to be deleted; before any page of queue
+	batch  []*page // in flight
+	swept  []gone  // likewise
+	busy   bool
+	broken error  // why the last batch could not be saved
+	at     uint64 // version of the last batch
+	count  uint64 // pages
+	sum    uint64 // over their hashes
+
+	pagesOut, goneOut uint64 // how many left queue and gone, ever
+}
+
+// gone is a page to be deleted from Pages; counted if count and sum have it.
+type gone struct {
+	key     []byte
+	hash    uint64
+	counted bool
 }
 
 // page returns page n of c, resident or uniform; nil when nothing is there and
@@ -145,26 +158,36 @@ func (x *index) page(c *chunk, n uint32, create bool) (*page, error) {
 		if !create {
 			return nil, nil
 		}
-		for n >= uint32(len(c.pages)) {
-			c.pages = append(c.pages, nil)
-		}
+		c.place(n)
 		c.pages[n] = &page{c: c, n: n}
 	}
 	p := c.pages[n]
 	p.used = true
-	if !p.spilled {
+	if !p.away {
 		return p, nil
 	}
-	b, err := x.spill.Get(p.key())
+	key := p.key()
+	b, err := x.pages.Get(key)
 	if err != nil {
-		return nil, status.Errorf(status.IO, "read an index page from the spill: %w", err)
+		return nil, status.Errorf(status.IO, "fetch an index page: %w", err)
 	}
-	if err := p.decode(b); err != nil {
+	if pageHash(x.mark, key, b) != p.hash { // damaged, or an old one
+		return nil, errPage
+	}
+	if err := p.decode(key, b, x.blocks); err != nil {
 		return nil, err
 	}
-	p.spilled, p.copied = false, true
+	p.away = false
+	x.misses++
 	x.ring = append(x.ring, p)
 	return p, nil
+}
+
+// place makes room for page n.
+func (c *chunk) place(n uint32) {
+	for n >= uint32(len(c.pages)) {
+		c.pages = append(c.pages, nil)
+	}
 }
 
 // get returns the entry of one block.
@@ -199,50 +222,77 @@ func (x *index) set(p *page, i uint32, e entry) {
 		x.ring = append(x.ring, p)
 	}
 	p.slots.put(i, e)
-	p.copied = false
 	p.top = max(p.top, e.version)
+	x.changed(p)
 }
 
 // fill makes the whole page one entry.
 func (x *index) fill(p *page, e entry) {
-	p.one, p.slots, p.copied = e, nil, false // the clock drops it from the ring
+	p.one, p.slots = e, nil // the clock drops it from the ring
 	p.top = max(p.top, e.version)
+	x.changed(p)
 }
 
-// trim spills pages the clock hand finds unused, until the rest fits. It runs
-// between requests, so that no page leaves while one is being worked on.
-func (x *index) trim() error {
-	if x.spill == nil {
-		x.compact()
-		return nil
+// changed queues a page to be saved.
+func (x *index) changed(p *page) {
+	p.clean = false
+	if !p.queue && x.pages != nil {
+		p.queue = true
+		x.queue = append(x.queue, p)
 	}
-	for int64(len(x.ring))*pageBytes > x.limit {
+}
+
+// drop forgets a page.
+func (x *index) drop(p *page) {
+	p.slots, p.dead = nil, true
+	if p.known {
+		x.gone = append(x.gone, gone{p.key(), p.hash, true})
+	}
+}
+
+// over reports whether pages in memory are over the limit.
+func (x *index) over() bool { return x.pages != nil && int64(len(x.ring))*pageBytes > x.limit }
+
+// full reports whether changes have to wait until pages are saved.
+func (x *index) full() bool {
+	return x.pages != nil && int64(len(x.ring)-64)*pageBytes > x.limit+x.limit/4 && (x.busy || len(x.queue) > 0)
+}
+
+// trim takes saved pages the clock hand finds unused out of memory, until the
+// rest fits or the hand has moved on by steps. It runs between requests, so
+// that no page leaves while one is being worked on.
+func (x *index) trim(steps int) {
+	if x.pages == nil {
+		x.compact()
+		return
+	}
+	for ; steps > 0 && int64(len(x.ring))*pageBytes > x.limit; steps-- {
 		x.hand %= len(x.ring)
 		p := x.ring[x.hand]
 		switch {
 		case p.slots == nil: // uniform or forgotten meanwhile
-		case p.used:
+		case p.used, !p.clean:
 			p.used = false
 			x.hand++
 			continue
 		default:
-			if !p.copied {
-				if err := x.spill.Put(p.key(), p.encode()); err != nil {
-					return status.Errorf(status.IO, "put an index page into the spill: %w", err)
-				}
-			}
-			p.slots, p.spilled, p.copied = nil, true, true
+			p.slots, p.away = nil, true
 		}
 		last := len(x.ring) - 1
 		x.ring[x.hand] = x.ring[last]
 		x.ring[last] = nil
 		x.ring = x.ring[:last]
 	}
-	return nil
 }
 
+// trimSteps is how far the clock hand moves after a request.
+const trimSteps = 256
+
+// round is as many steps as find every page that can leave.
+func (x *index) round() int { return 2*len(x.ring) + 1 }
+
 // compact forgets pages that are not resident any more once they are many;
-// without a Spill nothing else takes them out of the ring.
+// without Pages nothing else takes them out of the ring.
 func (x *index) compact() {
 	if x.hand++; x.hand > 2*len(x.ring)+64 {
 		x.hand = 0
@@ -250,74 +300,65 @@ func (x *index) compact() {
 	}
 }
 
-// drop forgets a page and its copy.
-func (x *index) drop(p *page) error {
-	p.slots = nil
-	if !p.copied {
-		return nil
-	}
-	if err := x.spill.Delete(p.key()); err != nil {
-		return status.Errorf(status.IO, "delete an index page from the spill: %w", err)
-	}
-	return nil
-}
-
-// key orders pages by volume, chunk, layer and place.
-func (p *page) key() []byte {
-	b := make([]byte, 0, 24)
-	be := func(x uint64) {
-		for i := 56; i >= 0; i -= 8 {
-			b = append(b, byte(x>>i))
+// take makes the next batch, of at most n pages, and gives it a version. Pages
+// to be deleted come first and alone: one of the same name may come back.
+func (x *index) take(n int) []SavedPage {
+	batch := make([]SavedPage, 0, min(n, max(len(x.gone), len(x.queue))))
+	x.batch, x.swept = x.batch[:0], nil
+	if m := min(n, len(x.gone)); m > 0 {
+		x.swept, x.gone = x.gone[:m:m], x.gone[m:]
+		x.goneOut += uint64(m)
+		for _, g := range x.swept {
+			if g.counted {
+				x.sum -= g.hash
+				x.count--
+			}
+			batch = append(batch, SavedPage{Key: g.key})
 		}
 	}
-	be(uint64(p.c.v.id))
-	be(uint64(p.c.id))
-	be(uint64(p.c.layer)<<32 | uint64(p.n))
-	return b
+	for len(x.swept) == 0 && len(x.queue) > 0 && len(batch) < n {
+		p := x.queue[0]
+		x.queue[0] = nil
+		x.queue = x.queue[1:]
+		x.pagesOut++
+		p.queue = false
+		if !p.dead {
+			batch = append(batch, x.encode(p))
+		}
+	}
+	x.busy = true
+	x.at++
+	return batch
 }
 
-// encode returns the page for the Spill: versions, places, sums, kinds, crc.
-func (p *page) encode() []byte {
-	b := make([]byte, 0, pageEncoded)
-	s := p.slots
-	for i := range s.version {
-		b = le.AppendUint64(b, uint64(s.version[i]))
+func (x *index) encode(p *page) SavedPage {
+	key := p.key()
+	s := SavedPage{key, p.encode(key)}
+	if p.known {
+		x.sum -= p.hash
+		x.count--
 	}
-	for i := range s.loc {
-		b = le.AppendUint32(b, s.loc[i])
-	}
-	for i := range s.sum {
-		b = le.AppendUint32(b, s.sum[i])
-	}
-	for i := range s.kind {
-		b = append(b, byte(s.kind[i]))
-	}
-	return le.AppendUint32(b, p.sum(b))
+	p.hash, p.known = pageHash(x.mark, s.Key, s.Page), true
+	x.sum += p.hash
+	x.count++
+	x.batch = append(x.batch, p)
+	return s
 }
 
-// sum covers the page's identity too: a page from the wrong place fails.
-func (p *page) sum(b []byte) uint32 { return wire.Checksum(b) ^ wire.Checksum(p.key())*0x9e3779b1 }
-
-func (p *page) decode(b []byte) error {
-	if len(b) != pageEncoded || le.Uint32(b[pageBytes:]) != p.sum(b[:pageBytes]) {
-		return status.Errorf(status.Corrupt, "an index page came back damaged from the spill: restart the store to rebuild its index")
+// saved ends the batch in flight. What could not be saved is queued again.
+func (x *index) saved(err error) {
+	x.busy, x.broken = false, err
+	if err != nil {
+		for i := range x.swept {
+			x.swept[i].counted = false
+		}
+		x.gone = append(x.swept, x.gone...)
 	}
-	s := &slots{}
-	for i := range s.version {
-		s.version[i] = ids.Version(le.Uint64(b[8*i:]))
+	for i, p := range x.batch {
+		if p.clean = err == nil && !p.queue; err != nil && !p.dead {
+			x.changed(p)
+		}
+		x.batch[i] = nil
 	}
-	b = b[8*pageBlocks:]
-	for i := range s.loc {
-		s.loc[i] = le.Uint32(b[4*i:])
-	}
-	b = b[4*pageBlocks:]
-	for i := range s.sum {
-		s.sum[i] = le.Uint32(b[4*i:])
-	}
-	b = b[4*pageBlocks:]
-	for i := range s.kind {
-		s.kind[i] = kind(b[i])
-	}
-	p.slots = s
-	return nil
+	x.swept = nil
 }

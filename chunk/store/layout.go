@@ -55,10 +55,13 @@ import (
 //	drop      volume and chunk (0: all) are forgotten           -
 //	volume    version = floor, layer = epoch, flag 1 = intact   -
 //	free      block = segment, version = its gen: given up      -
+//	root      of a checkpoint: volume = version of its last     -
+//	          batch of pages, chunk = from, version = sum of
+//	          hashes, layer and block = pages (high, low)
 //	clean     the store was closed; nothing follows             -
 //	head      volume = incarnation, chunk = batches of the      boot id (count bytes)
 //	          head, block = crc of all its table entries
-//	segments  part of the table of segments in use              count × 24: segment u32, life u32, gen, last LSN
+//	segments  part of the table of segments in use              count × 24: segment u32, life u32, gen, last LSN u48, blocks used u16
 //	volumes   part of the table of volumes                      count × 24: volume, epoch u32, flags u32, floor
 //	drops     part of the table of forgotten chunks             count × 24: volume, chunk, LSN
 //	gaps      part of the table of damage already reported      count × 24: gen, first LSN, last LSN
@@ -67,11 +70,14 @@ import (
 // store as a whole: so a segment can be given up without looking for what else
 // it said.
 //
-// Versions: 1 is this layout.
+// The head repeats the roots of the kept checkpoints too, as root records.
+//
+// Versions: 2 is this layout. 1 had no roots, and no blocks used in its table
+// of segments; no release wrote it.
 //
 // Crash points: see docs/DATA.md.
 const (
-	formatVersion = 1
+	formatVersion = 2
 	blockBytes    = ids.BlockSize
 	logStart      = 16 // block of segment 0
 
@@ -108,6 +114,7 @@ const (
 	kindVolumes  kind = 22
 	kindDrops    kind = 23
 	kindGaps     kind = 24
+	kindRoot     kind = 25
 )
 
 var le = binary.LittleEndian
@@ -283,7 +290,7 @@ func parseRecord(b []byte) (r record, rest []byte, ok bool) {
 		}
 	case kindSegments, kindVolumes, kindDrops, kindGaps:
 		size = tableEntry * int(r.count)
-	case kindHole, kindZero, kindPoison, kindDrop, kindVolume, kindFree, kindClean:
+	case kindHole, kindZero, kindPoison, kindDrop, kindVolume, kindFree, kindClean, kindRoot:
 	default:
 		return r, nil, false
 	}

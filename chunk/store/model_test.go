@@ -184,22 +184,6 @@ func (p *player) checkQueries() {
 	}
 }
 
-// mapSpill is the Spill's twin in memory.
-type mapSpill struct {
-	pages map[string][]byte
-	puts  int
-	gets  int
-}
-
-func (m *mapSpill) Wipe() error { m.pages = map[string][]byte{}; return nil }
-func (m *mapSpill) Put(k, p []byte) error {
-	m.puts++
-	m.pages[string(k)] = slices.Clone(p)
-	return nil
-}
-func (m *mapSpill) Get(k []byte) ([]byte, error) { m.gets++; return m.pages[string(k)], nil }
-func (m *mapSpill) Delete(k []byte) error        { delete(m.pages, string(k)); return nil }
-
 // Random requests give what the model gives, over clean closings, kills and
 // power losses that keep everything, with and without a tiny index.
 func TestRandomRequestsAgainstTheModel(t *testing.T) {
@@ -209,11 +193,11 @@ func TestRandomRequestsAgainstTheModel(t *testing.T) {
 	}
 	for seed := range seeds {
 		d := formatMem(t)
-		spill := &mapSpill{}
+		pages := newMemPages()
 		cfg := func(d disk.Disk) Config {
 			c := Config{Disk: d, BootID: testBoot}
 			if seed%2 == 1 {
-				c.Spill, c.IndexBytes = spill, 2*pageBytes
+				c.Pages, c.IndexBytes, c.CheckpointBytes = pages, 2*pageBytes, 1<<20
 			}
 			return c
 		}
@@ -242,8 +226,8 @@ func TestRandomRequestsAgainstTheModel(t *testing.T) {
 			verify(t, p.s, p.m, p.epoch, "reopened")
 			p.checkQueries()
 		}
-		if seed%2 == 1 && (spill.puts == 0 || spill.gets == 0) {
-			t.Fatalf("seed %d: the spill was not used: %d puts, %d gets", seed, spill.puts, spill.gets)
+		if seed%2 == 1 && (pages.saves == 0 || pages.gets == 0) {
+			t.Fatalf("seed %d: the pages were not used: %d saves, %d gets", seed, pages.saves, pages.gets)
 		}
 	}
 }

@@ -51,9 +51,7 @@ func (s *Store) eachEntry(c *chunk, from, to ids.Block, than ids.Version, f func
 				return false, nil
 			}
 		}
-		if err := s.idx.trim(); err != nil {
-			return false, err
-		}
+		s.idx.trim(trimSteps)
 	}
 	return true, nil
 }

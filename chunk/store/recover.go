@@ -17,8 +17,9 @@ import (
 //  2. survey: the newest head and what follows it give the log's course; the
 //     batches there say up to where it must be whole (bound), and up to where
 //     it is (cut). A gap below bound is damage; the first one above is the end.
-//  3. replay, in LSN order: the newest record of a block wins.
-//  4. A new segment with a new head, durable before anything is answered: it
+//  3. restore: the newest checkpoint whose pages are all there (checkpoint.go).
+//  4. replay what is behind it, in LSN order: the newest record of a block wins.
+//  5. A new segment with a new head, durable before anything is answered: it
 //     says where the log was cut, so that the next recovery cuts it there too.
 //
 // A kill (same boot id) keeps all that was written, so bound is then the
@@ -46,6 +47,9 @@ type course struct {
 	damage  string // the first damage found
 	clean   bool   // the log ends with a clean close
 	sameRun bool   // the system has not lost power since the newest head
+	roots   []root // of the checkpoints below cut, newest first
+	from    uint64 // up to here the index is a checkpoint's; 0: none
+	read    int64  // bytes of log behind it
 }
 
 // recover rebuilds the store from its log and makes it ready for requests.
@@ -53,6 +57,9 @@ func (s *Store) recover() error {
 	c := &course{w: window{d: s.disk}, cut: 1<<64 - 1}
 	c.uses = s.findUses(&c.w)
 	if err := s.survey(c); err != nil {
+		return err
+	}
+	if err := s.restore(c); err != nil {
 		return err
 	}
 	if err := s.replay(c); err != nil {
@@ -97,7 +104,7 @@ func (s *Store) survey(c *course) error {
 // chooseHead takes the newest complete head below cut and lists the log's
 // segments: those the head names, its own, and those begun later.
 func (s *Store) chooseHead(c *course) error {
-	c.head, c.chain = nil, nil
+	c.head, c.chain, c.roots = nil, nil, nil
 	for i := len(c.uses) - 1; i >= 0 && c.head == nil; i-- {
 		if c.uses[i].gen < c.cut {
 			c.head = s.readHead(&c.w, c.uses[i])
@@ -122,8 +129,11 @@ func (s *Store) chooseHead(c *course) error {
 				return errDone
 			}
 			return eachRecord(b, h, func(r *record, _ uint32) error {
-				if r.kind == kindFree {
+				switch r.kind {
+				case kindFree:
 					gone[use{seg: s.segs[r.block%uint32(len(s.segs))], gen: r.version}] = true
+				case kindRoot:
+					c.roots = append(c.roots, rootOf(r)) // again, if the head has it
 				}
 				return nil
 			})
@@ -140,6 +150,8 @@ func (s *Store) chooseHead(c *course) error {
 			c.chain = append(c.chain, u)
 		}
 	}
+	slices.SortFunc(c.roots, func(a, b root) int { return cmp.Compare(b.at, a.at) })
+	c.roots = slices.Compact(c.roots)
 	slices.SortFunc(c.chain, func(a, b use) int { return cmp.Compare(a.gen, b.gen) })
 	return nil
 }
@@ -191,13 +203,18 @@ func (s *Store) measure(c *course) (gap uint64, err error) {
 	return next, nil
 }
 
-// replay applies the log to the empty index.
+// replay applies the log behind the checkpoint to the index.
 func (s *Store) replay(c *course) error {
 	for k, lsn := range c.head.drops {
 		s.drops[k] = lsn
 	}
 	s.incarnation = max(c.head.incarnation, s.super.Incarnation)
 	s.gaps = c.head.gaps
+	for k, lsn := range s.drops {
+		if lsn > c.from { // the record may be gone, the pages are not
+			s.applyDrop(k, lsn)
+		}
+	}
 	for i, u := range c.chain {
 		if u.gen == c.head.gen {
 			for j := range c.head.volumes {
@@ -208,13 +225,20 @@ func (s *Store) replay(c *course) error {
 		if last == 0 && i+1 < len(c.chain) {
 			last = c.chain[i+1].gen - 1
 		}
+		if u.last > 0 && u.last <= c.from && u.gen < c.head.gen { // the checkpoint has it
+			u.seg.gen, u.seg.life, u.seg.last, u.seg.tail, u.seg.state = u.gen, u.life, u.last, u.tail, segClosed
+			continue
+		}
 		expect := u.gen
-		err := s.scan(&c.w, use{u.seg, u.gen, u.life, last, true}, func(h *batchHead, at uint32, b []byte) error {
+		if u.gen < c.head.gen {
+			expect = max(expect, c.from+1)
+		}
+		err := s.scan(&c.w, use{seg: u.seg, gen: u.gen, life: u.life, last: last, headed: true}, func(h *batchHead, at uint32, b []byte) error {
 			if h.lsn >= c.cut {
 				return errDone
 			}
 			s.missing(c, expect, h.lsn-1, u)
-			expect = h.lsn + 1
+			expect = max(expect, h.lsn+1)
 			u.seg.tail = at + 1 + uint32(h.blocks)
 			return s.replayBatch(c, u, h, at, b)
 		})
@@ -228,9 +252,6 @@ func (s *Store) replay(c *course) error {
 		u.seg.gen, u.seg.life, u.seg.last, u.seg.state = u.gen, u.life, min(last, c.cut-1), segClosed
 		if u.last == 0 && i+1 == len(c.chain) {
 			u.seg.last = c.cut - 1
-		}
-		if err := s.idx.trim(); err != nil {
-			return err
 		}
 	}
 	for len(s.leaving) > 0 {
@@ -247,7 +268,8 @@ type gap struct{ gen, from, to uint64 }
 // missing notes a gap in what was to be whole, once: a new one is damage.
 func (s *Store) missing(c *course, from, to uint64, u use) {
 	g := gap{u.gen, from, to}
-	if from > to || slices.Contains(s.gaps, g) {
+	known := func(o gap) bool { return o.gen == g.gen && o.from <= from && to <= o.to }
+	if from > to || slices.ContainsFunc(s.gaps, known) {
 		return
 	}
 	s.gaps = append(s.gaps, g)
@@ -259,11 +281,17 @@ func (s *Store) missing(c *course, from, to uint64, u use) {
 // replayBatch applies the records of one batch.
 func (s *Store) replayBatch(c *course, u use, h *batchHead, at uint32, b []byte) error {
 	c.clean = false
+	if s.idx.over() {
+		s.shrink()
+	}
+	if h.lsn > c.from {
+		c.read += offset(1 + uint32(h.blocks))
+	}
 	return eachRecord(b, h, func(r *record, data uint32) error {
 		v, ch := ids.VolumeID(r.volume), ids.ChunkID(r.chunk)
 		switch {
 		case r.kind <= kindPoison:
-			if s.dropped(v, ch, h.lsn) {
+			if h.lsn <= c.from || s.dropped(v, ch, h.lsn) {
 				return nil
 			}
 			e := entry{version: ids.Version(r.version), loc: h.at, kind: r.kind}
@@ -277,7 +305,11 @@ func (s *Store) replayBatch(c *course, u use, h *batchHead, at uint32, b []byte)
 		case r.kind == kindVolume && !s.dropped(v, 0, h.lsn):
 			s.applyVolume(r)
 		case r.kind == kindDrop:
-			s.applyDrop(dropKey{v, ch}, h.lsn)
+			if h.lsn > c.from {
+				s.applyDrop(dropKey{v, ch}, h.lsn)
+			} else {
+				s.drops[dropKey{v, ch}] = max(s.drops[dropKey{v, ch}], h.lsn)
+			}
 		case r.kind == kindClean:
 			c.clean = true
 		}
@@ -300,6 +332,10 @@ func (s *Store) adopt(c *course) {
 	s.lsn = max(c.top, c.bound, c.cut-1)
 	s.written, s.durable = s.lsn, s.lsn // true once firstHead is durable
 	s.life = c.life + 1
+	s.ckpt.loggedBefore = -c.read
+	if c.from == 0 { // a checkpoint would have been of use
+		s.ckpt.loggedBefore = -s.cfg.CheckpointBytes
+	}
 	lost := !c.sameRun && !c.clean
 	if c.damage != "" {
 		s.note, lost = c.damage+": the store takes a new incarnation and has to be compared with its peers", true

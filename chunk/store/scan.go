@@ -47,6 +47,7 @@ type use struct {
 	gen    uint64
 	life   uint32
 	last   uint64 // LSN of its last batch if known from a later head, else 0
+	tail   uint32 // blocks it uses, likewise
 	headed bool
 }
 
@@ -59,6 +60,7 @@ type head struct {
 	volumes     []record
 	drops       map[dropKey]uint64
 	gaps        []gap
+	roots       []root
 }
 
 // valid parses the block at a place of a segment.
@@ -167,6 +169,9 @@ func (s *Store) readHead(w *window, u use) *head {
 			case kindSegments, kindVolumes, kindDrops, kindGaps:
 				sum = tableSum(sum, r.kind, r.payload)
 				s.addTable(d, r)
+			case kindRoot:
+				sum = rootSum(sum, r)
+				d.roots = append(d.roots, rootOf(r))
 			}
 			return nil
 		}); err != nil {
@@ -189,7 +194,7 @@ func (s *Store) addTable(d *head, r *record) {
 		switch r.kind {
 		case kindSegments:
 			if n := uint32(a); n < uint32(len(s.segs)) {
-				d.segments[n] = use{seg: s.segs[n], gen: b, life: uint32(a >> 32), last: c, headed: true}
+				d.segments[n] = use{seg: s.segs[n], gen: b, life: uint32(a >> 32), last: c & (1<<lastBits - 1), tail: uint32(c >> lastBits), headed: true}
 			}
 		case kindVolumes:
 			d.volumes = append(d.volumes, record{kind: kindVolume, volume: a, layer: uint32(b), flags: uint8(b >> 32), version: c})

@@ -121,9 +121,7 @@ func (s *Store) forget(pages int) error {
 				for i := range uint32(pageBlocks) {
 					s.count(c.v, p.at(i), -1)
 				}
-				if err := s.idx.drop(p); err != nil {
-					return err
-				}
+				s.idx.drop(p)
 				pages--
 			}
 			c.pages = c.pages[:n]
@@ -131,9 +129,7 @@ func (s *Store) forget(pages int) error {
 		if len(c.pages) == 0 {
 			s.leaving = s.leaving[1:]
 		}
-		if err := s.idx.trim(); err != nil {
-			return err
-		}
+		s.idx.trim(trimSteps)
 	}
 	return nil
 }

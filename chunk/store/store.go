@@ -31,8 +31,10 @@ type Config struct {
 	Disk       disk.Disk
 	BootID     string // of the running operating system; another one than last time means lost power
 	Cluster    string // refuse a store of another cluster; "": any
-	IndexBytes int64  // index pages in memory, when there is a Spill; 0: 64 MiB
-	Spill      Spill  // nil: the whole index stays in memory
+	IndexBytes int64  // index pages in memory, when there are Pages; 0: 64 MiB
+	Pages      Pages  // nil: the whole index stays in memory, and there are no checkpoints
+
+	CheckpointBytes int64 // a checkpoint after so many bytes of log; 0: 1 GiB
 }
 
 // Usage is how full a store is and how it fares.
@@ -80,7 +82,9 @@ type Store struct {
 	bare  []*segment // free, with none yet
 	open  *segment   // takes appends
 	drops map[dropKey]uint64
-	gaps  []gap // damage that is known already
+	gaps  []gap  // damage that is known already
+	roots []root // of the kept checkpoints, newest first; of those behind the last two none is durable
+	ckpt  checkpoint
 
 	// The log. durable ≤ written ≤ lsn.
 	lsn     uint64 // last one given to a batch
@@ -88,6 +92,7 @@ type Store struct {
 	durable uint64
 	marked  uint64 // the durable LSN the log itself knows
 	markAt  time.Duration
+	logged  int64  // bytes of log written since the opening
 	group   *group // takes records; last of queue, or nil
 	batch   batchHead
 	inHead  bool
@@ -189,7 +194,7 @@ func newStore(cfg Config, p super) *Store {
 	s := &Store{cfg: cfg, disk: cfg.Disk, super: p, vols: map[ids.VolumeID]*vol{}, drops: map[dropKey]uint64{}}
 	s.cond = sync.NewCond(&s.mu)
 	s.now, _ = cfg.Disk.(disk.Immediate)
-	s.idx = index{limit: cfg.IndexBytes, spill: cfg.Spill}
+	s.idx = index{limit: cfg.IndexBytes, pages: cfg.Pages, mark: p.mark(), blocks: logStart + p.segments*p.segBlocks}
 	s.batch.used = batchRoom
 	for n := range p.segments {
 		g := &segment{n: n}
@@ -210,6 +215,9 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.IndexBytes == 0 {
 		cfg.IndexBytes = defaultIndexBytes
 	}
+	if cfg.CheckpointBytes == 0 {
+		cfg.CheckpointBytes = defaultCheckpointBytes
+	}
 	p, err := readSuper(cfg.Disk)
 	if err != nil {
 		return nil, err
@@ -219,11 +227,6 @@ func Open(cfg Config) (*Store, error) {
 	}
 	if need := offset(logStart + p.segments*p.segBlocks); p.segBlocks < minSegBlocks || p.segments < minSegments || need > cfg.Disk.Size() {
 		return nil, status.Errorf(status.Corrupt, "store %s needs a disk of %d bytes and finds %d: it was cut", p.ID, need, cfg.Disk.Size())
-	}
-	if cfg.Spill != nil {
-		if err := cfg.Spill.Wipe(); err != nil {
-			return nil, status.Errorf(status.IO, "empty the index spill: %w", err)
-		}
 	}
 	s := newStore(cfg, *p)
 	if err := s.recover(); err != nil {
@@ -304,6 +307,9 @@ func (s *Store) step(now time.Duration, out *outbox) error {
 			return err
 		}
 	}
+	if err := s.checkpointStep(); err != nil {
+		return err
+	}
 	return s.compact.step(out, true)
 }
 
@@ -324,7 +330,7 @@ func (s *Store) Close() error {
 	s.unlock(&out)
 
 	s.mu.Lock()
-	for s.failed == nil && s.compact.busy() || s.discards > 0 {
+	for s.failed == nil && s.compact.busy() || s.discards > 0 || s.idx.busy {
 		s.cond.Wait()
 	}
 	done := false

@@ -29,6 +29,7 @@ type caller struct {
 type outbox struct {
 	ops     []*disk.Op
 	reads   []*read
+	saves   []func() // of index pages
 	callers []*caller
 	replies []*wire.Reply // replies[i] is for callers[i]
 }
@@ -53,6 +54,9 @@ func (s *Store) unlock(out *outbox) {
 	}
 	for _, r := range out.reads {
 		s.startRead(r, out)
+	}
+	for _, save := range out.saves {
+		save()
 	}
 	out.deliver()
 }
@@ -97,10 +101,13 @@ func (s *Store) settleDebts(out *outbox) error {
 			return err
 		}
 	}
+	s.idx.trim(trimSteps)
 	if err := s.retry(out); err != nil {
 		return err
 	}
-	return s.idx.trim()
+	s.idx.trim(trimSteps)
+	s.savePages(out)
+	return nil
 }
 
 // retry does what waited and has room now, in order; what only waits for a
@@ -368,9 +375,10 @@ func (s *Store) admits(q *wire.Request) error {
 	if blocks > 0 && s.live+uint64(blocks) > s.capacity && s.live+s.fresh(q) > s.capacity {
 		return errFull
 	}
+	changes := q.Kind == wire.Write || q.Kind == wire.Zero || q.Kind == wire.Install
 	if room := s.roomFor(blocks, reserve); !room && blocks > 0 && !s.waits() {
 		return errStarved
-	} else if !room || s.stagedBytes() > maxStaged {
+	} else if !room || s.stagedBytes() > maxStaged || changes && s.idx.full() {
 		return errWait
 	}
 	return nil

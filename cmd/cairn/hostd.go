@@ -58,15 +58,15 @@ type hostd struct {
 	undo    []func() error // what close has to do, last first
 }
 
-// hostStore is an open store with its disk and the pages it spills.
+// hostStore is an open store with its disk and its index pages.
 type hostStore struct {
 	*store.Store
 	disk  *disk.File
-	spill *checkpoint.Pages
+	pages *checkpoint.Pages
 }
 
 func (s *hostStore) close() error {
-	return errors.Join(s.Store.Close(), s.disk.Close(), s.spill.Close())
+	return errors.Join(s.Store.Close(), s.disk.Close(), s.pages.Close())
 }
 
 // gcPercent lets a host's heap grow to five times what lives on it, some tens of
@@ -142,7 +142,7 @@ func openStore(sc storeConfig, cluster, boot, pages string) (*hostStore, error) 
 	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	s, err := store.Open(store.Config{Disk: d, Cluster: cluster, BootID: boot, Spill: p})
+	s, err := store.Open(store.Config{Disk: d, Cluster: cluster, BootID: boot, Pages: p})
 	if err != nil {
 		return nil, errors.Join(err, d.Close(), p.Close())
 	}

@@ -3,8 +3,10 @@ package checkpoint
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/cairnstore/cairn/chunk/disk"
@@ -14,42 +16,133 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-func TestPagesAreKeptUntilWiped(t *testing.T) {
-	p, err := Open(filepath.Join(t.TempDir(), "spill"))
+func open(t *testing.T, dir string) *Pages {
+	t.Helper()
+	p, err := Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		if err := p.Close(); err != nil {
-			t.Error(err)
+	return p
+}
+
+func saved(t *testing.T, p *Pages, at uint64, batch ...store.SavedPage) {
+	t.Helper()
+	done := make(chan error, 1)
+	p.Save(at, batch, func(err error) { done <- err })
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// as lists what Load gives as of a version; a page that something newer covers
+// has a + behind it.
+func as(t *testing.T, p *Pages, at uint64) (list string, top uint64) {
+	t.Helper()
+	top, err := p.Load(at, func(s store.SavedPage, newer bool) error {
+		list += fmt.Sprintf("%s=%s", s.Key, s.Page)
+		if newer {
+			list += "+"
 		}
-	}()
+		list += " "
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(list), top
+}
+
+// Versions are told apart, over a reopening and tables that were compacted, and
+// Keep leaves all that it must.
+func TestVersionsOfPages(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "pages")
+	p := open(t, dir)
+	page := func(k, v string) store.SavedPage { return store.SavedPage{Key: []byte(k), Page: []byte(v)} }
+	gone := func(k string) store.SavedPage { return store.SavedPage{Key: []byte(k)} }
+	saved(t, p, 3, page("a", "a3"), page("b", "b3"), page("c", "c3"))
+	saved(t, p, 5, page("a", "a5"), gone("b"))
+	saved(t, p, 8, page("d", "d8"), page("b", "b8"), gone("c"))
+	saved(t, p, 9, page("a", "a9"))
+	check := func(what string, oldest uint64) {
+		t.Helper()
+		for _, w := range []struct {
+			at   uint64
+			want string
+		}{{3, "a=a3+ b=b3+ c=c3+ d=+"}, {5, "a=a5+ b=+ c=c3+ d=+"}, {7, "a=a5+ b=+ c=c3+ d=+"}, {8, "a=a5+ b=b8 d=d8"}, {9, "a=a9 b=b8 d=d8"}} {
+			if w.at < oldest {
+				continue
+			}
+			if got, top := as(t, p, w.at); got != w.want || top != 9 {
+				t.Fatalf("%s: as of %d there is %q up to %d, want %q", what, w.at, got, top, w.want)
+			}
+		}
+		if b, err := p.Get([]byte("a")); err != nil || string(b) != "a9" {
+			t.Fatalf("%s: got %q, %v", what, b, err)
+		}
+		if _, err := p.Get([]byte("c")); err == nil {
+			t.Fatalf("%s: a deleted page came back", what)
+		}
+	}
+	check("at once", 0)
+	p.Keep(5)
+	check("after Keep", 5)
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	p = open(t, dir)
+	check("reopened", 5)
+	p.Keep(8)
+	if err := p.db.Flatten(1); err != nil {
+		t.Fatal(err)
+	}
+	check("compacted", 8)
 	if err := p.Wipe(); err != nil {
 		t.Fatal(err)
 	}
-	want := bytes.Repeat([]byte{7}, store.SpillPageBytes)
-	for _, v := range [][]byte{{1}, want} {
-		if err := p.Put([]byte("k"), v); err != nil {
-			t.Fatal(err)
-		}
+	if got, _ := as(t, p, 9); got != "" {
+		t.Fatalf("wiped, but there is %q", got)
 	}
-	if got, err := p.Get([]byte("k")); err != nil || !bytes.Equal(got, want) {
-		t.Fatalf("got %d bytes, %v", len(got), err)
-	}
-	if err := p.Put([]byte("gone"), want); err != nil {
+	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.Delete([]byte("gone")); err != nil {
+}
+
+// A full file system is an error, and the database is left alone.
+func TestFreeSpaceIsKept(t *testing.T) {
+	p := open(t, filepath.Join(t.TempDir(), "pages"))
+	p.floor = 1 << 62
+	done := make(chan error, 1)
+	p.Save(1, []store.SavedPage{{Key: []byte("k"), Page: []byte("v")}}, func(err error) { done <- err })
+	if err := <-done; !errors.Is(err, status.NoSpace) {
+		t.Fatalf("got %v", err)
+	}
+	p.floor = 0
+	saved(t, p, 2, store.SavedPage{Key: []byte("k"), Page: []byte("v")})
+	if got, _ := as(t, p, 2); got != "k=v" {
+		t.Fatalf("there is %q", got)
+	}
+	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.Get([]byte("gone")); err == nil {
-		t.Fatal("a deleted page came back")
-	}
-	if err := p.Wipe(); err != nil {
+}
+
+// A database that cannot be opened is emptied, not an obstacle.
+func TestBrokenDatabaseIsEmptied(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "pages")
+	p := open(t, dir)
+	saved(t, p, 1, store.SavedPage{Key: []byte("k"), Page: []byte("v")})
+	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.Get([]byte("k")); err == nil {
-		t.Fatal("a wiped page came back")
+	if err := os.WriteFile(filepath.Join(dir, "db", "MANIFEST"), []byte("what?"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p = open(t, dir)
+	if got, _ := as(t, p, 9); got != "" {
+		t.Fatalf("there is %q", got)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -63,10 +156,10 @@ func TestForeignDirectoryIsRefused(t *testing.T) {
 	}
 }
 
-// sink takes one reply; the memory disk answers inside Submit.
-type sink struct{ r *wire.Reply }
+// sink takes one reply, which may come later: pages are saved in the background.
+type sink chan *wire.Reply
 
-func (s *sink) Replies(rs []*wire.Reply) { s.r = rs[0] }
+func (s sink) Replies(rs []*wire.Reply) { s <- rs[0] }
 
 // A store whose index does not fit into memory works over Badger, and finds
 // everything again after a kill left the database behind.
@@ -81,17 +174,18 @@ func TestStoreOverBadger(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, err := store.Open(store.Config{Disk: d, BootID: "b", IndexBytes: 1, Spill: p})
+		s, err := store.Open(store.Config{Disk: d, BootID: "b", IndexBytes: 1, CheckpointBytes: 1 << 20, Pages: p})
 		if err != nil {
 			t.Fatal(err)
 		}
 		ask := func(q wire.Request) *wire.Reply {
-			var k sink
-			s.Submit([]*wire.Request{&q}, &k)
-			if k.r == nil || k.r.Status != status.OK {
-				t.Fatalf("life %d: %s: %+v", life, q.Kind, k.r)
+			k := make(sink, 1)
+			s.Submit([]*wire.Request{&q}, k)
+			r := <-k
+			if r.Status != status.OK {
+				t.Fatalf("life %d: %s: %v", life, q.Kind, r.Err())
 			}
-			return k.r
+			return r
 		}
 		for i := range 2000 {
 			b, ver := ids.Block(i*7919%(1<<18)), ids.MakeVersion(1, uint64(i+1))
