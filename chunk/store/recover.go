@@ -329,13 +329,13 @@ func (s *Store) applyVolume(r *record) {
 
 // adopt takes what recovery found as the store's state.
 func (s *Store) adopt(c *course) {
-	s.lsn = max(c.top, c.bound, c.cut-1)
-	s.written, s.durable = s.lsn, s.lsn // true once firstHead is durable
-	s.life = c.life + 1
 	s.ckpt.loggedBefore = -c.read
 	if c.from == 0 { // a checkpoint would have been of use
 		s.ckpt.loggedBefore = -s.cfg.CheckpointBytes
 	}
+	s.lsn = max(c.top, c.bound, c.cut-1)
+	s.written, s.durable = s.lsn, s.lsn // true once firstHead is durable
+	s.life = c.life + 1
 	lost := !c.sameRun && !c.clean
 	if c.damage != "" {
 		s.note, lost = c.damage+": the store takes a new incarnation and has to be compared with its peers", true
