@@ -107,10 +107,9 @@ func TestBirdComesBack(t *testing.T) {
 	}
 }
 
-// A host that says it has another's address changes nobody's route. OSPF does
-// not keep this promise (see bird.Topology.Config) and is not in the list.
+// A host that says it has another's address changes nobody's route.
 func TestLiarIsNotBelieved(t *testing.T) {
-	for _, p := range []bird.Protocol{bird.BGP, bird.RIP} {
+	for _, p := range []bird.Protocol{bird.BGP, bird.RIP, bird.OSPF} {
 		t.Run(string(p), func(t *testing.T) {
 			l := newLab(t, p, 2, 3)
 			before, err := l.Hops("host-1")

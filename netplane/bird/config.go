@@ -61,10 +61,7 @@ func (w *writer) f(format string, args ...any) { fmt.Fprintf(&w.Builder, format+
 // What keeps a lying neighbour harmless: a node announces its own addresses
 // (a spine: hosts'), a spine takes from a port what belongs to the host there
 // and nothing else, and a host takes single addresses inside Range that are
-// not its own. OSPF floods, so there each address counts only with the router
-// identity of its owner; that is weaker: a node that takes over another's
-// identity and address as well is not believed, but cuts the other off while
-// it lasts.
+// not its own.
 func (t Topology) Config(name string) (string, error) {
 	n, ok := t.Node(name)
 	if !ok {
@@ -139,7 +136,7 @@ func (w *writer) family(r netip.Prefix) {
 	case RIP:
 		w.rip(f)
 	case OSPF:
-		w.ospf(r)
+		w.ospf(f)
 	}
 }
 
@@ -209,28 +206,34 @@ func (w *writer) rip(f string) {
 	}
 }
 
-func (w *writer) ospf(r netip.Prefix) {
-	f, version, security := fam(r.Addr()), "v2", " ttl security on;"
+// ospf: a host has one instance, a spine one per port, so that each host and its
+// spines are an OSPF domain of their own, and spines pass addresses from one to
+// the other. In one domain for all, anybody could announce anything to
+// everybody; and a router may describe its links only once in 5 s (MinLSInterval
+// of RFC 2328), so that the second of two changes went unheard for so long.
+func (w *writer) ospf(f string) {
+	version, security := "v2", " ttl security on;"
 	if f == "6" {
 		version = "v3"
 	}
-	w.f("filter from_owner%s {", f)
-	for _, n := range w.t.Nodes {
-		if a, ok := own(n, r.Addr()); ok && n.Name != w.n.Name {
-			w.f("  if net = %v/%d && ospf_router_id = %v then accept;", a, a.BitLen(), n.Addrs[0])
-		}
-	}
-	stub := ""
-	if !w.n.Spine {
-		stub = " stub router on;" // a host is no way to another
-	}
-	w.f("  reject;\n}\nprotocol ospf %s ospf%s {\n  ecmp on limit %d;%s ipv%s { import filter from_owner%s; export where source = RTS_STATIC; };\n  area 0 {", version, f, maxECMP, stub, f, f)
-	for _, p := range w.ports {
+	iface := func(p port) {
 		key := ""
 		if p.key != "" {
 			key = fmt.Sprintf(" authentication cryptographic; password \"%s\" { algorithm hmac sha256; };", p.key)
 		}
 		w.f("    interface \"%s\" { type ptp; hello 1; dead count 4; retransmit 2; check link on;%s%s%s };", p.link, security, key, w.bfd())
 	}
-	w.f("  };\n}")
+	if !w.n.Spine {
+		w.f("protocol ospf %s ospf%s {\n  ecmp on limit %d; merge external on; stub router on; ipv%s { import filter from_spine%s; export filter announce%s; };\n  area 0 {", version, f, maxECMP, f, f, f)
+		for _, p := range w.ports {
+			iface(p)
+		}
+		w.f("  };\n}")
+		return
+	}
+	for i, p := range w.ports {
+		w.f("protocol ospf %s %s {\n  ipv%s { import filter %s; export filter announce%s; };\n  area 0 {", version, session(p.peer.Name, f), f, w.from(i, f), f)
+		iface(p)
+		w.f("  };\n}")
+	}
 }
