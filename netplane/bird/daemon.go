@@ -142,6 +142,9 @@ func (d *Daemon) render(t Topology) (text string, err error) {
 	if text, err = t.Config(d.cfg.Node); err != nil {
 		return "", err
 	}
+	if err = t.checkMD5(d.cfg.Node); err != nil {
+		return "", err
+	}
 	next := d.conf() + ".check"
 	if err := os.WriteFile(next, []byte(text), 0o600); err != nil {
 		return "", fmt.Errorf("cannot write BIRD's configuration: %w", err)
