@@ -2,6 +2,7 @@ package disk
 
 import (
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"syscall"
 )
@@ -11,16 +12,36 @@ import (
 const SectorBytes = 512
 
 // Mem is a memory disk that completes every operation inside Submit and can
-// crash: Crash gives the disk as found after a power loss.
+// crash: Crash gives the disk as found after a power loss. Its pages are never
+// changed once they are there, so that a crash copies what was written since
+// the last sync and shares the rest.
 type Mem struct {
 	mu      sync.Mutex // guards all fields
-	data    []byte
-	durable []byte
-	dirty   sectorSet // written since the last sync
-	ever    sectorSet // written since the disk was all zeros
-	ops     int       // writes and syncs so far
-	failAt  int       // the op with this number fails (1 = the next); 0: none
-	cutAt   int       // from this op on nothing takes effect and nothing is answered OK
+	size    int64
+	data    []*memPage // nil: zeros
+	durable []*memPage
+	unsync  []uint8 // of each page, the sectors written since the last sync
+	dirty   []int   // pages with such sectors, in the order they came
+	ops     int     // writes and syncs so far
+	failAt  int     // the op with this number fails (1 = the next); 0: none
+	cutAt   int     // from this op on nothing takes effect and nothing is answered OK
+}
+
+const (
+	memPageBytes = 4096
+	pageSectors  = memPageBytes / SectorBytes
+)
+
+type memPage [memPageBytes]byte
+
+// zeroPage is read where there is no page.
+var zeroPage memPage
+
+func (p *memPage) bytes() *memPage {
+	if p == nil {
+		return &zeroPage
+	}
+	return p
 }
 
 var (
@@ -30,34 +51,12 @@ var (
 
 // NewMem returns a zeroed disk of size bytes (a multiple of SectorBytes).
 func NewMem(size int64) *Mem {
-	return &Mem{data: make([]byte, size), durable: make([]byte, size), dirty: newSectorSet(size), ever: newSectorSet(size)}
-}
-
-// sectorSet is a set of sectors that is cheap to walk and to empty: a crash
-// costs what was written, not what the disk holds.
-type sectorSet struct {
-	has  []bool
-	list []int64 // those that has says, in the order they came
-}
-
-func newSectorSet(size int64) sectorSet { return sectorSet{has: make([]bool, size/SectorBytes)} }
-
-func (s *sectorSet) add(i int64) {
-	if !s.has[i] {
-		s.has[i] = true
-		s.list = append(s.list, i)
-	}
-}
-
-func (s *sectorSet) empty() {
-	for _, i := range s.list {
-		s.has[i] = false
-	}
-	s.list = s.list[:0]
+	n := (size + memPageBytes - 1) / memPageBytes
+	return &Mem{size: size, data: make([]*memPage, n), durable: make([]*memPage, n), unsync: make([]uint8, n)}
 }
 
 // Size returns the size in bytes.
-func (m *Mem) Size() int64 { return int64(len(m.data)) }
+func (m *Mem) Size() int64 { return m.size }
 
 // Close does nothing: the bytes stay.
 func (m *Mem) Close() error { return nil }
@@ -89,18 +88,11 @@ func (m *Mem) CutAt(n int) {
 func (m *Mem) Crash(seed uint64, keepPercent int) *Mem {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	c := NewMem(int64(len(m.data)))
-	copy(c.data, m.durable)
-	for _, s := range m.ever.list {
-		c.ever.add(s)
+	c := &Mem{size: m.size, data: slices.Clone(m.durable), unsync: make([]uint8, len(m.unsync))}
+	for _, n := range m.dirty {
+		c.data[n] = m.kept(n, seed, keepPercent)
 	}
-	for _, s := range m.dirty.list {
-		if keepPercent < 100 && mixSector(seed, s)%100 >= uint64(keepPercent) {
-			continue
-		}
-		copy(c.data[s*SectorBytes:(s+1)*SectorBytes], m.data[s*SectorBytes:])
-	}
-	copy(c.durable, c.data)
+	c.durable = slices.Clone(c.data)
 	return c
 }
 
@@ -109,39 +101,66 @@ func (m *Mem) Crash(seed uint64, keepPercent int) *Mem {
 func (m *Mem) PowerLoss(seed uint64, keepPercent int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, s := range m.dirty.list {
-		now, kept := m.data[s*SectorBytes:(s+1)*SectorBytes], m.durable[s*SectorBytes:(s+1)*SectorBytes]
-		if keepPercent < 100 && mixSector(seed, s)%100 >= uint64(keepPercent) {
-			copy(now, kept)
-		} else {
-			copy(kept, now)
-		}
+	for _, n := range m.dirty {
+		m.data[n] = m.kept(n, seed, keepPercent)
+		m.durable[n] = m.data[n]
 	}
-	m.dirty.empty()
+	m.synced()
 }
 
-// Clear makes m the zeroed disk that NewMem gives, at the cost of what was
-// written to it.
+// kept is what a power loss leaves of a page.
+func (m *Mem) kept(n int, seed uint64, keepPercent int) *memPage {
+	var mask uint8
+	for i := range pageSectors {
+		if m.unsync[n]&(1<<i) != 0 && (keepPercent >= 100 || mixSector(seed, int64(n*pageSectors+i))%100 < uint64(keepPercent)) {
+			mask |= 1 << i
+		}
+	}
+	return m.merge(n, mask)
+}
+
+// merge is the durable page with some sectors as they are now.
+func (m *Mem) merge(n int, mask uint8) *memPage {
+	switch mask {
+	case 0:
+		return m.durable[n]
+	case 1<<pageSectors - 1:
+		return m.data[n]
+	}
+	p, now := *m.durable[n].bytes(), m.data[n].bytes()
+	for i := range pageSectors {
+		if mask&(1<<i) != 0 {
+			copy(p[i*SectorBytes:(i+1)*SectorBytes], now[i*SectorBytes:])
+		}
+	}
+	return &p
+}
+
+func (m *Mem) synced() {
+	for _, n := range m.dirty {
+		m.unsync[n] = 0
+	}
+	m.dirty = m.dirty[:0]
+}
+
+// Clear makes m the zeroed disk that NewMem gives.
 func (m *Mem) Clear() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, s := range m.ever.list {
-		clear(m.data[s*SectorBytes : (s+1)*SectorBytes])
-		clear(m.durable[s*SectorBytes : (s+1)*SectorBytes])
-	}
-	m.dirty.empty()
-	m.ever.empty()
+	clear(m.data)
+	clear(m.durable)
+	m.synced()
 	m.ops, m.failAt, m.cutAt = 0, 0, 0
 }
 
-// Written calls f for each sector that was ever written, with its bytes as they
-// are, lowest first; all others are zeros.
+// Written calls f for the sectors that may hold something, with their bytes as
+// they are, lowest first; all others are zeros.
 func (m *Mem) Written(f func(sector int64, b []byte)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for s, has := range m.ever.has {
-		if has {
-			f(int64(s), m.data[s*SectorBytes:(s+1)*SectorBytes])
+	for n, p := range m.data {
+		for i := 0; p != nil && i < pageSectors; i++ {
+			f(int64(n*pageSectors+i), p[i*SectorBytes:(i+1)*SectorBytes])
 		}
 	}
 }
@@ -156,9 +175,11 @@ func mixSector(seed uint64, s int64) uint64 {
 func (m *Mem) Flip(off int64, bit uint) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.ever.add(off / SectorBytes)
-	m.data[off] ^= 1 << (bit % 8)
-	m.durable[off] ^= 1 << (bit % 8)
+	for _, pages := range [][]*memPage{m.data, m.durable} {
+		p := *pages[off/memPageBytes].bytes()
+		p[off%memPageBytes] ^= 1 << (bit % 8)
+		pages[off/memPageBytes] = &p
+	}
 }
 
 // ReadNow reads at once.
@@ -172,7 +193,7 @@ func (m *Mem) Submit(op *Op) { op.Done(m.run(op)) }
 func (m *Mem) run(op *Op) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := op.inside(int64(len(m.data))); err != nil {
+	if err := op.inside(m.size); err != nil {
 		return err
 	}
 	if op.Kind == Allocate {
@@ -188,28 +209,51 @@ func (m *Mem) run(op *Op) error {
 	switch op.Kind {
 	case Read:
 		for _, b := range op.Bufs {
-			off += int64(copy(b, m.data[off:]))
+			for len(b) > 0 {
+				n := copy(b, m.data[off/memPageBytes].bytes()[off%memPageBytes:])
+				b, off = b[n:], off+int64(n)
+			}
 		}
 	case Write:
 		for _, b := range op.Bufs {
-			off += int64(copy(m.data[off:], b))
+			for len(b) > 0 {
+				n := min(int64(len(b)), memPageBytes-off%memPageBytes)
+				m.put(off, b[:n])
+				b, off = b[n:], off+n
+			}
 		}
-		m.soil(op.Off, off)
 	case Discard:
-		clear(m.data[off : off+op.Len])
-		m.soil(off, off+op.Len)
-	case Sync:
-		for _, s := range m.dirty.list {
-			copy(m.durable[s*SectorBytes:(s+1)*SectorBytes], m.data[s*SectorBytes:])
+		for end := off + op.Len; off < end; {
+			n := min(end-off, memPageBytes-off%memPageBytes)
+			m.put(off, zeroPage[:n])
+			off += n
 		}
-		m.dirty.empty()
+	case Sync:
+		for _, n := range m.dirty {
+			m.durable[n] = m.merge(n, m.unsync[n])
+		}
+		m.synced()
 	}
 	return nil
 }
 
-func (m *Mem) soil(from, to int64) {
-	for s := from / SectorBytes; s*SectorBytes < to; s++ {
-		m.dirty.add(s)
-		m.ever.add(s)
+// put writes inside one page.
+func (m *Mem) put(off int64, b []byte) {
+	n, at := int(off/memPageBytes), int(off%memPageBytes)
+	if &b[0] == &zeroPage[0] && len(b) == memPageBytes {
+		m.data[n] = nil
+	} else {
+		p := new(memPage)
+		if len(b) < memPageBytes {
+			*p = *m.data[n].bytes()
+		}
+		copy(p[at:], b)
+		m.data[n] = p
+	}
+	if m.unsync[n] == 0 {
+		m.dirty = append(m.dirty, n)
+	}
+	for i := at / SectorBytes; i*SectorBytes < at+len(b); i++ {
+		m.unsync[n] |= 1 << i
 	}
 }
