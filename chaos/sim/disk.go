@@ -19,7 +19,7 @@ type faultyDisk struct {
 	now  bool // opening and closing: operations complete at once
 
 	lanes     [disk.Allocate + 1]time.Duration // busy until
-	pending   []*disk.Op       // submitted and not completed, in order; bounded by the store
+	pending   []*disk.Op                       // submitted and not completed, in order; bounded by the store
 	hungUntil time.Duration
 	slow      time.Duration // each operation takes so much longer
 	immediate bool          // reads are served from memory
