@@ -1,8 +1,11 @@
 package store
 
 import (
+	"bytes"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/cairnstore/cairn/chunk/disk"
@@ -31,7 +34,7 @@ var superFields = []field{{"magic", 0, 8}, {"version", 8, 4}, {"segment blocks",
 	{"incarnation", 36, 8}, {"cluster length", 44, 4}, {"cluster", 48, 1}, {"unused", 60, 4000}, {"crc", 4092, 4}}
 
 var kindNames = map[kind]string{kindHole: "hole", kindData: "data", kindZero: "zero", kindPoison: "poison", kindDrop: "drop", kindVolume: "volume",
-	kindFree: "free", kindClean: "clean", kindHead: "head", kindSegments: "segments", kindVolumes: "volumes", kindDrops: "drops", kindGaps: "gaps"}
+	kindFree: "free", kindClean: "clean", kindHead: "head", kindSegments: "segments", kindVolumes: "volumes", kindDrops: "drops", kindGaps: "gaps", kindRoot: "root"}
 
 // fieldsOf lists every field of everything a disk holds.
 func fieldsOf(t *testing.T, d disk.Disk) []field {
@@ -80,8 +83,8 @@ func fieldsOf(t *testing.T, d disk.Disk) []field {
 }
 
 // everyKind is a closed store whose log has records of every kind, and what it
-// holds. It has been damaged before, which a head remembers.
-func everyKind(t *testing.T) (*disk.Mem, *player) {
+// holds, with its checkpoints. It has been damaged before, which a head remembers.
+func everyKind(t *testing.T) (*disk.Mem, *memPages, *player) {
 	t.Helper()
 	d := formatMem(t)
 	s := open(t, d, testBoot)
@@ -94,7 +97,11 @@ func everyKind(t *testing.T) (*disk.Mem, *player) {
 		t.Fatal(err)
 	}
 	d.Flip(bad, 1)
-	s = open(t, d, testBoot)
+	pages := newMemPages()
+	s, err := Open(Config{Disk: d, BootID: testBoot, Pages: pages, IndexBytes: 3 * pageBytes, CheckpointBytes: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
 	p := newPlayer(t, 5, s)
 	p.play(150)
 	for _, q := range []wire.Request{
@@ -108,14 +115,14 @@ func everyKind(t *testing.T) (*disk.Mem, *player) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	return d, p
+	return d, pages, p
 }
 
 // A flipped bit in every field of every structure: the right data, or an error
 // for what it hit, or a store that says it is not the one it was. Never wrong
 // data, and never a panic.
 func TestFlippedBitInEveryField(t *testing.T) {
-	d, p := everyKind(t)
+	d, _, p := everyKind(t)
 	life := open(t, d.Crash(1, 100), testBoot).Incarnation()
 	perField := 3
 	if testing.Short() {
@@ -164,6 +171,35 @@ func TestFlippedBitInEveryField(t *testing.T) {
 	if said < n/3 {
 		t.Fatalf("only %d of %d flipped bits showed", said, n)
 	}
+}
+
+// A flipped bit anywhere in a saved page, of a kept checkpoint or newer: the
+// same data, from an older checkpoint or from the log.
+func TestFlippedBitInEveryPage(t *testing.T) {
+	d, pages, p := everyKind(t)
+	rng := rand.New(rand.NewPCG(4, 4))
+	tried := 0
+	for _, key := range slices.Sorted(maps.Keys(pages.keys)) {
+		for i := range pages.keys[key] {
+			c := pages.crash(1, 100, false)
+			v := &c.keys[key][i]
+			if v.page = bytes.Clone(v.page); len(v.page) == 0 {
+				continue
+			}
+			at := rng.IntN(len(v.page))
+			v.page[at] ^= 1 << rng.IntN(8)
+			tried++
+			s, err := Open(Config{Disk: d.Crash(1, 100), BootID: testBoot, Pages: c, IndexBytes: 3 * pageBytes})
+			if err != nil {
+				t.Fatalf("page %x, version %d, byte %d: %v", key, v.at, at, err)
+			}
+			verify(t, s, p.m, p.epoch, "a page was damaged")
+		}
+	}
+	if tried < 10 {
+		t.Fatalf("only %d pages were damaged", tried)
+	}
+	t.Logf("%d saved pages were damaged", tried)
 }
 
 // corruptReads reads block by block: right, or answered Corrupt. It returns how

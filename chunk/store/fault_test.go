@@ -22,8 +22,8 @@ import (
 )
 
 // ioSites lists the places of this package that do I/O which can fail: where
-// an operation is given its Done, where a call waits for the disk, and where the
-// spill is called. It reads the source, so that a new place is not forgotten.
+// an operation is given its Done, where a call waits for the disk, and where
+// Pages are called. It reads the source, so that a new place is not forgotten.
 func ioSites(t *testing.T) []string {
 	t.Helper()
 	names, err := filepath.Glob("*.go")
@@ -79,7 +79,7 @@ func doneSite(fn *ast.FuncDecl, v ast.Expr) string {
 	return fn.Name.Name
 }
 
-// callSite names a call that waits for the disk, or one of the spill.
+// callSite names a call that waits for the disk, or one of Pages.
 func callSite(fset *token.FileSet, call *ast.CallExpr) string {
 	sel, ok := call.Fun.(*ast.SelectorExpr)
 	if !ok {
@@ -93,7 +93,7 @@ func callSite(fset *token.FileSet, call *ast.CallExpr) string {
 			return at
 		}
 	case *ast.SelectorExpr:
-		if strings.EqualFold(x.Sel.Name, "spill") {
+		if strings.EqualFold(x.Sel.Name, "pages") && sel.Sel.Name != "Keep" {
 			return at
 		}
 	}
@@ -123,21 +123,21 @@ func siteOf(op *disk.Op) string {
 	}
 }
 
-// tracer is a disk, and a spill, that knows where its calls come from, and
+// tracer is a disk, with Pages, that knows where its calls come from, and
 // fails one of them.
 type tracer struct {
 	*disk.Mem
-	spill  mapSpill
-	n      int      // calls so far
-	sites  []string // of each call
-	fail   int      // this one fails; 0: none
-	failed string   // where it came from
-	kind   disk.Kind
-	off    int64    // a read that failed there fails there again
-	also   []string // and came from here
-	spills bool // the failed one was the spill's
-	after  int  // writes and syncs submitted since
-	hidden bool // reads have to be submitted
+	pages   *memPages
+	n       int      // calls so far
+	sites   []string // of each call
+	fail    int      // this one fails; 0: none
+	failed  string   // where it came from
+	kind    disk.Kind
+	off     int64    // a read that failed there fails there again
+	also    []string // and came from here
+	ofPages bool     // the failed one was the pages'
+	after   int      // writes and syncs submitted since
+	hidden  bool     // reads have to be submitted
 }
 
 func (d *tracer) count(op *disk.Op) bool {
@@ -170,40 +170,46 @@ func (d *tracer) Submit(op *disk.Op) {
 
 func (d *tracer) ReadNow(b []byte, off int64) bool { return !d.hidden && d.Mem.ReadNow(b, off) }
 
-func (d *tracer) spillCall() error {
-	if d.count(nil) {
-		d.spills = true
+// tracedPages are the tracer's pages.
+type tracedPages struct{ d *tracer }
+
+func (p tracedPages) call() error {
+	if p.d.count(nil) {
+		p.d.ofPages = true
 		return syscall.EIO
 	}
 	return nil
 }
 
-func (d *tracer) Wipe() error {
-	if err := d.spillCall(); err != nil {
-		return err
+func (p tracedPages) Save(at uint64, batch []SavedPage, done func(error)) {
+	if err := p.call(); err != nil {
+		done(err)
+		return
 	}
-	return d.spill.Wipe()
+	p.d.pages.Save(at, batch, done)
 }
 
-func (d *tracer) Put(k, p []byte) error {
-	if err := d.spillCall(); err != nil {
-		return err
-	}
-	return d.spill.Put(k, p)
-}
-
-func (d *tracer) Get(k []byte) ([]byte, error) {
-	if err := d.spillCall(); err != nil {
+func (p tracedPages) Get(key []byte) ([]byte, error) {
+	if err := p.call(); err != nil {
 		return nil, err
 	}
-	return d.spill.Get(k)
+	return p.d.pages.Get(key)
 }
 
-func (d *tracer) Delete(k []byte) error {
-	if err := d.spillCall(); err != nil {
+func (p tracedPages) Load(at uint64, f func(p SavedPage, newer bool) error) (uint64, error) {
+	if err := p.call(); err != nil {
+		return 0, err
+	}
+	return p.d.pages.Load(at, f)
+}
+
+func (p tracedPages) Keep(at uint64) { p.d.pages.Keep(at) }
+
+func (p tracedPages) Wipe() error {
+	if err := p.call(); err != nil {
 		return err
 	}
-	return d.spill.Delete(k)
+	return p.d.pages.Wipe()
 }
 
 // wholeLife formats, opens, plays, kills, opens again, plays and closes over d;
@@ -216,7 +222,7 @@ func wholeLife(t *testing.T, d *tracer, seed uint64) (p *player, models []model,
 		return p, models, err
 	}
 	for life := range 2 {
-		s, err := Open(Config{Disk: d, BootID: testBoot, Spill: d, IndexBytes: 3 * pageBytes})
+		s, err := Open(Config{Disk: d, BootID: testBoot, Pages: tracedPages{d}, IndexBytes: 3 * pageBytes, CheckpointBytes: 1 << 20})
 		if err != nil {
 			return p, models, err
 		}
@@ -251,12 +257,12 @@ func wholeLife(t *testing.T, d *tracer, seed uint64) (p *player, models []model,
 func TestEveryIOHasFailed(t *testing.T) {
 	failed := map[string]int{}
 	for seed := range uint64(2) {
-		plan := &tracer{Mem: disk.NewMem(testSize)}
+		plan := &tracer{Mem: disk.NewMem(testSize), pages: newMemPages()}
 		if _, _, err := wholeLife(t, plan, seed); err != nil {
 			t.Fatal(err)
 		}
 		for _, n := range chosen(plan.sites) {
-			d := &tracer{Mem: disk.NewMem(testSize), fail: n}
+			d := &tracer{Mem: disk.NewMem(testSize), pages: newMemPages(), fail: n}
 			p, models, err := wholeLife(t, d, seed)
 			if d.failed == "" {
 				t.Fatalf("seed %d: call %d of %d was not made again", seed, n, plan.n)
@@ -305,12 +311,12 @@ func chosen(sites []string) []int {
 func afterFailure(t *testing.T, d *tracer, p *player, models []model, err error) {
 	t.Helper()
 	what := fmt.Sprintf("seed %d, call %d (%s) failed", p.seed, d.fail, d.failed)
-	stops := d.spills || d.kind != disk.Read
-	allowed := 0
-	if d.spills {
-		allowed = 1 // on its way already; the disk itself has not failed
+	stops := !d.ofPages && d.kind != disk.Read
+	onTheWay := 0
+	if d.kind == disk.Allocate || d.kind == disk.Discard {
+		onTheWay = 1 // they are submitted along with others
 	}
-	if stops && d.after > allowed {
+	if stops && d.after > onTheWay {
 		t.Fatalf("%s: %d writes and syncs followed", what, d.after)
 	}
 	if s := p.s; s != nil && stops && err == nil {

@@ -136,7 +136,7 @@ func TestFileSystemBelowIsFull(t *testing.T) {
 // Random requests while the room below comes and goes: no write finds none,
 // what is answered OK stays, over kills and power losses too.
 func TestRoomComesAndGoes(t *testing.T) {
-	seeds := uint64(12)
+	seeds := uint64(6)
 	if testing.Short() {
 		seeds = 3
 	}
