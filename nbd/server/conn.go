@@ -44,8 +44,9 @@ type conn struct {
 	mu       sync.Mutex // guards what follows
 	moved    sync.Cond  // L is mu: something was released or completed
 	inFlight map[*volume.Op]*request
-	requests int // read, not yet answered into the kernel: ≤ MaxRequests
-	bytes    int // their data: ≤ MaxBytes
+	requests int        // read, not yet answered into the kernel: ≤ MaxRequests
+	bytes    int        // their data: ≤ MaxBytes
+	stats    *nbd.Stats // nil during the handshake
 	leaving  leave
 	waiting  bool // the reader waits for its budget
 	stalled  bool // ... and has for too long
@@ -239,7 +240,7 @@ func (c *conn) begin(n *nbd.Negotiation) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.out, c.moved.L = out, &c.mu
+	c.out, c.moved.L, c.stats = out, &c.mu, &nbd.Stats{}
 	c.inFlight = map[*volume.Op]*request{}
 	c.buf = make([]byte, bufferBytes)
 	c.readAt = c.s.now()

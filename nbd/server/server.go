@@ -78,8 +78,9 @@ type Server struct {
 
 	mu        sync.Mutex // guards what follows
 	listeners map[net.Listener]struct{}
-	conns     map[*conn]struct{} // len ≤ cfg.MaxConns
-	accepted  uint64             // connections so far: the order of their age
+	conns     map[*conn]struct{}    // len ≤ cfg.MaxConns
+	accepted  uint64                // connections so far: the order of their age
+	past      map[string]*nbd.Stats // by export: of connections that have ended
 	closed    bool
 	wg        sync.WaitGroup // connections and the heartbeat
 }
@@ -103,7 +104,7 @@ func New(cfg Config) *Server {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Server{cfg: cfg, log: cfg.Log, start: time.Now(), stop: make(chan struct{}),
-		listeners: map[net.Listener]struct{}{}, conns: map[*conn]struct{}{}}
+		listeners: map[net.Listener]struct{}{}, conns: map[*conn]struct{}{}, past: map[string]*nbd.Stats{}}
 	s.wg.Add(1)
 	go s.heart()
 	return s
@@ -241,6 +242,9 @@ func (s *Server) ended(c *conn) {
 	s.closeConn(c.nc)
 	s.mu.Lock()
 	delete(s.conns, c)
+	if c.open {
+		s.remember(c)
+	}
 	s.mu.Unlock()
 	s.wg.Done()
 }
@@ -258,11 +262,56 @@ func (s *Server) Conns(name string) int {
 	return n
 }
 
+// remember keeps the counts of a connection that has ended; s.mu is held.
+func (s *Server) remember(c *conn) {
+	p := s.past[c.name]
+	if p == nil {
+		p = &nbd.Stats{}
+		s.past[c.name] = p
+	}
+	c.mu.Lock()
+	p.Merge(c.stats)
+	c.mu.Unlock()
+}
+
+// ExportStats is what an export does and has done.
+type ExportStats struct {
+	Connections   int
+	InFlight      int // requests read and not yet answered into the kernel
+	InFlightBytes int // of their data
+	nbd.Stats         // since the export was first opened here, or last dropped
+}
+
+// Stats returns the statistics of an export; zero of one nobody has opened.
+func (s *Server) Stats(name string) ExportStats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var x ExportStats
+	if p := s.past[name]; p != nil {
+		x.Merge(p)
+	}
+	for c := range s.conns {
+		if !c.open || c.name != name {
+			continue
+		}
+		x.Connections++
+		c.mu.Lock()
+		x.InFlight += c.requests
+		x.InFlightBytes += c.bytes
+		x.Merge(c.stats)
+		c.mu.Unlock()
+	}
+	return x
+}
+
 // Drop ends the connections of an export that leaves this server. What is in
 // flight finishes and is answered; requests read later are answered with
 // ESHUTDOWN; then the connections close, at the latest after Config.Unread.
 // Drop does not wait. New connections are up to Exports.Open.
 func (s *Server) Drop(name string) {
+	s.mu.Lock()
+	delete(s.past, name)
+	s.mu.Unlock()
 	for _, c := range s.pick(func(c *conn) bool { return c.open && c.name == name }) {
 		c.leave(leaveRefusing)
 		time.AfterFunc(s.cfg.Unread, c.cut)
@@ -344,8 +393,8 @@ func (s *Server) pulse(now time.Duration) {
 }
 
 // frozeSince says whether the process stood still since freezes was read.
-func (s *Server) frozeSince(freezes uint64) bool {
-	return s.freezes.Load() != freezes || s.now()-time.Duration(s.beat.Load()) > s.cfg.Unread
+func (s *Server) frozeSince(freezes uint64, now time.Duration) bool {
+	return s.freezes.Load() != freezes || now-time.Duration(s.beat.Load()) > s.cfg.Unread
 }
 
 func isPeerGone(err error) bool {

@@ -38,9 +38,11 @@ type request struct {
 	failed  status.Kind // first failure of an operation; guarded by c.mu
 	c       *conn
 	req     nbd.Request
-	buf     *buffer // data of a read or write
-	held    int     // bytes of the connection's budget
-	data    []byte  // what follows the header of the reply
+	buf     *buffer       // data of a read or write
+	asked   bool          // the volume has, or has had, its operations
+	held    int           // bytes of the connection's budget
+	at      time.Duration // it was read off the socket, in the server's time
+	data    []byte        // what follows the header of the reply
 	headLen int
 	head    [headBytes]byte
 }
@@ -113,7 +115,7 @@ func (c *conn) take(req nbd.Request) error {
 		kind = status.Shutdown
 	}
 	r := requests.Get().(*request) // zero
-	r.c, r.req, r.held = c, req, held
+	r.c, r.req, r.held, r.at = c, req, held, c.readAt
 	if req.Type == nbd.CmdWrite {
 		if err := c.payload(r, kind == status.OK); err != nil {
 			c.release(r)
@@ -122,6 +124,7 @@ func (c *conn) take(req nbd.Request) error {
 	}
 	switch {
 	case kind != status.OK:
+		r.failed = kind
 		r.answer(kind)
 		c.answered = append(c.answered, r)
 	case req.Type == nbd.CmdBlockStatus:
@@ -237,7 +240,7 @@ func (c *conn) stall() {
 // prepare makes the volume's operations of a request.
 func (r *request) prepare() {
 	r.op = volume.Op{Off: r.req.Off, Len: uint64(r.req.Len), FUA: r.req.Flags&nbd.CmdFUA != 0, User: r.c}
-	r.parts, r.failed = 1, status.OK
+	r.parts, r.failed, r.asked = 1, status.OK, true
 	switch r.req.Type {
 	case nbd.CmdRead, nbd.CmdCache:
 		r.op.Kind = volume.OpRead
@@ -286,14 +289,15 @@ func (c *conn) submit() error {
 	if len(c.batch) == 0 {
 		return nil
 	}
-	if c.s.frozeSince(c.freezes) {
+	now := c.s.now()
+	if c.s.frozeSince(c.freezes, now) {
 		return status.Errorf(status.Timeout, "the server stood still for longer than %v: the client must send its requests again", c.s.cfg.Unread)
 	}
 	c.mu.Lock()
 	for _, r := range c.batch {
-		c.enter(&r.op, r)
+		c.enter(&r.op, r, now)
 		for i := range r.more {
-			c.enter(&r.more[i], r)
+			c.enter(&r.more[i], r, now)
 		}
 	}
 	c.mu.Unlock()
@@ -306,7 +310,8 @@ func (c *conn) submit() error {
 }
 
 // enter notes an operation as in flight; c.mu is held.
-func (c *conn) enter(op *volume.Op, r *request) {
+func (c *conn) enter(op *volume.Op, r *request, now time.Duration) {
+	op.Waited = now - r.at
 	c.inFlight[op] = r
 	c.ops = append(c.ops, op)
 }
@@ -316,10 +321,14 @@ func (c *conn) sendAnswered() {
 	if len(c.answered) == 0 {
 		return
 	}
+	now := c.s.now()
 	c.out.Lock()
+	c.mu.Lock()
 	for _, r := range c.answered {
+		c.stats.Note(r.req.Type, r.req.Len, now-r.at, r.failed != status.OK)
 		c.out.Add(r.head[:r.headLen], r.data, r)
 	}
+	c.mu.Unlock()
 	c.out.Unlock()
 	clear(c.answered)
 	c.answered = c.answered[:0]
@@ -376,6 +385,7 @@ var _ volume.Completer = (*conn)(nil)
 // Complete takes operations back from the volume and sends the replies of the
 // requests they finish.
 func (c *conn) Complete(ds []volume.Done) {
+	now := c.s.now()
 	c.out.Lock()
 	c.mu.Lock()
 	for _, d := range ds {
@@ -390,6 +400,7 @@ func (c *conn) Complete(ds []volume.Done) {
 		}
 		if r.parts--; r.parts == 0 {
 			r.answer(r.failed)
+			c.stats.Note(r.req.Type, r.req.Len, now-r.at, r.failed != status.OK)
 			c.out.Add(r.head[:r.headLen], r.data, r)
 		}
 	}
@@ -451,8 +462,8 @@ var _ socket.Owner = (*request)(nil)
 // Sent frees what the request held: its reply needs it no more.
 func (r *request) Sent() { r.c.release(r) }
 
-// release gives a request's memory and budget back. A request that failed is
-// left to the collector: an engine whose epoch has ended answers operations
+// release gives a request's memory and budget back. One that failed in the
+// volume is left to the collector: an engine whose epoch has ended answers operations
 // that some replica's sender may still be reading from.
 func (c *conn) release(r *request) {
 	c.mu.Lock()
@@ -463,7 +474,7 @@ func (c *conn) release(r *request) {
 	if waiting {
 		c.moved.Broadcast()
 	}
-	if r.failed != status.OK {
+	if r.failed != status.OK && r.asked {
 		return
 	}
 	if r.buf != nil {
