@@ -226,6 +226,13 @@ func (v *Volume) Info() volume.Info {
 	return v.engine.Info()
 }
 
+// Slowest returns the slowest operations of the last minute or two.
+func (v *Volume) Slowest() []volume.Slow {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.engine.Slowest()
+}
+
 // waiter is a Completer for one operation.
 type waiter chan status.Kind
 

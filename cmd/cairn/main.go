@@ -86,7 +86,7 @@ Start here:
 	f.StringVar(&c.dir, "dir", os.Getenv("CAIRN_DIR"), "directory of a local cluster (CAIRN_DIR; default "+defaultDir()+")")
 	f.StringVar(&c.meta, "meta", os.Getenv("CAIRN_META"), "metadata nodes of a remote cluster, host:port[,host:port…] (CAIRN_META)")
 	root.AddCommand(upCommand(c), downCommand(c), metaCommand(c), hostCommand(c), configCommand(),
-		volumeCommand(c), vmCommand(c), storeCommand(c), statusCommand(c), eventsCommand(c), placeCommand(c),
+		volumeCommand(c), vmCommand(c), storeCommand(c), statusCommand(c), whyCommand(c), eventsCommand(c), placeCommand(c),
 		demoCommand(), benchCommand(), chaosCommand())
 	asUsage(root)
 	return root

@@ -1096,6 +1096,521 @@ func (x *Range) GetZero() bool {
 	return false
 }
 
+// LatencyBucket counts the requests above the bucket before and up to max_us.
+type LatencyBucket struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MaxUs         uint64                 `protobuf:"varint,1,opt,name=max_us,json=maxUs,proto3" json:"max_us,omitempty"`
+	Count         uint64                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LatencyBucket) Reset() {
+	*x = LatencyBucket{}
+	mi := &file_proto_pb_host_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LatencyBucket) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LatencyBucket) ProtoMessage() {}
+
+func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
+func (*LatencyBucket) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *LatencyBucket) GetMaxUs() uint64 {
+	if x != nil {
+		return x.MaxUs
+	}
+	return 0
+}
+
+func (x *LatencyBucket) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+type OpStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Op            string                 `protobuf:"bytes,1,opt,name=op,proto3" json:"op,omitempty"`      // read, write, flush, trim, zero, cache, block-status, other
+	Done          uint64                 `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"` // answered, failures included
+	Failed        uint64                 `protobuf:"varint,3,opt,name=failed,proto3" json:"failed,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`              // of the successful ones
+	SumUs         uint64                 `protobuf:"varint,5,opt,name=sum_us,json=sumUs,proto3" json:"sum_us,omitempty"` // of the latencies, from a request's arrival to its reply
+	MaxUs         uint64                 `protobuf:"varint,6,opt,name=max_us,json=maxUs,proto3" json:"max_us,omitempty"`
+	P50Us         uint64                 `protobuf:"varint,7,opt,name=p50_us,json=p50Us,proto3" json:"p50_us,omitempty"` // upper bounds, at most a quarter too high
+	P99Us         uint64                 `protobuf:"varint,8,opt,name=p99_us,json=p99Us,proto3" json:"p99_us,omitempty"`
+	P999Us        uint64                 `protobuf:"varint,9,opt,name=p999_us,json=p999Us,proto3" json:"p999_us,omitempty"`
+	Buckets       []*LatencyBucket       `protobuf:"bytes,10,rep,name=buckets,proto3" json:"buckets,omitempty"` // those that are not empty
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpStats) Reset() {
+	*x = OpStats{}
+	mi := &file_proto_pb_host_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpStats) ProtoMessage() {}
+
+func (x *OpStats) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpStats.ProtoReflect.Descriptor instead.
+func (*OpStats) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *OpStats) GetOp() string {
+	if x != nil {
+		return x.Op
+	}
+	return ""
+}
+
+func (x *OpStats) GetDone() uint64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *OpStats) GetFailed() uint64 {
+	if x != nil {
+		return x.Failed
+	}
+	return 0
+}
+
+func (x *OpStats) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *OpStats) GetSumUs() uint64 {
+	if x != nil {
+		return x.SumUs
+	}
+	return 0
+}
+
+func (x *OpStats) GetMaxUs() uint64 {
+	if x != nil {
+		return x.MaxUs
+	}
+	return 0
+}
+
+func (x *OpStats) GetP50Us() uint64 {
+	if x != nil {
+		return x.P50Us
+	}
+	return 0
+}
+
+func (x *OpStats) GetP99Us() uint64 {
+	if x != nil {
+		return x.P99Us
+	}
+	return 0
+}
+
+func (x *OpStats) GetP999Us() uint64 {
+	if x != nil {
+		return x.P999Us
+	}
+	return 0
+}
+
+func (x *OpStats) GetBuckets() []*LatencyBucket {
+	if x != nil {
+		return x.Buckets
+	}
+	return nil
+}
+
+type VolumeStatsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Connections   uint32                 `protobuf:"varint,3,opt,name=connections,proto3" json:"connections,omitempty"`
+	InFlight      uint64                 `protobuf:"varint,4,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
+	InFlightBytes uint64                 `protobuf:"varint,5,opt,name=in_flight_bytes,json=inFlightBytes,proto3" json:"in_flight_bytes,omitempty"`
+	Ops           []*OpStats             `protobuf:"bytes,6,rep,name=ops,proto3" json:"ops,omitempty"` // those that happened
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeStatsReply) Reset() {
+	*x = VolumeStatsReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeStatsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeStatsReply) ProtoMessage() {}
+
+func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeStatsReply.ProtoReflect.Descriptor instead.
+func (*VolumeStatsReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *VolumeStatsReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *VolumeStatsReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *VolumeStatsReply) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+func (x *VolumeStatsReply) GetInFlight() uint64 {
+	if x != nil {
+		return x.InFlight
+	}
+	return 0
+}
+
+func (x *VolumeStatsReply) GetInFlightBytes() uint64 {
+	if x != nil {
+		return x.InFlightBytes
+	}
+	return 0
+}
+
+func (x *VolumeStatsReply) GetOps() []*OpStats {
+	if x != nil {
+		return x.Ops
+	}
+	return nil
+}
+
+// SlowLeg is one replica's part of a slow request.
+type SlowLeg struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Store         []byte                 `protobuf:"bytes,2,opt,name=store,proto3" json:"store,omitempty"`
+	Answered      bool                   `protobuf:"varint,3,opt,name=answered,proto3" json:"answered,omitempty"`              // false: the request ended without it
+	TimeUs        uint64                 `protobuf:"varint,4,opt,name=time_us,json=timeUs,proto3" json:"time_us,omitempty"`    // from the send to the answer, or to the request's end
+	StoreUs       uint64                 `protobuf:"varint,5,opt,name=store_us,json=storeUs,proto3" json:"store_us,omitempty"` // of that, the store's own: its queue and its disk
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SlowLeg) Reset() {
+	*x = SlowLeg{}
+	mi := &file_proto_pb_host_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SlowLeg) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SlowLeg) ProtoMessage() {}
+
+func (x *SlowLeg) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SlowLeg.ProtoReflect.Descriptor instead.
+func (*SlowLeg) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *SlowLeg) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *SlowLeg) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+func (x *SlowLeg) GetAnswered() bool {
+	if x != nil {
+		return x.Answered
+	}
+	return false
+}
+
+func (x *SlowLeg) GetTimeUs() uint64 {
+	if x != nil {
+		return x.TimeUs
+	}
+	return 0
+}
+
+func (x *SlowLeg) GetStoreUs() uint64 {
+	if x != nil {
+		return x.StoreUs
+	}
+	return 0
+}
+
+// SlowRequest: total = queue + before + the slowest leg that counted + after.
+type SlowRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Op            string                 `protobuf:"bytes,1,opt,name=op,proto3" json:"op,omitempty"`
+	Fua           bool                   `protobuf:"varint,2,opt,name=fua,proto3" json:"fua,omitempty"`
+	Offset        uint64                 `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
+	Length        uint64                 `protobuf:"varint,4,opt,name=length,proto3" json:"length,omitempty"`
+	Status        uint32                 `protobuf:"varint,5,opt,name=status,proto3" json:"status,omitempty"`
+	EndedUnixNs   int64                  `protobuf:"varint,6,opt,name=ended_unix_ns,json=endedUnixNs,proto3" json:"ended_unix_ns,omitempty"`
+	TotalUs       uint64                 `protobuf:"varint,7,opt,name=total_us,json=totalUs,proto3" json:"total_us,omitempty"`
+	QueueUs       uint64                 `protobuf:"varint,8,opt,name=queue_us,json=queueUs,proto3" json:"queue_us,omitempty"`    // read off the socket, not yet with the engine
+	BeforeUs      uint64                 `protobuf:"varint,9,opt,name=before_us,json=beforeUs,proto3" json:"before_us,omitempty"` // with the engine, no replica asked yet
+	AfterUs       uint64                 `protobuf:"varint,10,opt,name=after_us,json=afterUs,proto3" json:"after_us,omitempty"`   // all needed answers there, not done yet
+	Legs          []*SlowLeg             `protobuf:"bytes,11,rep,name=legs,proto3" json:"legs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SlowRequest) Reset() {
+	*x = SlowRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SlowRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SlowRequest) ProtoMessage() {}
+
+func (x *SlowRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SlowRequest.ProtoReflect.Descriptor instead.
+func (*SlowRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *SlowRequest) GetOp() string {
+	if x != nil {
+		return x.Op
+	}
+	return ""
+}
+
+func (x *SlowRequest) GetFua() bool {
+	if x != nil {
+		return x.Fua
+	}
+	return false
+}
+
+func (x *SlowRequest) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetLength() uint64 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetEndedUnixNs() int64 {
+	if x != nil {
+		return x.EndedUnixNs
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetTotalUs() uint64 {
+	if x != nil {
+		return x.TotalUs
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetQueueUs() uint64 {
+	if x != nil {
+		return x.QueueUs
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetBeforeUs() uint64 {
+	if x != nil {
+		return x.BeforeUs
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetAfterUs() uint64 {
+	if x != nil {
+		return x.AfterUs
+	}
+	return 0
+}
+
+func (x *SlowRequest) GetLegs() []*SlowLeg {
+	if x != nil {
+		return x.Legs
+	}
+	return nil
+}
+
+type SlowRequestsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Requests      []*SlowRequest         `protobuf:"bytes,3,rep,name=requests,proto3" json:"requests,omitempty"` // the slowest first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SlowRequestsReply) Reset() {
+	*x = SlowRequestsReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SlowRequestsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SlowRequestsReply) ProtoMessage() {}
+
+func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SlowRequestsReply.ProtoReflect.Descriptor instead.
+func (*SlowRequestsReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SlowRequestsReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *SlowRequestsReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *SlowRequestsReply) GetRequests() []*SlowRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
 var File_proto_pb_host_proto protoreflect.FileDescriptor
 
 const file_proto_pb_host_proto_rawDesc = "" +
@@ -1182,7 +1697,52 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x05Range\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x04R\x06offset\x12\x16\n" +
 	"\x06length\x18\x02 \x01(\x04R\x06length\x12\x12\n" +
-	"\x04zero\x18\x03 \x01(\bR\x04zero2\xdd\x06\n" +
+	"\x04zero\x18\x03 \x01(\bR\x04zero\"<\n" +
+	"\rLatencyBucket\x12\x15\n" +
+	"\x06max_us\x18\x01 \x01(\x04R\x05maxUs\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x04R\x05count\"\x83\x02\n" +
+	"\aOpStats\x12\x0e\n" +
+	"\x02op\x18\x01 \x01(\tR\x02op\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\x04R\x04done\x12\x16\n" +
+	"\x06failed\x18\x03 \x01(\x04R\x06failed\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\x12\x15\n" +
+	"\x06sum_us\x18\x05 \x01(\x04R\x05sumUs\x12\x15\n" +
+	"\x06max_us\x18\x06 \x01(\x04R\x05maxUs\x12\x15\n" +
+	"\x06p50_us\x18\a \x01(\x04R\x05p50Us\x12\x15\n" +
+	"\x06p99_us\x18\b \x01(\x04R\x05p99Us\x12\x17\n" +
+	"\ap999_us\x18\t \x01(\x04R\x06p999Us\x121\n" +
+	"\abuckets\x18\n" +
+	" \x03(\v2\x17.cairn.v1.LatencyBucketR\abuckets\"\xce\x01\n" +
+	"\x10VolumeStatsReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12 \n" +
+	"\vconnections\x18\x03 \x01(\rR\vconnections\x12\x1b\n" +
+	"\tin_flight\x18\x04 \x01(\x04R\binFlight\x12&\n" +
+	"\x0fin_flight_bytes\x18\x05 \x01(\x04R\rinFlightBytes\x12#\n" +
+	"\x03ops\x18\x06 \x03(\v2\x11.cairn.v1.OpStatsR\x03ops\"\x83\x01\n" +
+	"\aSlowLeg\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
+	"\x05store\x18\x02 \x01(\fR\x05store\x12\x1a\n" +
+	"\banswered\x18\x03 \x01(\bR\banswered\x12\x17\n" +
+	"\atime_us\x18\x04 \x01(\x04R\x06timeUs\x12\x19\n" +
+	"\bstore_us\x18\x05 \x01(\x04R\astoreUs\"\xb0\x02\n" +
+	"\vSlowRequest\x12\x0e\n" +
+	"\x02op\x18\x01 \x01(\tR\x02op\x12\x10\n" +
+	"\x03fua\x18\x02 \x01(\bR\x03fua\x12\x16\n" +
+	"\x06offset\x18\x03 \x01(\x04R\x06offset\x12\x16\n" +
+	"\x06length\x18\x04 \x01(\x04R\x06length\x12\x16\n" +
+	"\x06status\x18\x05 \x01(\rR\x06status\x12\"\n" +
+	"\rended_unix_ns\x18\x06 \x01(\x03R\vendedUnixNs\x12\x19\n" +
+	"\btotal_us\x18\a \x01(\x04R\atotalUs\x12\x19\n" +
+	"\bqueue_us\x18\b \x01(\x04R\aqueueUs\x12\x1b\n" +
+	"\tbefore_us\x18\t \x01(\x04R\bbeforeUs\x12\x19\n" +
+	"\bafter_us\x18\n" +
+	" \x01(\x04R\aafterUs\x12%\n" +
+	"\x04legs\x18\v \x03(\v2\x11.cairn.v1.SlowLegR\x04legs\"v\n" +
+	"\x11SlowRequestsReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x121\n" +
+	"\brequests\x18\x03 \x03(\v2\x15.cairn.v1.SlowRequestR\brequests2\xdf\a\n" +
 	"\vHostControl\x12J\n" +
 	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x128\n" +
 	"\fDetachVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
@@ -1202,7 +1762,9 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\rFlattenVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
 	"\rReclaimVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x12:\n" +
 	"\n" +
-	"DiffVolume\x12\x15.cairn.v1.DiffRequest\x1a\x13.cairn.v1.DiffReply0\x01B&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
+	"DiffVolume\x12\x15.cairn.v1.DiffRequest\x1a\x13.cairn.v1.DiffReply0\x01\x12>\n" +
+	"\vVolumeStats\x12\x13.cairn.v1.VolumeRef\x1a\x1a.cairn.v1.VolumeStatsReply\x12@\n" +
+	"\fSlowRequests\x12\x13.cairn.v1.VolumeRef\x1a\x1b.cairn.v1.SlowRequestsReplyB&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
 
 var (
 	file_proto_pb_host_proto_rawDescOnce sync.Once
@@ -1216,7 +1778,7 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_proto_pb_host_proto_goTypes = []any{
 	(*VolumeRef)(nil),           // 0: cairn.v1.VolumeRef
 	(*VMRef)(nil),               // 1: cairn.v1.VMRef
@@ -1234,49 +1796,63 @@ var file_proto_pb_host_proto_goTypes = []any{
 	(*DiffRequest)(nil),         // 13: cairn.v1.DiffRequest
 	(*DiffReply)(nil),           // 14: cairn.v1.DiffReply
 	(*Range)(nil),               // 15: cairn.v1.Range
-	(*StoreUsage)(nil),          // 16: cairn.v1.StoreUsage
+	(*LatencyBucket)(nil),       // 16: cairn.v1.LatencyBucket
+	(*OpStats)(nil),             // 17: cairn.v1.OpStats
+	(*VolumeStatsReply)(nil),    // 18: cairn.v1.VolumeStatsReply
+	(*SlowLeg)(nil),             // 19: cairn.v1.SlowLeg
+	(*SlowRequest)(nil),         // 20: cairn.v1.SlowRequest
+	(*SlowRequestsReply)(nil),   // 21: cairn.v1.SlowRequestsReply
+	(*StoreUsage)(nil),          // 22: cairn.v1.StoreUsage
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
 	7,  // 0: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
 	8,  // 1: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	16, // 2: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	22, // 2: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
 	9,  // 3: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
 	15, // 4: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
-	3,  // 5: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
-	0,  // 6: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
-	0,  // 7: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
-	1,  // 8: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
-	1,  // 9: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
-	1,  // 10: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
-	1,  // 11: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
-	1,  // 12: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
-	6,  // 13: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	11, // 14: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
-	11, // 15: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
-	11, // 16: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
-	0,  // 17: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
-	0,  // 18: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
-	13, // 19: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
-	4,  // 20: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	2,  // 21: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	2,  // 22: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	2,  // 23: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	2,  // 24: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	2,  // 25: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	2,  // 26: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	5,  // 27: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	10, // 28: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	12, // 29: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
-	12, // 30: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
-	12, // 31: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
-	2,  // 32: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
-	2,  // 33: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
-	14, // 34: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
-	20, // [20:35] is the sub-list for method output_type
-	5,  // [5:20] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	16, // 5: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
+	17, // 6: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
+	19, // 7: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
+	20, // 8: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
+	3,  // 9: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
+	0,  // 10: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
+	0,  // 11: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
+	1,  // 12: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
+	1,  // 13: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
+	1,  // 14: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
+	1,  // 15: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
+	1,  // 16: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
+	6,  // 17: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
+	11, // 18: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	11, // 19: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	11, // 20: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	0,  // 21: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
+	0,  // 22: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
+	13, // 23: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	0,  // 24: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
+	0,  // 25: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
+	4,  // 26: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	2,  // 27: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	2,  // 28: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	2,  // 29: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	2,  // 30: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	2,  // 31: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	2,  // 32: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	5,  // 33: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	10, // 34: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	12, // 35: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	12, // 36: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	12, // 37: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	2,  // 38: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	2,  // 39: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	14, // 40: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	18, // 41: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
+	21, // 42: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
+	26, // [26:43] is the sub-list for method output_type
+	9,  // [9:26] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_host_proto_init() }
@@ -1291,7 +1867,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

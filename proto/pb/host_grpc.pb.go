@@ -36,6 +36,8 @@ const (
 	HostControl_FlattenVolume_FullMethodName = "/cairn.v1.HostControl/FlattenVolume"
 	HostControl_ReclaimVolume_FullMethodName = "/cairn.v1.HostControl/ReclaimVolume"
 	HostControl_DiffVolume_FullMethodName    = "/cairn.v1.HostControl/DiffVolume"
+	HostControl_VolumeStats_FullMethodName   = "/cairn.v1.HostControl/VolumeStats"
+	HostControl_SlowRequests_FullMethodName  = "/cairn.v1.HostControl/SlowRequests"
 )
 
 // HostControlClient is the client API for HostControl service.
@@ -66,6 +68,10 @@ type HostControlClient interface {
 	ReclaimVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error)
 	// DiffVolume lists what differs between two snapshots, or one and none.
 	DiffVolume(ctx context.Context, in *DiffRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffReply], error)
+	// VolumeStats tells what the NBD clients of a volume attached here do.
+	VolumeStats(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*VolumeStatsReply, error)
+	// SlowRequests lists the slowest requests of the last minute or two.
+	SlowRequests(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*SlowRequestsReply, error)
 }
 
 type hostControlClient struct {
@@ -235,6 +241,26 @@ func (c *hostControlClient) DiffVolume(ctx context.Context, in *DiffRequest, opt
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type HostControl_DiffVolumeClient = grpc.ServerStreamingClient[DiffReply]
 
+func (c *hostControlClient) VolumeStats(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*VolumeStatsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VolumeStatsReply)
+	err := c.cc.Invoke(ctx, HostControl_VolumeStats_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) SlowRequests(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*SlowRequestsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SlowRequestsReply)
+	err := c.cc.Invoke(ctx, HostControl_SlowRequests_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // HostControlServer is the server API for HostControl service.
 // All implementations must embed UnimplementedHostControlServer
 // for forward compatibility.
@@ -263,6 +289,10 @@ type HostControlServer interface {
 	ReclaimVolume(context.Context, *VolumeRef) (*HostReply, error)
 	// DiffVolume lists what differs between two snapshots, or one and none.
 	DiffVolume(*DiffRequest, grpc.ServerStreamingServer[DiffReply]) error
+	// VolumeStats tells what the NBD clients of a volume attached here do.
+	VolumeStats(context.Context, *VolumeRef) (*VolumeStatsReply, error)
+	// SlowRequests lists the slowest requests of the last minute or two.
+	SlowRequests(context.Context, *VolumeRef) (*SlowRequestsReply, error)
 	mustEmbedUnimplementedHostControlServer()
 }
 
@@ -317,6 +347,12 @@ func (UnimplementedHostControlServer) ReclaimVolume(context.Context, *VolumeRef)
 }
 func (UnimplementedHostControlServer) DiffVolume(*DiffRequest, grpc.ServerStreamingServer[DiffReply]) error {
 	return status.Error(codes.Unimplemented, "method DiffVolume not implemented")
+}
+func (UnimplementedHostControlServer) VolumeStats(context.Context, *VolumeRef) (*VolumeStatsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method VolumeStats not implemented")
+}
+func (UnimplementedHostControlServer) SlowRequests(context.Context, *VolumeRef) (*SlowRequestsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method SlowRequests not implemented")
 }
 func (UnimplementedHostControlServer) mustEmbedUnimplementedHostControlServer() {}
 func (UnimplementedHostControlServer) testEmbeddedByValue()                     {}
@@ -602,6 +638,42 @@ func _HostControl_DiffVolume_Handler(srv interface{}, stream grpc.ServerStream) 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type HostControl_DiffVolumeServer = grpc.ServerStreamingServer[DiffReply]
 
+func _HostControl_VolumeStats_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).VolumeStats(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_VolumeStats_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).VolumeStats(ctx, req.(*VolumeRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_SlowRequests_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).SlowRequests(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_SlowRequests_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).SlowRequests(ctx, req.(*VolumeRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // HostControl_ServiceDesc is the grpc.ServiceDesc for HostControl service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -664,6 +736,14 @@ var HostControl_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ReclaimVolume",
 			Handler:    _HostControl_ReclaimVolume_Handler,
+		},
+		{
+			MethodName: "VolumeStats",
+			Handler:    _HostControl_VolumeStats_Handler,
+		},
+		{
+			MethodName: "SlowRequests",
+			Handler:    _HostControl_SlowRequests_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
