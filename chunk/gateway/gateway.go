@@ -50,6 +50,7 @@ type Config struct {
 	Local   map[ids.StoreID]client.Submitter // the stores of this process
 	Usage   func() []*pb.StoreUsage          // for the heartbeat; may be nil
 	Gone    func(name string)                // an export ended: its connections are to be closed; may be nil
+	Resized func(name string, size uint64)   // a volume has grown; may be nil
 	Stall   time.Duration                    // see volume.Config
 	Renew   time.Duration                    // between renewals; 0: 2 s
 	Alone   bool                             // proof that this host's earlier gateway process is dead
@@ -226,6 +227,24 @@ func (g *Gateway) Refresh(ctx context.Context, name string) error {
 		return err
 	}
 	return v.refresh(ctx)
+}
+
+// Changed makes a volume, if it is attached here, learn its size and members;
+// ids.VolumeID 0: all of them. It is how news from a watch comes in.
+func (g *Gateway) Changed(ctx context.Context, id ids.VolumeID) {
+	for _, v := range g.Volumes() {
+		if id != 0 && v.id != id || v.State() == volume.Ended {
+			continue
+		}
+		before := v.Size()
+		if err := v.refresh(ctx); err != nil {
+			g.log.Warn("volume not read again after a change", "volume", v.name, "err", err)
+			continue
+		}
+		if v.Size() > before && g.cfg.Resized != nil {
+			g.cfg.Resized(v.name, v.Size())
+		}
+	}
 }
 
 // Volume returns a volume attached here, or status.NotFound.

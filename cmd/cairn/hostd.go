@@ -35,7 +35,8 @@ import (
 const (
 	defaultStoreSize = 64 << 30 // of a store file whose size nobody gave; sparse
 	stepEvery        = 100 * time.Millisecond
-	sweepEvery       = 20 * time.Second
+	sweepPause       = time.Second // removals that come together are swept together
+	sweepRetry       = 5 * time.Second
 	closeWait        = 20 * time.Second
 	chunksWait       = 2 * time.Second
 )
@@ -54,6 +55,7 @@ type hostd struct {
 	nbd     *nbdserver.Server
 	vms     *agent.Agent
 	grpc    *grpc.Server
+	gone    chan struct{}  // sweep has something to do
 	adopted chan struct{}  // closed when VMs of the last process are known again
 	undo    []func() error // what close has to do, last first
 }
@@ -78,7 +80,7 @@ const gcPercent = 400
 // serves; volumes it held before are attached again in the background.
 func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd, err error) {
 	debug.SetGCPercent(gcPercent)
-	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name), adopted: make(chan struct{})}
+	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name), adopted: make(chan struct{}), gone: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.close())
@@ -273,7 +275,7 @@ func (h *hostd) startGateway() error {
 	for _, s := range h.stores {
 		local[s.ID()] = s
 	}
-	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Dialer: link.Dialer{Paths: h.paths},
+	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Resized: h.resized, Dialer: link.Dialer{Paths: h.paths},
 		Gone: func(name string) { h.nbd.Drop(name) }, Alone: true, Log: h.log})
 	return h.serveNBD()
 }
@@ -305,6 +307,7 @@ func (h *hostd) serveControl(ctx context.Context) error {
 	})
 	h.background(h.adopt)
 	h.background(h.sweep)
+	h.background(h.watch)
 	return nil
 }
 
@@ -328,21 +331,68 @@ func (h *hostd) adopt(ctx context.Context) {
 }
 
 // sweep drops what the stores hold of volumes that no longer exist. Ids are
-// never used again, so a volume metadata does not know is gone for good.
+// never used again, so a volume metadata does not know is gone for good. It
+// looks when it begins and when the watch has heard of a removal.
 func (h *hostd) sweep(ctx context.Context) {
-	t := time.NewTicker(sweepEvery)
-	defer t.Stop()
 	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
+		again := false
 		for _, s := range h.stores {
 			if err := sweepStore(ctx, h.meta, s); err != nil && ctx.Err() == nil {
 				h.log.Warn("removed volumes not swept", "store", s.ID().Short(), "err", err)
+				again = true
 			}
 		}
+		if again {
+			pause(ctx, sweepRetry)
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-h.gone:
+		}
+		pause(ctx, sweepPause)
+	}
+}
+
+// removed makes sweep look again.
+func (h *hostd) removed() {
+	select {
+	case h.gone <- struct{}{}:
+	default:
+	}
+}
+
+// watch follows what changes in metadata: sizes, members and limits of the
+// volumes attached here, and removals.
+func (h *hostd) watch(ctx context.Context) {
+	err := h.meta.Watch(ctx, 0, func(rep *pb.WatchReply) error {
+		if rep.Resync {
+			h.gw.Changed(ctx, 0)
+			h.removed()
+		}
+		for _, c := range rep.Changes {
+			id, is := c.What.(*pb.Change_Volume)
+			switch {
+			case is && c.Gone:
+				h.removed()
+			case is:
+				h.gw.Changed(ctx, ids.VolumeID(id.Volume))
+			}
+		}
+		return nil
+	})
+	if err != nil && ctx.Err() == nil {
+		h.log.Error("metadata is not watched any more", "err", err)
+	}
+}
+
+// resized lets a VM see its disk's new size.
+func (h *hostd) resized(name string, size uint64) {
+	ctx, cancel := context.WithTimeout(context.Background(), closeWait)
+	defer cancel()
+	if err := h.vms.Refresh(ctx, name, size); err != nil {
+		h.log.Warn("VMs may not see the size of a volume", "volume", name, "err", err)
 	}
 }
 

@@ -294,37 +294,3 @@ func storeCommand(c *cli) *cobra.Command {
 	cmd.AddCommand(ls)
 	return cmd
 }
-
-// eventView is one event as `-o json` shows it.
-type eventView struct {
-	Seq  uint64 `json:"seq"`
-	Time string `json:"time"`
-	Who  string `json:"who"`
-	What string `json:"what"`
-}
-
-func eventsCommand(c *cli) *cobra.Command {
-	var out outputFlag
-	var after uint64
-	cmd := &cobra.Command{
-		Use: "events", Short: "Who did what, when", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Events{Events: &pb.Events{After: after, Limit: 1000}}})
-				if err != nil {
-					return err
-				}
-				evs, rows := []eventView{}, [][]string{}
-				for _, e := range rep.Events {
-					v := eventView{e.Seq, formatTime(e.TimeUnixNs), e.Who, e.What}
-					evs = append(evs, v)
-					rows = append(rows, []string{fmt.Sprint(v.Seq), v.Time, v.Who, v.What})
-				}
-				return out.show(evs, []string{"SEQ", "TIME", "WHO", "WHAT"}, rows)
-			})
-		},
-	}
-	cmd.Flags().Uint64Var(&after, "after", 0, "only events with a higher number")
-	out.register(cmd)
-	return cmd
-}

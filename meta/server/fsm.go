@@ -40,6 +40,8 @@ type fsm struct {
 	hash    uint64
 	broken  bool // a restore failed half way: only another one may follow
 
+	news news // what changed lately, for watchers
+
 	closeErr error // of the last database that was thrown away; for the log
 }
 
@@ -92,6 +94,7 @@ func (f *fsm) open(snapIndex, logLast uint64) (kept bool, err error) {
 			return false, err
 		}
 	}
+	f.news.begin(f.applied)
 	if err := os.Remove(begun); err != nil {
 		return false, errors.Join(fmt.Errorf("opening the state in %s: %w", f.dir, err), f.db.Close())
 	}
@@ -209,7 +212,12 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		}
 		out[i] = state.Apply(over, cmd)
 	}
-	hash := f.hash + over.HashDelta()
+	var changes []*pb.Change
+	hash := f.hash + over.Sum(func(k, old, val []byte) {
+		if c := state.Hint(k, old, val); c != nil {
+			changes = append(changes, c)
+		}
+	})
 	if kv.err != nil {
 		panic(fmt.Sprintf("reading the metadata state: %v", kv.err))
 	}
@@ -217,6 +225,7 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		panic(fmt.Sprintf("writing the metadata state: %v", err))
 	}
 	f.applied, f.hash = last, hash
+	f.news.add(last, changes)
 	return out
 }
 
@@ -428,6 +437,7 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 		return err
 	}
 	f.applied, f.hash, f.broken = applied, hash, false
+	f.news.begin(applied)
 	return nil
 }
 

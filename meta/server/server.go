@@ -79,11 +79,12 @@ type Server struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	raft   atomic.Pointer[raft.Raft] // nil until the node takes part
-	trans  *transport                // set before raft
-	verify verifier
-	flight flight
-	silent silence
+	raft    atomic.Pointer[raft.Raft] // nil until the node takes part
+	trans   *transport                // set before raft
+	verify  verifier
+	flight  flight
+	silent  silence
+	watches atomic.Int64 // streams of Watch
 
 	mu     sync.Mutex // guards tenure, err, closed
 	tenure *tenure

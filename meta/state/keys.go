@@ -25,10 +25,12 @@ import (
 //	t time(8) session    empty: sessions by last use
 //	r session 0 seq(8)   pb.Result
 //	j sha256(32)         pb.JoinToken
+//	q name               pb.Tenant
+//	d time(8) id(8)      empty: what Housekeeping has to do for a volume, by when
 const (
 	tMeta, tVolume, tName, tChunk, tUse, tHost  = 'm', 'v', 'n', 'c', 'u', 'h'
 	tStore, tVM, tEvent, tSession, tAge, tReply = 's', 'k', 'e', 'x', 't', 'r'
-	tToken                                      = 'j'
+	tToken, tTenant, tDue                       = 'j', 'q', 'd'
 )
 
 func key(table byte, parts ...any) []byte {

@@ -167,16 +167,25 @@ func (o *Overlay) Changes(fn func(key, val []byte) error) error {
 	return nil
 }
 
-// HashDelta is what the changes add to the base's state hash (wrapping).
-func (o *Overlay) HashDelta() uint64 {
+// Sum calls fn for every changed key with its value before and after (nil:
+// none), in no order, and returns what the changes add to the base's state hash
+// (wrapping).
+func (o *Overlay) Sum(fn func(key, old, val []byte)) uint64 {
 	var d uint64
 	for k, v := range o.changed {
-		if old := o.base.Get([]byte(k)); old != nil {
+		old := o.base.Get([]byte(k))
+		if old != nil {
 			d -= HashPair([]byte(k), old)
 		}
 		if v != nil {
 			d += HashPair([]byte(k), v)
 		}
+		if old != nil || v != nil {
+			fn([]byte(k), old, v)
+		}
 	}
 	return d
 }
+
+// HashDelta is what the changes add to the base's state hash (wrapping).
+func (o *Overlay) HashDelta() uint64 { return o.Sum(func(_, _, _ []byte) {}) }

@@ -5400,6 +5400,7 @@ type Change struct {
 	//	*Change_Event
 	//	*Change_Tenant
 	What          isChange_What `protobuf_oneof:"what"`
+	Gone          bool          `protobuf:"varint,20,opt,name=gone,proto3" json:"gone,omitempty"` // it was removed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5493,6 +5494,13 @@ func (x *Change) GetTenant() string {
 		}
 	}
 	return ""
+}
+
+func (x *Change) GetGone() bool {
+	if x != nil {
+		return x.Gone
+	}
+	return false
 }
 
 type isChange_What interface {
@@ -6332,14 +6340,15 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06format\x18- \x01(\rR\x06format\x12\x16\n" +
 	"\x06detail\x18. \x01(\tR\x06detail\"$\n" +
 	"\fWatchRequest\x12\x14\n" +
-	"\x05after\x18\x01 \x01(\x04R\x05after\"\x9c\x01\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\"\xb0\x01\n" +
 	"\x06Change\x12\x18\n" +
 	"\x06volume\x18\x01 \x01(\x04H\x00R\x06volume\x12\x14\n" +
 	"\x04host\x18\x02 \x01(\tH\x00R\x04host\x12\x16\n" +
 	"\x05store\x18\x03 \x01(\fH\x00R\x05store\x12\x10\n" +
 	"\x02vm\x18\x04 \x01(\tH\x00R\x02vm\x12\x16\n" +
 	"\x05event\x18\x05 \x01(\x04H\x00R\x05event\x12\x18\n" +
-	"\x06tenant\x18\x06 \x01(\tH\x00R\x06tenantB\x06\n" +
+	"\x06tenant\x18\x06 \x01(\tH\x00R\x06tenant\x12\x12\n" +
+	"\x04gone\x18\x14 \x01(\bR\x04goneB\x06\n" +
 	"\x04what\"\x84\x01\n" +
 	"\n" +
 	"WatchReply\x12\x1a\n" +
