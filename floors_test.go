@@ -38,6 +38,7 @@ var floors = map[string]int{
 	"chunk/gateway":    4,
 	"placement/driver": 4,
 	"vmhook/agent":     4,
+	"netplane/agent":   4,
 
 	"meta/server":             3,
 	"meta/client":             3,

@@ -1,8 +1,8 @@
 // Package netlab builds a leaf-spine storage network out of network namespaces
 // on one machine, cuts it, and measures what connections notice.
 //
-// Duty: namespaces, cables, addresses (by netplane/kernel), routing (by
-// netplane/bird), cuts and probes. Floor: F5. The namespaces have no name and
+// Duty: namespaces, cables, each node's network (by netplane/agent), cuts and
+// probes. Floor: F5. The namespaces have no name and
 // every process dies with this one: nothing is left, however it ends. It
 // routes nothing itself.
 package netlab
@@ -25,9 +25,8 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"github.com/cairnstore/cairn/netplane"
+	"github.com/cairnstore/cairn/netplane/agent"
 	"github.com/cairnstore/cairn/netplane/bird"
-	"github.com/cairnstore/cairn/netplane/kernel"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
@@ -44,6 +43,7 @@ type Config struct {
 	Hosts    int
 	Protocol bird.Protocol
 	NoBFD    bool
+	Bare     bool         // hosts get links and nothing else: what runs in them sees to the rest
 	Log      *slog.Logger // nil: no log
 }
 
@@ -56,13 +56,12 @@ type Lab struct {
 
 // node is one host or spine.
 type node struct {
-	name   string
-	work   chan func()
-	ended  chan struct{}
-	fd     netns.NsHandle
-	nl     *netlink.Handle
-	kernel *kernel.Reconciler
-	bird   *bird.Daemon
+	name  string
+	work  chan func()
+	ended chan struct{}
+	fd    netns.NsHandle
+	nl    *netlink.Handle
+	agent *agent.Agent // nil: somebody else's
 }
 
 // Topology is the fabric that a lab of this shape has. Plane s has the
@@ -128,16 +127,14 @@ func (l *Lab) build() error {
 		}
 	}
 	for _, n := range l.Topology.Nodes {
-		if err := l.address(n); err != nil {
-			return fmt.Errorf("%s: %w", n.Name, err)
+		if l.cfg.Bare && !n.Spine {
+			continue
 		}
-	}
-	for _, n := range l.Topology.Nodes {
-		d, err := bird.Start(bird.Config{Dir: filepath.Join(l.cfg.Dir, n.Name), Topology: l.Topology, Node: n.Name, NamespaceFD: int(l.nodes[n.Name].fd), Log: l.cfg.Log})
+		a, err := agent.Start(agent.Config{Dir: filepath.Join(l.cfg.Dir, n.Name), Topology: l.Topology, Node: n.Name, NamespaceFD: int(l.nodes[n.Name].fd), Log: l.cfg.Log})
 		if err != nil {
 			return fmt.Errorf("%s: %w", n.Name, err)
 		}
-		l.nodes[n.Name].bird = d
+		l.nodes[n.Name].agent = a
 	}
 	return nil
 }
@@ -179,28 +176,6 @@ func (n *node) in(f func() error) error {
 	return <-done
 }
 
-// address gives a node its addresses and static routes: a plane's other hosts
-// are reached over that plane's spine alone.
-func (l *Lab) address(n bird.Node) (err error) {
-	nd := l.nodes[n.Name]
-	cfg := netplane.Config{Addrs: n.Addrs, Forward: n.Spine}
-	for _, c := range l.Topology.Cables {
-		switch n.Name {
-		case c.Host:
-			via := c.Ends[0].Spine.As4()
-			cfg.Links = append(cfg.Links, netplane.Link{Name: c.HostLink, Addrs: []netip.Prefix{netip.PrefixFrom(c.Ends[0].Host, 31), netip.PrefixFrom(c.Ends[1].Host, 64)}})
-			cfg.Routes = append(cfg.Routes, netplane.Route{To: netip.PrefixFrom(netip.AddrFrom4([4]byte{via[0], via[1]}), 16), Hops: []netplane.Hop{{Via: c.Ends[0].Spine, Link: c.HostLink}}})
-		case c.Spine:
-			cfg.Links = append(cfg.Links, netplane.Link{Name: c.SpineLink, Addrs: []netip.Prefix{netip.PrefixFrom(c.Ends[0].Spine, 31), netip.PrefixFrom(c.Ends[1].Spine, 64)}})
-		}
-	}
-	if nd.kernel, err = kernel.New(kernel.Config{NamespaceFD: int(nd.fd)}); err != nil {
-		return err
-	}
-	_, err = nd.kernel.Apply(cfg)
-	return err
-}
-
 // Close takes the fabric down.
 func (l *Lab) Close() error {
 	var mu sync.Mutex
@@ -221,11 +196,8 @@ func (l *Lab) Close() error {
 
 func (n *node) close() error {
 	var errs []error
-	if n.bird != nil {
-		errs = append(errs, n.bird.Close())
-	}
-	if n.kernel != nil {
-		errs = append(errs, n.kernel.Close())
+	if n.agent != nil {
+		errs = append(errs, n.agent.Close())
 	}
 	if n.nl != nil {
 		n.nl.Close()
@@ -245,17 +217,8 @@ func (l *Lab) In(name string, f func() error) error {
 	return n.in(f)
 }
 
-// Status is what a node's routing says.
-func (l *Lab) Status(name string) (bird.Status, error) {
-	n := l.nodes[name]
-	if n == nil {
-		return bird.Status{}, status.Errorf(status.NotFound, "the lab has no node %q", name)
-	}
-	return n.bird.Status()
-}
-
-// Daemon is a node's routing daemon.
-func (l *Lab) Daemon(name string) *bird.Daemon { return l.nodes[name].bird }
+// Agent is what keeps a node's network; nil for a host of a bare lab.
+func (l *Lab) Agent(name string) *agent.Agent { return l.nodes[name].agent }
 
 // Hops returns a node's next hops in the kernel by storage address.
 func (l *Lab) Hops(name string) (map[netip.Prefix]int, error) {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cairnstore/cairn/netplane/agent"
 	"github.com/cairnstore/cairn/netplane/bird"
 )
 
@@ -33,8 +34,8 @@ func converge(t *testing.T, l *Lab) {
 	took, err := l.Converged(ctx)
 	if err != nil {
 		for _, n := range l.Topology.Nodes {
-			st, serr := l.Status(n.Name)
-			t.Logf("%+v %v", st, serr)
+			rep, rerr := l.Agent(n.Name).Report()
+			t.Logf("%+v %v", rep, rerr)
 		}
 		t.Fatal(err)
 	}
@@ -96,12 +97,12 @@ func TestCutsHeal(t *testing.T) {
 func TestBirdComesBack(t *testing.T) {
 	l := newLab(t, bird.BGP, 2, 2)
 	for i, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP} {
-		st, err := l.Status("host-1")
+		st, err := l.Agent("host-1").Report()
 		check(t, err)
-		check(t, syscall.Kill(st.Pid, sig))
+		check(t, syscall.Kill(st.BIRD.Pid, sig))
 		await(t, fmt.Sprintf("a new BIRD after %v", sig), func() bool {
-			now, err := l.Status("host-1")
-			return err == nil && now.Pid != 0 && now.Pid != st.Pid && now.Restarts == i+1
+			now, err := l.Agent("host-1").Report()
+			return err == nil && now.BIRD.Pid != 0 && now.BIRD.Pid != st.BIRD.Pid && now.BIRD.Restarts == i+1
 		})
 		converge(t, l)
 	}
@@ -120,7 +121,7 @@ func TestLiarIsNotBelieved(t *testing.T) {
 			text := lie
 			text.Nodes[2].Addrs = []netip.Addr{Stable(2), netip.MustParseAddr("fd00:ca1f::77")}
 			text.Nodes[1].Addrs = []netip.Addr{Stable(7)}
-			check(t, l.Daemon("host-3").Apply(text))
+			check(t, l.Agent("host-3").Apply(text))
 			await(t, "the lie takes host 3's own address away", func() bool {
 				hops, err := l.Hops("host-1")
 				check(t, err)
@@ -149,7 +150,7 @@ func TestLiarIsNotBelieved(t *testing.T) {
 // A second routing daemon in one namespace is refused, and changes nothing.
 func TestSecondIsRefused(t *testing.T) {
 	l := newLab(t, bird.BGP, 1, 2)
-	_, err := bird.Start(bird.Config{Dir: t.TempDir(), Topology: l.Topology, Node: "host-1", NamespaceFD: int(l.nodes["host-1"].fd)})
+	_, err := agent.Start(agent.Config{Dir: t.TempDir(), Topology: l.Topology, Node: "host-1", NamespaceFD: int(l.nodes["host-1"].fd)})
 	if err == nil {
 		t.Fatal("a second one started")
 	}
@@ -163,12 +164,12 @@ func TestWrongKey(t *testing.T) {
 	wrong := l.Topology
 	wrong.Cables = append([]bird.Cable(nil), wrong.Cables...)
 	wrong.Cables[0].Key = "another" // host-1 to spine-1
-	check(t, l.Daemon("host-1").Apply(wrong))
+	check(t, l.Agent("host-1").Apply(wrong))
 	await(t, "one path is left", func() bool {
 		hops, err := l.Hops("host-1")
 		check(t, err)
 		return hops[netip.PrefixFrom(Stable(2), 32)] == 1
 	})
-	check(t, l.Daemon("host-1").Apply(l.Topology))
+	check(t, l.Agent("host-1").Apply(l.Topology))
 	converge(t, l)
 }

@@ -25,6 +25,9 @@ const (
 	BGP  Protocol = "bgp"
 	OSPF Protocol = "ospf"
 	RIP  Protocol = "rip"
+	// Static: no daemon; every host knows the ways to every other from the
+	// topology (netplane/agent). Only links without carrier are noticed.
+	Static Protocol = "static"
 )
 
 // Limits of a topology.
@@ -94,8 +97,8 @@ func (t Topology) Normal() (Topology, error) {
 		t.BFD.Multiplier = 3
 	}
 	switch {
-	case t.Protocol != BGP && t.Protocol != OSPF && t.Protocol != RIP:
-		return t, invalid("protocol: %q is none of bgp, ospf, rip", t.Protocol)
+	case t.Protocol != BGP && t.Protocol != OSPF && t.Protocol != RIP && t.Protocol != Static:
+		return t, invalid("protocol: %q is none of bgp, ospf, rip, static", t.Protocol)
 	case t.BFD.IntervalMs < 10 || t.BFD.IntervalMs > 10_000:
 		return t, invalid("bfd.interval_ms: %d is not between 10 and 10000", t.BFD.IntervalMs)
 	case t.BFD.Multiplier < 2 || t.BFD.Multiplier > 50:

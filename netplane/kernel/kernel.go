@@ -128,6 +128,12 @@ func (r *Reconciler) Status() Report {
 	return r.last
 }
 
+// State is what the kernel has now, anybody's routes included.
+func (r *Reconciler) State() (netplane.State, error) {
+	st, _, err := r.handle.state(nil)
+	return st, err
+}
+
 // Close ends the watching. The network stays as it is: connections of other
 // processes must outlive this one. Clear first to take it away.
 func (r *Reconciler) Close() error {
