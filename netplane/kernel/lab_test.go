@@ -1,7 +1,6 @@
 package kernel
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -187,7 +186,9 @@ func (h *host) talks(from, to string) {
 func (h *host) talk(from, to string) error {
 	var c net.Conn
 	err := h.ns.in(func() (err error) {
-		c, err = link.Dialer{LocalAddr: netip.MustParseAddr(from)}.Dial(context.Background(), net.JoinHostPort(to, "7000"))
+		// By hand: package link dials on goroutines of its own, outside the namespace.
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: 2 * time.Second}
+		c, err = d.Dial("tcp", net.JoinHostPort(to, "7000"))
 		return err
 	})
 	if err != nil {
