@@ -313,11 +313,11 @@ func (p ChunkPlan) Explain() string {
 		rows = append(rows, []string{s.Store.ID.Short(), s.Store.Host, s.Store.Domain, s.Class.String(),
 			Bytes(free(s.Store.CapacityBytes, s.Store.UsedBytes)), fmt.Sprintf("%.3f", s.Lot), fmt.Sprint(s.Chunks)})
 	}
-	return table(rows)
+	return Table(rows)
 }
 
-// table pads cells to columns, two blanks apart, without trailing blanks.
-func table(rows [][]string) string {
+// Table pads cells to columns, two blanks apart, without trailing blanks.
+func Table(rows [][]string) string {
 	width := make([]int, len(rows[0]))
 	for _, r := range rows {
 		for i, cell := range r {

@@ -62,6 +62,31 @@ type Weighted struct {
 	Weight float64
 }
 
+// Policy is how hosts that fit a VM are ordered.
+type Policy string
+
+// The static policies. Local is the default.
+const (
+	NearData Policy = "local"    // most of its traffic local, then the tightest fit
+	BestFit  Policy = "min"      // fewest hosts in use: keeps whole hosts free for large VMs
+	WorstFit Policy = "max"      // most headroom left: keeps every host lightly loaded
+	Balanced Policy = "balanced" // least skew between the shares of the resources in use
+)
+
+// Policies are all policies, the default first.
+var Policies = []Policy{NearData, BestFit, WorstFit, Balanced}
+
+// ParsePolicy reads a policy's name; "" is the default.
+func ParsePolicy(name string) (Policy, error) {
+	if name == "" {
+		return NearData, nil
+	}
+	if p := Policy(name); slices.Contains(Policies, p) {
+		return p, nil
+	}
+	return "", status.Errorf(status.Invalid, "there is no placement policy %q: use local, min, max or balanced", name)
+}
+
 // Weights returns a policy's scores. A weight far above the others makes its
 // score decide alone, and the others its ties.
 func Weights(p Policy) []Weighted {
@@ -77,24 +102,26 @@ func Weights(p Policy) []Weighted {
 }
 
 // SampleHosts is how many random hosts a sampled decision looks at beside
-// those that hold the job's data.
+// those that hold the job's data, and how many of the fullest.
 const SampleHosts = 100
 
 // Scheduler decides where jobs of a fleet go. One goroutine owns it; several
 // schedulers may share a fleet.
 type Scheduler struct {
 	Fleet   *Fleet
+	Policy  Policy
 	Weights []Weighted
 	Sample  int // SampleHosts, or 0: look at every host
 	Seed    uint64
 
 	rng   uint64
+	but   int   // 1 + a host that is not looked at; 0: none
 	holds []int // scratch
 }
 
 // NewScheduler returns a scheduler with a policy's scores.
 func NewScheduler(f *Fleet, p Policy, sample int, seed uint64) *Scheduler {
-	return &Scheduler{Fleet: f, Weights: Weights(p), Sample: sample, Seed: seed, rng: seed ^ 0x9e3779b97f4a7c15}
+	return &Scheduler{Fleet: f, Policy: p, Weights: Weights(p), Sample: sample, Seed: seed, rng: seed ^ 0x9e3779b97f4a7c15}
 }
 
 // next is splitmix64.
@@ -131,6 +158,12 @@ func (s *Scheduler) Decide(j *Job) Decision {
 	for _, i := range s.holds {
 		s.try(j, i, &best)
 	}
+	if s.packs() {
+		s.holds = s.Fleet.tight(j.Need, s.Sample, s.holds[:0])
+		for _, i := range s.holds {
+			s.try(j, i, &best)
+		}
+	}
 	n := uint64(s.Fleet.Len())
 	for range s.Sample {
 		i, _ := bits.Mul64(s.next(), n)
@@ -144,11 +177,23 @@ func (s *Scheduler) Decide(j *Job) Decision {
 	return best
 }
 
+// DecideBut decides as if one host were not there.
+func (s *Scheduler) DecideBut(j *Job, host int) Decision {
+	s.but = host + 1
+	defer func() { s.but = 0 }()
+	return s.Decide(j)
+}
+
+// packs says whether the scores want full hosts.
+func (s *Scheduler) packs() bool {
+	return slices.ContainsFunc(s.Weights, func(w Weighted) bool { return w.Name == FitScore.Name })
+}
+
 // try rates one host and keeps it if it is better. Equal scores go to the
 // lower number, so that the order of looking does not matter.
 func (s *Scheduler) try(j *Job, i int, best *Decision) {
 	h := s.Fleet.hosts[i]
-	if !h.passes(j) {
+	if i == s.but-1 || !h.passes(j) {
 		return
 	}
 	if (j.Near != "" || j.Apart != "") && s.Fleet.apart(j, h) != "" {
@@ -191,7 +236,7 @@ const bindTries = 16
 func (s *Scheduler) Place(j *Job) (d Decision, conflicts int, err error) {
 	for conflicts < bindTries {
 		if d = s.Decide(j); d.Host < 0 {
-			return d, conflicts, s.none(j)
+			return d, conflicts, s.None(j)
 		}
 		if err = s.Fleet.Bind(j, d.Host); err != ErrConflict {
 			return d, conflicts, err
@@ -201,8 +246,8 @@ func (s *Scheduler) Place(j *Job) (d Decision, conflicts int, err error) {
 	return Decision{Host: -1}, conflicts, ErrConflict
 }
 
-// none counts why no host fits.
-func (s *Scheduler) none(j *Job) error {
+// None counts why no host fits.
+func (s *Scheduler) None(j *Job) error {
 	count := map[string]int{}
 	for _, h := range s.Fleet.hosts {
 		why := h.refuse(j)
@@ -219,7 +264,34 @@ func (s *Scheduler) none(j *Job) error {
 		whys = append(whys, fmt.Sprintf("%s: %s", plural(n, "host"), w))
 	}
 	sort.Strings(whys)
-	return status.Errorf(status.NoSpace, "no host fits VM %s (%s); add hosts, stop a VM or ask for less", j.Name, strings.Join(whys, ", "))
+	return status.Errorf(status.NoSpace, "no host fits VM %s (%s); add hosts, stop a VM or ask for less", j.Name, list(whys))
+}
+
+// Reason is one sentence with the figures a decision went by.
+func (s *Scheduler) Reason(j *Job, d Decision) string {
+	h := s.Fleet.hosts[d.Host]
+	used := h.load()
+	left := func(k Kind) uint64 { return h.limit[k] - min(h.limit[k], used[k]) }
+	if at, ok := s.Fleet.Where(j.Name); !ok || at != d.Host {
+		used.add(j.Need)
+	}
+	local := "has none of its data"
+	if g := j.Gains[d.Host]; g > 0 {
+		local = fmt.Sprintf("would serve %.0f %% of its traffic itself", 100*g)
+		if best := j.BestGain(); best > g {
+			local += fmt.Sprintf(" (the best host, without room, %.0f %%)", 100*best)
+		}
+	}
+	return fmt.Sprintf("%s %s; with it %s of %s CPU and %s of %s memory stay free", h.Name, local,
+		amount(CPU, left(CPU)), amount(CPU, h.limit[CPU]), amount(Memory, left(Memory)), amount(Memory, h.limit[Memory]))
+}
+
+// BestGain is the largest of a job's gains.
+func (j *Job) BestGain() (best float64) {
+	for _, g := range j.Gains {
+		best = max(best, g)
+	}
+	return best
 }
 
 // Explain is a table of every host: whether it passes, each score × its weight,
@@ -278,5 +350,5 @@ func (s *Scheduler) Explain(j *Job) string {
 		}
 		out = append(out, r.cells)
 	}
-	return table(out)
+	return Table(out)
 }

@@ -38,8 +38,9 @@ func (a *Amounts) sub(b Amounts) {
 	}
 }
 
-// Ratios is how many times each resource may be promised; 0 means once.
-type Ratios [kinds]float64
+// Percents is how much of each resource may be promised, in per cent of what
+// there is; 0 means 100.
+type Percents [kinds]uint32
 
 // Machine is a host of a fleet.
 type Machine struct {
@@ -49,7 +50,7 @@ type Machine struct {
 	Labels   map[string]string // also the failure domains
 	Networks []string          // storage networks it reaches
 	Capacity Amounts           // what there is
-	Ratios   Ratios            // what may be promised of it
+	Promised Percents          // what may be promised of it
 }
 
 // Job is a VM as a fleet's scheduler sees it.
@@ -67,16 +68,22 @@ type Job struct {
 	Batch    bool
 	// DurationMs is how long it says it will run; 0: unknown, for ever.
 	DurationMs int64
+	// Sliced is what a batch VM that is paused until its turn will take then,
+	// of processors; Need has 0 of them meanwhile.
+	Sliced uint64
 	// Gains is what part of the VM's reads and writes each host would serve
 	// itself, by host; see Gain. Hosts that are not in it would serve none.
 	Gains map[int]float64
 }
 
+// Wants is the processors a job takes, now or in its turn.
+func (j *Job) Wants() uint64 { return max(j.Need[CPU], j.Sliced) }
+
 // node is a machine with what is bound to it. A decision reads without the
 // lock what Bind then checks again under it.
 type node struct {
 	Machine
-	limit Amounts // capacity × ratio: 0 ≤ used ≤ limit, always
+	limit Amounts // capacity × per cent: 0 ≤ used ≤ limit, always
 
 	mu   sync.Mutex // guards the fields below
 	jobs map[string]*Job
@@ -84,15 +91,20 @@ type node struct {
 	used [kinds]atomic.Uint64 // written under mu; a decision reads it without
 }
 
+// percentMax bounds over-commitment.
+const percentMax = 10_000
+
 // Fleet is the hosts and what is bound to them. Binding is safe from many
 // goroutines; adding hosts and changing their state is not.
 type Fleet struct {
-	hosts  []*node
-	byName map[string]int
+	hosts   []*node
+	byName  map[string]int
+	largest Amounts // of any host's limits
 
 	mu     sync.Mutex // guards the fields below
 	where  map[string]int
 	groups map[string]map[string]int // group, then label=value, to the number of its jobs there
+	levels levels
 }
 
 // NewFleet returns a fleet without hosts.
@@ -107,18 +119,21 @@ func (f *Fleet) Add(m Machine) (int, error) {
 	}
 	h := &node{Machine: m, jobs: map[string]*Job{}}
 	for k := range kinds {
-		r := m.Ratios[k]
-		if r == 0 {
-			r = 1
+		pct := uint64(m.Promised[k])
+		if pct == 0 {
+			pct = 100
 		}
-		if r < 0 || r > 100 {
-			return 0, status.Errorf(status.Invalid, "host %s cannot promise %s %g times: 0 to 100 are possible", m.Name, kindNames[k], r)
+		if pct > percentMax {
+			return 0, status.Errorf(status.Invalid, "host %s cannot promise %d %% of its %s: 1 to %d are possible", m.Name, pct, kindNames[k], percentMax)
 		}
-		h.limit[k] = uint64(float64(m.Capacity[k]) * r)
+		h.limit[k] = m.Capacity[k]/100*pct + m.Capacity[k]%100*pct/100 // as the metadata service counts
+		f.largest[k] = max(f.largest[k], h.limit[k])
 	}
-	f.byName[m.Name] = len(f.hosts)
+	i := len(f.hosts)
+	f.byName[m.Name] = i
 	f.hosts = append(f.hosts, h)
-	return len(f.hosts) - 1, nil
+	f.levels.add(i, h.level())
+	return i, nil
 }
 
 // Len is the number of hosts.
@@ -136,7 +151,7 @@ func (f *Fleet) SetDrained(i int, d bool) { f.hosts[i].Drained = d }
 // Used returns what is bound to host i, and Limit what may be.
 func (f *Fleet) Used(i int) Amounts { return f.hosts[i].load() }
 
-// Limit is capacity × over-commit ratio.
+// Limit is capacity × what may be promised of it.
 func (f *Fleet) Limit(i int) Amounts { return f.hosts[i].limit }
 
 func (h *node) load() (a Amounts) {
@@ -157,6 +172,12 @@ func (f *Fleet) Jobs(i int) []*Job {
 	}
 	slices.SortFunc(out, func(a, b *Job) int { return compare(a.Name, b.Name) })
 	return out
+}
+
+// Number returns a host's number by its name.
+func (f *Fleet) Number(name string) (int, bool) {
+	i, ok := f.byName[name]
+	return i, ok
 }
 
 // Where returns the host a job is bound to.
@@ -190,13 +211,33 @@ func (f *Fleet) Bind(j *Job, i int) error {
 	if grouped && f.groupRefusal(j, h) != "" {
 		return ErrConflict
 	}
+	f.enter(j, h, i)
+	return nil
+}
+
+// Hold enters a job where it is, whatever the filters would say: it is there.
+func (f *Fleet) Hold(j *Job, i int) error {
+	h := f.hosts[i]
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if at, ok := f.where[j.Name]; ok {
+		return status.Errorf(status.Exists, "VM %s is on host %s already: release it first", j.Name, f.hosts[at].Name)
+	}
+	f.enter(j, h, i)
+	return nil
+}
+
+// enter counts a job in; the host's lock and the fleet's are held.
+func (f *Fleet) enter(j *Job, h *node, i int) {
 	f.where[j.Name] = i
 	f.count(j, h, 1)
 	h.jobs[j.Name] = j
 	for k := range kinds {
 		h.used[k].Add(j.Need[k])
 	}
-	return nil
+	f.levels.move(i, h.level())
 }
 
 // Release takes a job off its host.
@@ -220,6 +261,7 @@ func (f *Fleet) Release(name string) error {
 	for k := range kinds {
 		h.used[k].Store(h.used[k].Load() - j.Need[k])
 	}
+	f.levels.move(i, h.level())
 	return nil
 }
 
@@ -287,6 +329,17 @@ func (h *node) refuse(j *Job) string {
 		}
 	}
 	return ""
+}
+
+// Could reports whether a host would take a job if nothing were on it.
+func (f *Fleet) Could(j *Job, i int) bool {
+	h := f.hosts[i]
+	for k := range kinds {
+		if j.Need[k] > h.limit[k] {
+			return false
+		}
+	}
+	return h.refuseOther(j) == ""
 }
 
 // passes is refuse without its words, for the hot path.

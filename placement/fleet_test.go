@@ -137,7 +137,7 @@ func TestSlicesShareEqually(t *testing.T) {
 	}
 	turns := map[string]int{}
 	for turn := range int64(5) {
-		run, pause := Slices(batch, 2, 10, turn*10)
+		run, pause := Slices(batch, 2000, 10, turn*10)
 		if len(run) != 2 || len(pause) != 3 {
 			t.Fatal(len(run), len(pause))
 		}
@@ -286,3 +286,12 @@ func benchmarkDecide(b *testing.B, sample int) {
 
 func BenchmarkDecideSampled(b *testing.B) { benchmarkDecide(b, SampleHosts) }
 func BenchmarkDecideFull(b *testing.B)    { benchmarkDecide(b, 0) }
+
+func TestBytes(t *testing.T) {
+	for n, want := range map[uint64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 64 * mib: "64.0 MiB",
+		gib - 1: "1.0 GiB", 1<<64 - 1: "16.0 EiB", 1536: "1.5 KiB"} {
+		if got := Bytes(n); got != want {
+			t.Errorf("%d is %q, want %q", n, got, want)
+		}
+	}
+}

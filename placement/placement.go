@@ -8,8 +8,8 @@
 // and Price plan moves that others carry out.
 //
 //	chunks   stores for new chunks
-//	vms      a host for a VM, as the metadata service asks
 //	fleet    hosts and what is bound to them; filters
+//	levels   hosts by how full they are
 //	decide   score plugins, sampled and full decisions
 //	queue    which VM goes next; preemption; time slices
 //	heat     what part of a VM's traffic a host would serve itself
@@ -74,4 +74,11 @@ func plural(n int, noun string) string {
 		return "1 " + noun
 	}
 	return fmt.Sprintf("%d %ss", n, noun)
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }

@@ -152,7 +152,7 @@ func (c Case) Explain(p Prices, hostName func(int) string) string {
 		rows = append(rows, []string{string(s.Step), hostName(s.Host), Bytes(uint64(s.Once)), remote, price, verdict})
 	}
 	return fmt.Sprintf("VM %s on %s; traffic counted for the next %d s; a step must save %.0f %% and %s\n",
-		c.VM, hostName(c.Host), p.HorizonMs/1000, 100*p.Hysteresis, Bytes(uint64(p.MinBytes))) + table(rows)
+		c.VM, hostName(c.Host), p.HorizonMs/1000, 100*p.Hysteresis, Bytes(uint64(p.MinBytes))) + Table(rows)
 }
 
 // Move is one VM's planned move.
@@ -164,14 +164,17 @@ type Move struct {
 
 // Budget bounds one round of rebalancing.
 type Budget struct {
-	Moves int // VMs that may move, counting partners of swaps
-	Min   float64
+	Moves int               // VMs that may move, counting partners of swaps
+	Min   float64           // least gain of a move, or of a swap together: the hysteresis
+	Worth func([]Move) bool // prices moves that stand or fall together; nil: all are worth it
 }
+
+func (b Budget) worth(m ...Move) bool { return b.Worth == nil || b.Worth(m) }
 
 // Rebalance plans moves that bring VMs to their data: a direct move where the
 // better host has room, or a swap with a VM there that loses less than the
 // first one gains. Greedy by gain; it changes the fleet as it plans, and every
-// move passes the filters. Min is the least gain of a move: the hysteresis.
+// move passes the filters.
 func Rebalance(f *Fleet, b Budget) (moves []Move) {
 	type want struct {
 		job    *Job
@@ -204,15 +207,16 @@ func Rebalance(f *Fleet, b Budget) (moves []Move) {
 		if moved[w.job.Name] || len(moves) >= b.Moves {
 			continue
 		}
-		if f.shift(w.job, w.at, w.to) {
-			moves = append(moves, Move{w.job.Name, w.at, w.to, w.gain})
+		m := Move{w.job.Name, w.at, w.to, w.gain}
+		if b.worth(m) && f.shift(w.job, w.at, w.to) {
+			moves = append(moves, m)
 			moved[w.job.Name] = true
 			continue
 		}
 		if len(moves)+2 > b.Moves {
 			continue
 		}
-		if m, ok := f.swap(w.job, w.at, w.to, w.gain, b.Min, moved); ok {
+		if m, ok := f.swap(m, w.job, b, moved); ok {
 			moves = append(moves, m...)
 			for _, x := range m {
 				moved[x.VM] = true
@@ -246,7 +250,8 @@ const swapPartners = 32
 
 // swap sends j to a host and one VM from there elsewhere: to the host j leaves,
 // or to any host with the partner's data that has room.
-func (f *Fleet) swap(j *Job, from, to int, gain, least float64, moved map[string]bool) ([]Move, bool) {
+func (f *Fleet) swap(m Move, j *Job, b Budget, moved map[string]bool) ([]Move, bool) {
+	from, to, gain, least := m.From, m.To, m.Gain, b.Min
 	type partner struct {
 		job  *Job
 		dest int
@@ -279,12 +284,16 @@ func (f *Fleet) swap(j *Job, from, to int, gain, least float64, moved map[string
 		if i == swapPartners || gain-p.lose < least {
 			break
 		}
+		other := Move{p.job.Name, to, p.dest, -p.lose}
+		if !b.worth(m, other) {
+			continue
+		}
 		if f.Release(p.job.Name) != nil || f.Release(j.Name) != nil {
 			panic("placement: a bound VM cannot be released")
 		}
 		if f.Bind(j, to) == nil {
 			if f.Bind(p.job, p.dest) == nil {
-				return []Move{{j.Name, from, to, gain}, {p.job.Name, to, p.dest, -p.lose}}, true
+				return []Move{m, other}, true
 			}
 			if err := f.Release(j.Name); err != nil {
 				panic("placement: " + err.Error())

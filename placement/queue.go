@@ -242,12 +242,12 @@ func (h *node) victims(j *Job, jobs []*Job) ([]*Job, bool) {
 	return out, true
 }
 
-// Slices shares a host's processors among batch VMs by time: `slots` of them
-// run, the rest is paused, and each turn of quantumMs the longest-running one
-// gives way to the longest-paused. VMs that are not batch are never paused.
-// It returns which of the batch VMs are to run in the turn that nowMs is in;
-// pure, so that every host process computes the same after a restart.
-func Slices(batch []*Job, slots int, quantumMs, nowMs int64) (run, pause []*Job) {
+// Slices shares a host's processors among batch VMs by time: as many of them
+// run as fit into cpu (thousandths), the rest is paused, and each turn of
+// quantumMs begins with the next one by name, so that all of a size run equally
+// long. VMs that are not batch are never paused. Pure: a host process computes
+// the same after a restart.
+func Slices(batch []*Job, cpu uint64, quantumMs, nowMs int64) (run, pause []*Job) {
 	var turn []*Job
 	for _, j := range batch {
 		if j.Batch {
@@ -255,22 +255,77 @@ func Slices(batch []*Job, slots int, quantumMs, nowMs int64) (run, pause []*Job)
 		}
 	}
 	slices.SortFunc(turn, func(a, b *Job) int { return compare(a.Name, b.Name) })
-	n := len(turn)
-	if n <= slots {
-		return turn, nil
+	if len(turn) == 0 {
+		return nil, nil
 	}
-	if slots <= 0 || quantumMs <= 0 {
-		return nil, turn
-	}
-	// Each turn moves on by one: every VM runs `slots` turns of n.
-	first := int((nowMs / quantumMs) % int64(n))
-	for i := range n {
-		j := turn[(first+i)%n]
-		if i < slots {
+	first := int((nowMs / max(quantumMs, 1)) % int64(len(turn)))
+	for i := range turn {
+		j := turn[(first+i)%len(turn)]
+		if j.Need[CPU] <= cpu {
+			cpu -= j.Need[CPU]
 			run = append(run, j)
 		} else {
 			pause = append(pause, j)
 		}
 	}
 	return run, pause
+}
+
+// SharesMax bounds how many batch VMs share one's processors: each gets at
+// least this part of the time.
+const SharesMax = 4
+
+// ShareHost finds a host where a batch job that fits nowhere as a whole can
+// take turns: all but its processors and disk traffic is free, and batch VMs
+// hold the processors. The one with the fewest in turns is best.
+func ShareHost(f *Fleet, j *Job) (host int, ok bool) {
+	if !j.Batch {
+		return 0, false
+	}
+	lean := *j
+	lean.Need[CPU], lean.Need[Bandwidth] = 0, 0
+	best, fewest := -1, 0.0
+	for i, h := range f.hosts {
+		if h.refuse(&lean) != "" || f.apart(&lean, h) != "" {
+			continue
+		}
+		var running, all uint64
+		for _, o := range f.Jobs(i) {
+			if o.Batch {
+				running, all = running+o.Need[CPU], all+o.Wants()
+			}
+		}
+		shares := float64(all+j.Wants()) / float64(max(running, 1))
+		if running < j.Need[CPU] || shares > SharesMax {
+			continue
+		}
+		if best < 0 || shares < fewest {
+			best, fewest = i, shares
+		}
+	}
+	return best, best >= 0
+}
+
+// Charge tells a queue what a tenant has already: RoundRobin serves the one
+// with the least for its weight first.
+func (q *Queue) Charge(tenant string, cpu uint64) {
+	if q.served == nil {
+		q.served = map[string]float64{}
+	}
+	w := q.Weights[tenant]
+	if w <= 0 {
+		w = 1
+	}
+	q.served[tenant] += float64(cpu) / w
+}
+
+// ParseOrder reads an order's name; "" is fifo.
+func ParseOrder(name string) (Order, error) {
+	if name == "" {
+		return FIFO, nil
+	}
+	if o := Order(name); slices.Contains(Orders, o) {
+		return o, nil
+	}
+	return "", status.Errorf(status.Invalid, "there is no queue order %q: use fifo, sjf, round-robin or priority", name)
 }

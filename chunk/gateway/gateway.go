@@ -49,6 +49,7 @@ type Config struct {
 	Dialer  link.Dialer                      // to the other hosts' chunk servers
 	Local   map[ids.StoreID]client.Submitter // the stores of this process
 	Usage   func() []*pb.StoreUsage          // for the heartbeat; may be nil
+	Heard   func(*pb.RenewReply)             // an answer to a heartbeat; must not wait; may be nil
 	Gone    func(name string)                // an export ended: its connections are to be closed; may be nil
 	Resized func(name string, size uint64)   // a volume has grown; may be nil
 	Stall   time.Duration                    // see volume.Config

@@ -59,6 +59,9 @@ func (g *Gateway) renew() error {
 	if err != nil {
 		return err
 	}
+	if g.cfg.Heard != nil {
+		g.cfg.Heard(rep)
+	}
 	for _, l := range rep.Refused {
 		if v := byID[ids.VolumeID(l.VolumeId)]; v != nil && uint32(v.epoch) == l.Epoch {
 			delete(byID, v.id)

@@ -52,6 +52,7 @@ type hostConfig struct {
 
 	nbdConfig
 
+	promiseConfig
 	memory uint64
 }
 
@@ -174,6 +175,9 @@ func (c *hostConfig) check() (err error) {
 		if c.memory, err = parseSize(c.Memory); err != nil {
 			return err
 		}
+	}
+	if err := c.promiseConfig.check(); err != nil {
+		return err
 	}
 	for i := range c.Stores {
 		s := &c.Stores[i]

@@ -26,6 +26,7 @@ import (
 	metaclient "github.com/cairnstore/cairn/meta/client"
 	nbdserver "github.com/cairnstore/cairn/nbd/server"
 	"github.com/cairnstore/cairn/netplane/link"
+	"github.com/cairnstore/cairn/placement/driver"
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -54,6 +55,7 @@ type hostd struct {
 	paths   *link.Paths
 	nbd     *nbdserver.Server
 	vms     *agent.Agent
+	keeper  *driver.Keeper
 	grpc    *grpc.Server
 	gone    chan struct{}  // sweep has something to do
 	adopted chan struct{}  // closed when VMs of the last process are known again
@@ -246,7 +248,7 @@ func (h *hostd) register(ctx context.Context) error {
 		labels[k] = v
 	}
 	host := &pb.Host{Name: h.cfg.Name, DataAddr: h.cfg.Data, ControlAddr: h.cfg.Control, Labels: labels,
-		Cpus: uint32(h.cfg.CPUs), MemoryBytes: h.cfg.memory}
+		Cpus: uint32(h.cfg.CPUs), MemoryBytes: h.cfg.memory, Promise: h.cfg.promise()}
 	if host.Cpus == 0 {
 		host.Cpus = uint32(runtime.NumCPU())
 	}
@@ -275,7 +277,8 @@ func (h *hostd) startGateway() error {
 	for _, s := range h.stores {
 		local[s.ID()] = s
 	}
-	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Resized: h.resized, Dialer: link.Dialer{Paths: h.paths},
+	h.keeper = driver.NewKeeper(driver.KeeperConfig{Host: h.cfg.Name, Machines: keptVMs{h}, Meta: h.meta, Log: h.log})
+	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Resized: h.resized, Heard: h.keeper.Heard, Dialer: link.Dialer{Paths: h.paths},
 		Gone: func(name string) { h.nbd.Drop(name) }, Alone: true, Log: h.log})
 	return h.serveNBD()
 }
@@ -295,7 +298,7 @@ func (h *hostd) serveControl(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	h.vms = agent.New(agent.Config{Dir: filepath.Join(h.cfg.Dir, "vm"), Volumes: vmVolumes{h}, Log: h.log})
+	h.vms = agent.New(agent.Config{Dir: filepath.Join(h.cfg.Dir, "vm"), Volumes: vmVolumes{h}, Log: h.log, OnExit: h.vmEnded})
 	h.grpc = grpc.NewServer()
 	pb.RegisterHostControlServer(h.grpc, &control{h: h})
 	h.undo = append(h.undo, func() error { h.vms.Close(); return nil }, func() error { h.grpc.Stop(); return nil })
@@ -306,6 +309,7 @@ func (h *hostd) serveControl(ctx context.Context) error {
 		}
 	})
 	h.background(h.adopt)
+	h.background(h.keeper.Run)
 	h.background(h.sweep)
 	h.background(h.watch)
 	return nil

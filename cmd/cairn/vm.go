@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -25,6 +26,13 @@ type vmView struct {
 	Pid     int64    `json:"pid,omitempty"`
 	Console string   `json:"console,omitempty"`
 	Log     string   `json:"log,omitempty"`
+
+	Step     string `json:"step,omitempty"`   // on its way: queued, starting, evicting
+	Reason   string `json:"reason,omitempty"` // why it is there, or not yet
+	Class    string `json:"class,omitempty"`  // service or batch
+	Tenant   string `json:"tenant,omitempty"`
+	Priority int32  `json:"priority"`
+	Revision uint64 `json:"revision"`
 }
 
 func vmCommand(c *cli) *cobra.Command {
@@ -36,8 +44,9 @@ func vmCommand(c *cli) *cobra.Command {
 }
 
 func vmCreate(c *cli) *cobra.Command {
-	vm := &pb.VM{Desired: "stopped"}
+	vm := &pb.VM{Desired: "stopped", Needs: &pb.VMNeeds{}}
 	var memory string
+	var needs needFlags
 	cmd := &cobra.Command{
 		Use: "create NAME --volume VOLUME", Short: "Define a VM", Args: cobra.ExactArgs(1),
 		Example: "  cairn vm create web --volume web-root --memory 512M --cpus 2\n  cairn vm create tiny --volume v --kernel vmlinuz --initrd initrd.img --append console=ttyS0",
@@ -47,6 +56,9 @@ func vmCreate(c *cli) *cobra.Command {
 				return err
 			}
 			vm.Name, vm.MemoryBytes = args[0], n
+			if err := needs.into(vm.Needs); err != nil {
+				return err
+			}
 			for _, p := range []*string{&vm.Kernel, &vm.Initrd} {
 				if *p != "" {
 					if *p, err = filepath.Abs(*p); err != nil {
@@ -62,6 +74,7 @@ func vmCreate(c *cli) *cobra.Command {
 	f.StringArrayVar(&vm.Disks, "disk", nil, "further volume; may be repeated")
 	f.StringVar(&memory, "memory", "512M", "memory")
 	f.Uint32Var(&vm.Cpus, "cpus", 1, "processors")
+	needs.register(f, vm.Needs)
 	f.StringVar(&vm.Kernel, "kernel", "", "kernel to boot directly, a file on the host (default: boot from the disk)")
 	f.StringVar(&vm.Initrd, "initrd", "", "initial RAM disk for --kernel")
 	f.StringVar(&vm.Append, "append", "", "command line for --kernel")
@@ -90,63 +103,6 @@ func (s *session) vm(ctx context.Context, name string) (*pb.VM, error) {
 	return rep.Vms[0], nil
 }
 
-// want changes what a VM is meant to do, and where.
-func (s *session) want(ctx context.Context, vm *pb.VM, desired, host string) error {
-	vm.Desired, vm.Host = desired, host
-	_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_PutVm{PutVm: &pb.PutVM{Vm: vm}}})
-	return err
-}
-
-func vmStart(c *cli) *cobra.Command {
-	var host string
-	cmd := &cobra.Command{
-		Use: "start NAME", Short: "Start a VM on the best host, or on the one named", Args: cobra.ExactArgs(1),
-		Example: "  cairn vm start web\n  cairn vm start web --host host-2",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.with(cmd.Context(), 2*cliWait, func(ctx context.Context, s *session) error {
-				return s.startVM(ctx, args[0], host)
-			})
-		},
-	}
-	cmd.Flags().StringVar(&host, "host", "", "host (default: where most of its data is and it fits)")
-	return cmd
-}
-
-func (s *session) startVM(ctx context.Context, name, host string) error {
-	vm, err := s.vm(ctx, name)
-	if err != nil {
-		return err
-	}
-	if vm.Host != "" && vm.Desired != "stopped" {
-		if host != "" && host != vm.Host {
-			return status.Errorf(status.Held, "VM %s is %s on host %s: stop it first", name, vm.Desired, vm.Host)
-		}
-		host = vm.Host
-	}
-	if host == "" {
-		rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_PlaceVm{PlaceVm: &pb.PlaceVM{Vm: name}}})
-		if err != nil {
-			return err
-		}
-		host = rep.PlaceHost
-		say("on %s: %s", host, rep.PlaceReason)
-	}
-	before := vm.Desired
-	if err := s.want(ctx, vm, "running", host); err != nil {
-		return err
-	}
-	err = hostDone(onHost(ctx, s, host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
-		return hc.StartVM(ctx, &pb.VMRef{Vm: name})
-	}))
-	if err == nil || before == "running" {
-		return err
-	}
-	if werr := s.want(ctx, vm, before, vm.Host); werr != nil {
-		return fmt.Errorf("%w (and it is still marked as running: %v)", err, werr)
-	}
-	return err
-}
-
 func vmStop(c *cli) *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
@@ -166,7 +122,10 @@ func (s *session) stopVM(ctx context.Context, name string, force bool) error {
 	}
 	if vm.Host == "" {
 		say("VM %s is stopped", name)
-		return nil
+		if vm.Desired == "stopped" {
+			return nil
+		}
+		return s.want(ctx, name, "stopped", "", nil) // it waited for a host
 	}
 	err = hostDone(onHost(ctx, s, vm.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
 		return hc.StopVM(ctx, &pb.VMRef{Vm: name, Force: force})
@@ -174,7 +133,7 @@ func (s *session) stopVM(ctx context.Context, name string, force bool) error {
 	if err != nil && status.Of(err) != status.NotFound {
 		return err
 	}
-	return s.want(ctx, vm, "stopped", "")
+	return s.want(ctx, name, "stopped", "", nil)
 }
 
 type vmCall func(pb.HostControlClient, context.Context, *pb.VMRef, ...grpc.CallOption) (*pb.HostReply, error)
@@ -197,7 +156,7 @@ func vmSimple(c *cli, use, short, desired string, call vmCall) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return s.want(ctx, vm, desired, vm.Host)
+				return s.want(ctx, vm.Name, desired, vm.Host, nil)
 			})
 		},
 	}
@@ -217,7 +176,11 @@ func vmRemove(c *cli) *cobra.Command {
 
 func (s *session) vmView(ctx context.Context, vm *pb.VM) vmView {
 	w := vmView{Name: vm.Name, State: "stopped", Desired: vm.Desired, Host: vm.Host, CPUs: vm.Cpus, Memory: vm.MemoryBytes,
-		Disks: append([]string{vm.Volume}, vm.Disks...)}
+		Disks: append([]string{vm.Volume}, vm.Disks...), Step: vm.GetQueue().GetStep(), Reason: vm.GetQueue().GetReason(),
+		Class: class(vm), Tenant: vm.GetNeeds().GetTenant(), Priority: vm.GetNeeds().GetPriority(), Revision: vm.Revision}
+	if w.Step == state.StepQueued {
+		w.State = "pending"
+	}
 	if vm.Host == "" {
 		return w
 	}
@@ -229,6 +192,8 @@ func (s *session) vmView(ctx context.Context, vm *pb.VM) vmView {
 		w.State = "unknown: " + err.Error()
 	case rep.Status != 0 && status.Kind(rep.Status) != status.NotFound:
 		w.State = "unknown: " + rep.Detail
+	case rep.Status != 0 && w.Step == state.StepStarting:
+		w.State = "starting"
 	case rep.Status == 0:
 		w.State, w.Accel, w.Pid, w.Console, w.Log = rep.State, rep.Accel, rep.Pid, rep.Console, rep.Log
 	}
@@ -272,28 +237,11 @@ func vmShow(c *cli) *cobra.Command {
 				w := s.vmView(ctx, vm)
 				return out.show(w, nil, [][]string{{"name", w.Name}, {"state", w.State}, {"desired", w.Desired}, {"host", dash(w.Host)},
 					{"cpus", fmt.Sprint(w.CPUs)}, {"memory", formatSize(w.Memory)}, {"disks", fmt.Sprint(w.Disks)}, {"accelerator", dash(w.Accel)},
-					{"process", fmt.Sprint(w.Pid)}, {"console", dash(w.Console)}, {"console log", dash(w.Log)}})
+					{"process", fmt.Sprint(w.Pid)}, {"console", dash(w.Console)}, {"console log", dash(w.Log)},
+					{"class", w.Class}, {"priority", fmt.Sprint(w.Priority)}, {"tenant", dash(w.Tenant)}, {"step", dash(w.Step)}, {"reason", dash(w.Reason)}})
 			})
 		},
 	}
 	out.register(cmd)
-	return cmd
-}
-
-func placeCommand(c *cli) *cobra.Command {
-	cmd := &cobra.Command{Use: "place", Short: "Placement: why something goes where"}
-	cmd.AddCommand(&cobra.Command{
-		Use: "explain VM", Short: "Say where a VM would be started now, and why", Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_PlaceVm{PlaceVm: &pb.PlaceVM{Vm: args[0]}}})
-				if err != nil {
-					return err
-				}
-				fmt.Printf("%s\n%s\n", rep.PlaceHost, rep.PlaceReason)
-				return nil
-			})
-		},
-	})
 	return cmd
 }

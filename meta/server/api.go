@@ -57,6 +57,8 @@ func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 		err = s.prepareDetach(ctx, t, op.Detach)
 	case *pb.Command_Allocate:
 		err = s.place(t, op.Allocate)
+	case *pb.Command_SetPlacement:
+		err = s.cfg.Placer.CheckPolicy(op.SetPlacement.GetPlacement())
 	}
 	if err != nil {
 		return nil, err
@@ -75,6 +77,8 @@ func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 		return res, s.finishAttach(ctx, t, op.Attach, prev, res.Volume)
 	case *pb.Command_DeleteVolume:
 		t.leases.forget(res.Volume.GetId())
+	case *pb.Command_BindVm, *pb.Command_PutVm, *pb.Command_DeleteVm, *pb.Command_SetPlacement, *pb.Command_RegisterHost:
+		s.kickSchedule()
 	}
 	return res, nil
 }
@@ -161,6 +165,7 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 	}
 	rep := &pb.RenewReply{LeaseMs: uint32(s.cfg.Lease.Milliseconds())}
 	var known bool
+	held := map[uint64]bool{}
 	err = s.fsm.read(func(kv state.KV) {
 		if known = state.HostByName(kv, req.Host) != nil; !known {
 			return
@@ -173,10 +178,13 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 		for _, l := range req.Leases {
 			if v := holds(kv, req, l); v != nil && t.leases.grant(l.VolumeId, l.Epoch, req.Host, now) {
 				rep.Volumes = append(rep.Volumes, v)
+				held[v.Id] = true
 			} else {
 				rep.Refused = append(rep.Refused, l)
 			}
 		}
+		rep.Vms, rep.BatchCpuMillis = vmsToDo(kv, req.Host)
+		rep.QuantumMs = state.PlacementOf(kv).QuantumMs
 	})
 	if err != nil {
 		return nil, err
@@ -188,6 +196,7 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 	for _, p := range s.members() {
 		rep.Meta = append(rep.Meta, p.APIAddr)
 	}
+	t.hearHeat(req.Heat, held, now)
 	return rep, nil
 }
 
@@ -220,6 +229,10 @@ func (s *Server) query(ctx context.Context, req *pb.QueryRequest) (*pb.QueryRepl
 	rep := &pb.QueryReply{}
 	if q, ok := req.Q.(*pb.QueryRequest_PlaceVm); ok {
 		rep.PlaceHost, rep.PlaceReason, err = s.placeVM(t, q.PlaceVm)
+		return rep, err
+	}
+	if q, ok := req.Q.(*pb.QueryRequest_Place); ok {
+		rep.Place, err = s.answerPlace(t, q.Place)
 		return rep, err
 	}
 	var bad error

@@ -44,14 +44,45 @@ func (firstStores) PlaceChunks(req ChunkRequest) ([][]ids.StoreID, error) {
 	return out, nil
 }
 
-func (firstStores) PlaceVM(req VMRequest) (string, string, error) {
-	best := HostView{}
-	for _, h := range req.Hosts {
-		if h.Up && (best.Name == "" || h.LocalBytes > best.LocalBytes) {
-			best = h
+func (firstStores) PlaceVM(p *Picture, vm string) (string, string, error) {
+	local := map[string]uint64{}
+	for _, v := range p.VMs {
+		if v.Name == vm {
+			for _, c := range p.Chunks(v) {
+				for _, h := range c.Hosts {
+					local[h] += c.Bytes
+				}
+			}
 		}
 	}
-	return best.Name, fmt.Sprintf("%d bytes there", best.LocalBytes), nil
+	best := ""
+	for _, h := range p.Hosts {
+		if h.Up && (best == "" || local[h.Name] > local[best]) {
+			best = h.Name
+		}
+	}
+	return best, fmt.Sprintf("%d bytes there", local[best]), nil
+}
+
+// Turn binds every VM that waits to the first host that is up.
+func (firstStores) Turn(p *Picture) (out []*pb.BindVM) {
+	for _, vm := range p.VMs {
+		if vm.GetQueue().GetStep() == state.StepQueued {
+			out = append(out, &pb.BindVM{Vm: vm.Name, Revision: vm.Revision, Host: p.Hosts[0].Name, Desired: "running", Queue: &pb.VMQueue{Step: state.StepStarting}})
+		}
+	}
+	return out
+}
+
+func (firstStores) Answer(*Picture, *pb.PlaceQuestion) (*pb.PlaceAnswer, error) {
+	return &pb.PlaceAnswer{Text: "first"}, nil
+}
+
+func (firstStores) CheckPolicy(p *pb.Placement) error {
+	if p.GetPolicy() == "nonsense" {
+		return status.Errorf(status.Invalid, "there is no such policy")
+	}
+	return nil
 }
 
 // trio is a metadata cluster of three nodes in this process, on real TCP.

@@ -33,8 +33,10 @@ type tenure struct {
 	ready  sync.Mutex // held while the barrier runs; guards passed
 	passed bool       // every command committed by earlier leaders is applied here
 
-	mu    sync.Mutex       // guards hosts
-	hosts map[string]*beat // by name; registered ones only
+	mu        sync.Mutex       // guards the fields below
+	hosts     map[string]*beat // by name; registered ones only
+	heat      map[uint64]*volumeHeat
+	heatSwept time.Duration
 }
 
 // beat is a host's last heartbeat.
@@ -153,6 +155,12 @@ func (s *Server) still(t *tenure) error {
 		return s.notLeader()
 	}
 	return nil
+}
+
+// leads reports whether this node takes itself for the leader.
+func (s *Server) leads() bool {
+	r := s.raft.Load()
+	return r != nil && r.State() == raft.Leader
 }
 
 // watchLeadership begins a tenure as soon as raft says so, not only when

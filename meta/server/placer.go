@@ -7,7 +7,10 @@
 // (meta/state) nor where chunks and VMs go (a Placer).
 package server
 
-import "github.com/cairnstore/cairn/proto/ids"
+import (
+	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/pb"
+)
 
 // Placer decides where chunks and VMs go. It is pure: everything it may use is
 // in the request. The leader asks it; the state machine checks its answer.
@@ -15,8 +18,15 @@ type Placer interface {
 	// PlaceChunks returns req.Replicas stores of distinct domains for each of
 	// req.Count chunks, at least one of them up.
 	PlaceChunks(req ChunkRequest) ([][]ids.StoreID, error)
-	// PlaceVM returns the best host and a sentence saying why.
-	PlaceVM(req VMRequest) (host, reason string, err error)
+	// PlaceVM returns the best host for a VM and a sentence saying why.
+	// Unavailable: a better one may have room soon, the VM should wait.
+	PlaceVM(p *Picture, vm string) (host, reason string, err error)
+	// Turn plans what the queue does next.
+	Turn(p *Picture) []*pb.BindVM
+	// Answer explains decisions and plans moves; it changes nothing.
+	Answer(p *Picture, q *pb.PlaceQuestion) (*pb.PlaceAnswer, error)
+	// CheckPolicy refuses a policy the placer does not know.
+	CheckPolicy(p *pb.Placement) error
 }
 
 // ChunkRequest asks for places of new chunks of one volume.
@@ -41,22 +51,27 @@ type StoreView struct {
 	UsedBytes     uint64 // last heartbeat
 }
 
-// VMRequest asks for a host for a VM.
-type VMRequest struct {
-	Name        string
-	CPUs        uint32
-	MemoryBytes uint64
-	Hosts       []HostView
+// Picture is the cluster as placement sees it. It and what it returns are read
+// only, and valid during one call.
+type Picture struct {
+	NowMs  int64
+	Hosts  []HostView // by name
+	VMs    []*pb.VM   // by name
+	Policy *pb.Placement
+	// Chunks returns the chunks of a VM's volumes.
+	Chunks func(vm *pb.VM) []ChunkView
 }
 
-// HostView is a host as placement sees it. Used is what VMs wanting to run
-// there ask for.
+// HostView is a host as placement sees it.
 type HostView struct {
-	Name        string
-	Up          bool
-	CPUs        uint32
-	MemoryBytes uint64
-	UsedCPUs    uint32
-	UsedMemory  uint64
-	LocalBytes  uint64 // of the VM's volumes, in sync on this host
+	*pb.Host
+	Up        bool
+	FreeBytes uint64 // on its stores
+}
+
+// ChunkView is a chunk as placement sees it.
+type ChunkView struct {
+	Hosts       []string // with an in-sync replica
+	Bytes       uint64
+	Read, Write float64 // decayed bytes
 }

@@ -84,7 +84,8 @@ type Server struct {
 	verify  verifier
 	flight  flight
 	silent  silence
-	watches atomic.Int64 // streams of Watch
+	watches atomic.Int64  // streams of Watch
+	kick    chan struct{} // the queue of VMs has something to do
 
 	mu     sync.Mutex // guards tenure, err, closed
 	tenure *tenure
@@ -164,7 +165,7 @@ func begin(cfg Config) (_ *Server, err error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, log: cfg.Log.With("node", cfg.ID), addrs: map[raft.ServerID]Peer{}, done: make(chan struct{})}
+	s := &Server{cfg: cfg, log: cfg.Log.With("node", cfg.ID), addrs: map[raft.ServerID]Peer{}, done: make(chan struct{}), kick: make(chan struct{}, 1)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for _, p := range cfg.Peers {
 		s.addrs[raft.ServerID(p.ID)] = p
@@ -389,6 +390,7 @@ func (s *Server) start() error {
 		s.raft.Store(r)
 		s.wg.Go(s.watchLeadership)
 		s.wg.Go(s.watchdog)
+		s.wg.Go(s.scheduleLoop)
 	}
 	s.mu.Unlock()
 	if closed {

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 
@@ -197,6 +198,10 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.trustVolume(op.TrustVolume)
 	case *pb.Command_Note:
 		return a.note(op.Note)
+	case *pb.Command_BindVm:
+		return a.bindVM(op.BindVm)
+	case *pb.Command_SetPlacement:
+		return a.setPlacement(op.SetPlacement.GetPlacement())
 	}
 	return nil, status.Errorf(status.Unsupported, "%w: is the client newer than this service?", errNoOp)
 }
@@ -274,17 +279,18 @@ func (a *apply) putVM(op *pb.PutVM) (*pb.Result, error) {
 	if !op.Create && old == nil {
 		return nil, status.Errorf(status.NotFound, "there is no VM %s: create it first", vm.Name)
 	}
-	switch vm.Desired {
-	case "running", "stopped", "paused":
-	default:
-		return nil, status.Errorf(status.Invalid, "VM %s cannot be made %q: running, stopped or paused", vm.Name, vm.Desired)
-	}
 	vm = proto.Clone(vm).(*pb.VM)
 	vm.CreatedUnixNs = a.now
 	if old != nil {
 		vm.CreatedUnixNs = old.CreatedUnixNs
 	}
-	put(a.kv, key(tVM, vm.Name), vm)
+	if vm.Queue = old.GetQueue(); old.GetHost() != vm.Host || old.GetDesired() != vm.Desired {
+		vm.Queue = nil
+	}
+	if err := cmp.Or(checkVM(vm), checkStep(vm), a.checkRoom(old, vm)); err != nil {
+		return nil, err
+	}
+	a.storeVM(old, vm)
 	if old == nil || old.Desired != vm.Desired || old.Host != vm.Host {
 		a.event("VM %s: %s on host %q", vm.Name, vm.Desired, vm.Host)
 	}
@@ -299,6 +305,7 @@ func (a *apply) deleteVM(op *pb.DeleteVM) (*pb.Result, error) {
 	if vm.Desired == "running" {
 		return nil, status.Errorf(status.Held, "VM %s is running on host %s: stop it first", vm.Name, vm.Host)
 	}
+	a.unindexVM(vm)
 	a.kv.Delete(key(tVM, op.Name))
 	a.event("VM %s removed", op.Name)
 	return &pb.Result{Vm: vm}, nil

@@ -1,9 +1,16 @@
 // Package driver lets the metadata service place chunks and VMs by the
 // policies of package placement.
 //
-// Duty: translate the leader's requests. Floor: F4. It decides nothing and
-// keeps nothing: the seed of a placement is a hash of its request, so that the
-// same request has the same answer on every node.
+// Duty: translate the leader's picture into a fleet, ask the core, and translate
+// its decisions into binds; and, on a host, carry out what was decided for its
+// VMs (Keeper). Floor: F4. It keeps nothing: the seed of a placement is a hash of
+// its request, so that the same request has the same answer on every node.
+//
+//	driver   new chunks
+//	fleet    a picture of the cluster as a fleet
+//	vms      a host for a VM; the queue's turn
+//	answer   explanations, prices, plans of moves
+//	keeper   a host carries out what was decided
 package driver
 
 import (
@@ -21,28 +28,17 @@ import (
 // by that many, and its guest must not hang because it touches a new chunk.
 const minReady = 1
 
-type placer struct{ policy placement.Policy }
+type placer struct{}
 
 var _ server.Placer = placer{}
 
-// New returns a placer with the default policy for VMs: near their data.
-func New() server.Placer { return WithPolicy(placement.NearData) }
-
-// WithPolicy returns a placer with a policy for VMs.
-func WithPolicy(p placement.Policy) server.Placer { return placer{p} }
+// New returns a placer. The policy for VMs is the cluster's, in each picture.
+func New() server.Placer { return placer{} }
 
 // PlaceChunks implements server.Placer.
 func (placer) PlaceChunks(req server.ChunkRequest) ([][]ids.StoreID, error) {
 	plan, err := placement.PlaceChunks(ChunkRequest(req))
 	return plan.Chunks, err
-}
-
-// PlaceVM implements server.Placer.
-func (p placer) PlaceVM(req server.VMRequest) (host, reason string, err error) {
-	r := VMRequest(req)
-	r.Policy = p.policy
-	plan, err := placement.PlaceVM(r)
-	return plan.Host, plan.Reason, err
 }
 
 // ChunkRequest translates the leader's request, also for explaining it.
@@ -52,16 +48,6 @@ func ChunkRequest(req server.ChunkRequest) placement.ChunkRequest {
 	for _, s := range req.Stores {
 		out.Stores = append(out.Stores, placement.Store{ID: s.ID, Host: s.Host, Domain: s.Domain, Up: s.Up,
 			Member: s.Member, InSync: s.InSync, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes})
-	}
-	return out
-}
-
-// VMRequest translates the leader's request, also for explaining it.
-func VMRequest(req server.VMRequest) placement.VMRequest {
-	out := placement.VMRequest{Name: req.Name, CPUs: req.CPUs, MemoryBytes: req.MemoryBytes}
-	for _, h := range req.Hosts {
-		out.Hosts = append(out.Hosts, placement.Host{Name: h.Name, Up: h.Up, CPUs: h.CPUs, UsedCPUs: h.UsedCPUs,
-			MemoryBytes: h.MemoryBytes, UsedMemory: h.UsedMemory, LocalBytes: h.LocalBytes})
 	}
 	return out
 }

@@ -4,11 +4,9 @@ import (
 	"errors"
 	"reflect"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/cairnstore/cairn/meta/server"
-	"github.com/cairnstore/cairn/placement"
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -76,23 +74,5 @@ func TestSeedFollowsContent(t *testing.T) {
 		} else {
 			seen[s] = true
 		}
-	}
-}
-
-func TestVMGoesByPolicy(t *testing.T) {
-	req := server.VMRequest{Name: "v", CPUs: 1, MemoryBytes: 1 << 30, Hosts: []server.HostView{
-		{Name: "host-1", Up: true, CPUs: 4, MemoryBytes: 4 << 30, UsedCPUs: 2, UsedMemory: 1 << 30, LocalBytes: 7 << 30},
-		{Name: "host-2", Up: true, CPUs: 4, MemoryBytes: 4 << 30},
-	}}
-	host, reason, err := New().PlaceVM(req)
-	if err != nil || host != "host-1" || !strings.Contains(reason, "7.0 GiB") {
-		t.Errorf("got %s, %q, %v", host, reason, err)
-	}
-	if host, _, err = WithPolicy(placement.WorstFit).PlaceVM(req); err != nil || host != "host-2" {
-		t.Errorf("got %s, %v", host, err)
-	}
-	req.Hosts = nil
-	if host, reason, err = New().PlaceVM(req); !errors.Is(err, status.NoSpace) || host != "" || reason != "" {
-		t.Errorf("got %q, %q, %v", host, reason, err)
 	}
 }

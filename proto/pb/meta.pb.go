@@ -211,6 +211,7 @@ type Host struct {
 	Cpus          uint32                 `protobuf:"varint,5,opt,name=cpus,proto3" json:"cpus,omitempty"`
 	MemoryBytes   uint64                 `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	Drained       bool                   `protobuf:"varint,7,opt,name=drained,proto3" json:"drained,omitempty"`
+	Promise       *HostPromise           `protobuf:"bytes,80,opt,name=promise,proto3" json:"promise,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -292,6 +293,13 @@ func (x *Host) GetDrained() bool {
 		return x.Drained
 	}
 	return false
+}
+
+func (x *Host) GetPromise() *HostPromise {
+	if x != nil {
+		return x.Promise
+	}
+	return nil
 }
 
 type Member struct {
@@ -1121,6 +1129,9 @@ type VM struct {
 	Initrd        string                 `protobuf:"bytes,9,opt,name=initrd,proto3" json:"initrd,omitempty"`
 	Append        string                 `protobuf:"bytes,10,opt,name=append,proto3" json:"append,omitempty"`
 	CreatedUnixNs int64                  `protobuf:"varint,11,opt,name=created_unix_ns,json=createdUnixNs,proto3" json:"created_unix_ns,omitempty"`
+	Needs         *VMNeeds               `protobuf:"bytes,80,opt,name=needs,proto3" json:"needs,omitempty"`
+	Queue         *VMQueue               `protobuf:"bytes,81,opt,name=queue,proto3" json:"queue,omitempty"`
+	Revision      uint64                 `protobuf:"varint,82,opt,name=revision,proto3" json:"revision,omitempty"` // rises with every change
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1228,6 +1239,27 @@ func (x *VM) GetAppend() string {
 func (x *VM) GetCreatedUnixNs() int64 {
 	if x != nil {
 		return x.CreatedUnixNs
+	}
+	return 0
+}
+
+func (x *VM) GetNeeds() *VMNeeds {
+	if x != nil {
+		return x.Needs
+	}
+	return nil
+}
+
+func (x *VM) GetQueue() *VMQueue {
+	if x != nil {
+		return x.Queue
+	}
+	return nil
+}
+
+func (x *VM) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
 	}
 	return 0
 }
@@ -1353,6 +1385,8 @@ type Command struct {
 	//	*Command_RollbackVolume
 	//	*Command_FlattenVolume
 	//	*Command_PruneLayer
+	//	*Command_BindVm
+	//	*Command_SetPlacement
 	Op            isCommand_Op `protobuf_oneof:"op"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1756,6 +1790,24 @@ func (x *Command) GetPruneLayer() *PruneLayer {
 	return nil
 }
 
+func (x *Command) GetBindVm() *BindVM {
+	if x != nil {
+		if x, ok := x.Op.(*Command_BindVm); ok {
+			return x.BindVm
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSetPlacement() *SetPlacement {
+	if x != nil {
+		if x, ok := x.Op.(*Command_SetPlacement); ok {
+			return x.SetPlacement
+		}
+	}
+	return nil
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -1908,6 +1960,14 @@ type Command_PruneLayer struct {
 	PruneLayer *PruneLayer `protobuf:"bytes,66,opt,name=prune_layer,json=pruneLayer,proto3,oneof"`
 }
 
+type Command_BindVm struct {
+	BindVm *BindVM `protobuf:"bytes,80,opt,name=bind_vm,json=bindVm,proto3,oneof"`
+}
+
+type Command_SetPlacement struct {
+	SetPlacement *SetPlacement `protobuf:"bytes,81,opt,name=set_placement,json=setPlacement,proto3,oneof"`
+}
+
 func (*Command_OpenSession) isCommand_Op() {}
 
 func (*Command_RegisterHost) isCommand_Op() {}
@@ -1981,6 +2041,10 @@ func (*Command_RollbackVolume) isCommand_Op() {}
 func (*Command_FlattenVolume) isCommand_Op() {}
 
 func (*Command_PruneLayer) isCommand_Op() {}
+
+func (*Command_BindVm) isCommand_Op() {}
+
+func (*Command_SetPlacement) isCommand_Op() {}
 
 // SetHost drains a host or lets it take part again: a drained one gets no new
 // chunks, VMs or attachments.
@@ -4046,6 +4110,7 @@ type QueryRequest struct {
 	//	*QueryRequest_Tenants
 	//	*QueryRequest_Tokens
 	//	*QueryRequest_LayersOf
+	//	*QueryRequest_Place
 	Q             isQueryRequest_Q `protobuf_oneof:"q"`
 	WithChunks    bool             `protobuf:"varint,20,opt,name=with_chunks,json=withChunks,proto3" json:"with_chunks,omitempty"`    // volume: its chunk map too
 	WithOrigins   bool             `protobuf:"varint,61,opt,name=with_origins,json=withOrigins,proto3" json:"with_origins,omitempty"` // volume: what its clone chain reads through
@@ -4207,6 +4272,15 @@ func (x *QueryRequest) GetLayersOf() *LayersOf {
 	return nil
 }
 
+func (x *QueryRequest) GetPlace() *PlaceQuestion {
+	if x != nil {
+		if x, ok := x.Q.(*QueryRequest_Place); ok {
+			return x.Place
+		}
+	}
+	return nil
+}
+
 func (x *QueryRequest) GetWithChunks() bool {
 	if x != nil {
 		return x.WithChunks
@@ -4277,6 +4351,10 @@ type QueryRequest_LayersOf struct {
 	LayersOf *LayersOf `protobuf:"bytes,60,opt,name=layers_of,json=layersOf,proto3,oneof"`
 }
 
+type QueryRequest_Place struct {
+	Place *PlaceQuestion `protobuf:"bytes,80,opt,name=place,proto3,oneof"`
+}
+
 func (*QueryRequest_Volume) isQueryRequest_Q() {}
 
 func (*QueryRequest_Volumes) isQueryRequest_Q() {}
@@ -4302,6 +4380,8 @@ func (*QueryRequest_Tenants) isQueryRequest_Q() {}
 func (*QueryRequest_Tokens) isQueryRequest_Q() {}
 
 func (*QueryRequest_LayersOf) isQueryRequest_Q() {}
+
+func (*QueryRequest_Place) isQueryRequest_Q() {}
 
 // GoneVolumes asks which of these volumes no longer exist.
 type GoneVolumes struct {
@@ -4474,6 +4554,7 @@ type QueryReply struct {
 	Revision      uint64                 `protobuf:"varint,43,opt,name=revision,proto3" json:"revision,omitempty"` // the state's, for Watch
 	Layers        []*VolumeLayers        `protobuf:"bytes,60,rep,name=layers,proto3" json:"layers,omitempty"`
 	Origins       []*OriginState         `protobuf:"bytes,61,rep,name=origins,proto3" json:"origins,omitempty"` // nearest first
+	Place         *PlaceAnswer           `protobuf:"bytes,80,opt,name=place,proto3" json:"place,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4637,6 +4718,13 @@ func (x *QueryReply) GetLayers() []*VolumeLayers {
 func (x *QueryReply) GetOrigins() []*OriginState {
 	if x != nil {
 		return x.Origins
+	}
+	return nil
+}
+
+func (x *QueryReply) GetPlace() *PlaceAnswer {
+	if x != nil {
+		return x.Place
 	}
 	return nil
 }
@@ -4973,6 +5061,7 @@ type RenewRequest struct {
 	Leases        []*Lease               `protobuf:"bytes,3,rep,name=leases,proto3" json:"leases,omitempty"`
 	Release       []*Lease               `protobuf:"bytes,4,rep,name=release,proto3" json:"release,omitempty"`
 	Usage         []*StoreUsage          `protobuf:"bytes,5,rep,name=usage,proto3" json:"usage,omitempty"`
+	Heat          []*VolumeHeat          `protobuf:"bytes,80,rep,name=heat,proto3" json:"heat,omitempty"` // of the leased volumes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5042,18 +5131,28 @@ func (x *RenewRequest) GetUsage() []*StoreUsage {
 	return nil
 }
 
+func (x *RenewRequest) GetHeat() []*VolumeHeat {
+	if x != nil {
+		return x.Heat
+	}
+	return nil
+}
+
 type RenewReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
-	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
-	Leader        string                 `protobuf:"bytes,3,opt,name=leader,proto3" json:"leader,omitempty"`
-	LeaseMs       uint32                 `protobuf:"varint,4,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"` // from the moment the request was sent
-	Refused       []*Lease               `protobuf:"bytes,5,rep,name=refused,proto3" json:"refused,omitempty"`                 // these epochs are over
-	Volumes       []*Volume              `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`                 // current size and members of the leased ones
-	Maintain      []string               `protobuf:"bytes,20,rep,name=maintain,proto3" json:"maintain,omitempty"`              // detached volumes this host is asked to repair
-	Meta          []string               `protobuf:"bytes,40,rep,name=meta,proto3" json:"meta,omitempty"`                      // API addresses of all metadata nodes
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Status         uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail         string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Leader         string                 `protobuf:"bytes,3,opt,name=leader,proto3" json:"leader,omitempty"`
+	LeaseMs        uint32                 `protobuf:"varint,4,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"`                         // from the moment the request was sent
+	Refused        []*Lease               `protobuf:"bytes,5,rep,name=refused,proto3" json:"refused,omitempty"`                                         // these epochs are over
+	Volumes        []*Volume              `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`                                         // current size and members of the leased ones
+	Maintain       []string               `protobuf:"bytes,20,rep,name=maintain,proto3" json:"maintain,omitempty"`                                      // detached volumes this host is asked to repair
+	Meta           []string               `protobuf:"bytes,40,rep,name=meta,proto3" json:"meta,omitempty"`                                              // API addresses of all metadata nodes
+	Vms            []*VM                  `protobuf:"bytes,80,rep,name=vms,proto3" json:"vms,omitempty"`                                                // on this host, that it has something to do for
+	QuantumMs      int64                  `protobuf:"varint,81,opt,name=quantum_ms,json=quantumMs,proto3" json:"quantum_ms,omitempty"`                  // of a batch VM's turn; 0: a minute
+	BatchCpuMillis uint64                 `protobuf:"varint,82,opt,name=batch_cpu_millis,json=batchCpuMillis,proto3" json:"batch_cpu_millis,omitempty"` // that the batch VMs among them share
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *RenewReply) Reset() {
@@ -5140,6 +5239,27 @@ func (x *RenewReply) GetMeta() []string {
 		return x.Meta
 	}
 	return nil
+}
+
+func (x *RenewReply) GetVms() []*VM {
+	if x != nil {
+		return x.Vms
+	}
+	return nil
+}
+
+func (x *RenewReply) GetQuantumMs() int64 {
+	if x != nil {
+		return x.QuantumMs
+	}
+	return 0
+}
+
+func (x *RenewReply) GetBatchCpuMillis() uint64 {
+	if x != nil {
+		return x.BatchCpuMillis
+	}
+	return 0
 }
 
 type NodeRequest struct {
@@ -5892,13 +6012,13 @@ var File_proto_pb_meta_proto protoreflect.FileDescriptor
 
 const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
-	"\x13proto/pb/meta.proto\x12\bcairn.v1\x1a\x17proto/pb/snapshot.proto\"\x8e\x01\n" +
+	"\x13proto/pb/meta.proto\x12\bcairn.v1\x1a\x17proto/pb/snapshot.proto\x1a\x14proto/pb/place.proto\"\x8e\x01\n" +
 	"\x05Store\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12%\n" +
 	"\x0ecapacity_bytes\x18\x04 \x01(\x04R\rcapacityBytes\x12\x18\n" +
-	"\aretired\x18\x05 \x01(\bR\aretired\"\x9a\x02\n" +
+	"\aretired\x18\x05 \x01(\bR\aretired\"\xcb\x02\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tdata_addr\x18\x02 \x01(\tR\bdataAddr\x12!\n" +
@@ -5906,7 +6026,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06labels\x18\x04 \x03(\v2\x1a.cairn.v1.Host.LabelsEntryR\x06labels\x12\x12\n" +
 	"\x04cpus\x18\x05 \x01(\rR\x04cpus\x12!\n" +
 	"\fmemory_bytes\x18\x06 \x01(\x04R\vmemoryBytes\x12\x18\n" +
-	"\adrained\x18\a \x01(\bR\adrained\x1a9\n" +
+	"\adrained\x18\a \x01(\bR\adrained\x12/\n" +
+	"\apromise\x18P \x01(\v2\x15.cairn.v1.HostPromiseR\apromise\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xba\x01\n" +
@@ -5994,7 +6115,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\rsecret_sha256\x18\x01 \x01(\fR\fsecretSha256\x12\x1b\n" +
 	"\tuses_left\x18\x02 \x01(\rR\busesLeft\x12\"\n" +
 	"\runtil_unix_ns\x18\x03 \x01(\x03R\vuntilUnixNs\x12\x10\n" +
-	"\x03who\x18\x04 \x01(\tR\x03who\"\x9b\x02\n" +
+	"\x03who\x18\x04 \x01(\tR\x03who\"\x89\x03\n" +
 	"\x02VM\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\rR\x04cpus\x12!\n" +
@@ -6007,14 +6128,17 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06initrd\x18\t \x01(\tR\x06initrd\x12\x16\n" +
 	"\x06append\x18\n" +
 	" \x01(\tR\x06append\x12&\n" +
-	"\x0fcreated_unix_ns\x18\v \x01(\x03R\rcreatedUnixNs\"{\n" +
+	"\x0fcreated_unix_ns\x18\v \x01(\x03R\rcreatedUnixNs\x12'\n" +
+	"\x05needs\x18P \x01(\v2\x11.cairn.v1.VMNeedsR\x05needs\x12'\n" +
+	"\x05queue\x18Q \x01(\v2\x11.cairn.v1.VMQueueR\x05queue\x12\x1a\n" +
+	"\brevision\x18R \x01(\x04R\brevision\"{\n" +
 	"\x05Event\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12 \n" +
 	"\ftime_unix_ns\x18\x02 \x01(\x03R\n" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18( \x01(\tR\aoutcome\"\xe9\x11\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\xd5\x12\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -6064,7 +6188,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x0frollback_volume\x18@ \x01(\v2\x18.cairn.v1.RollbackVolumeH\x00R\x0erollbackVolume\x12@\n" +
 	"\x0eflatten_volume\x18A \x01(\v2\x17.cairn.v1.FlattenVolumeH\x00R\rflattenVolume\x127\n" +
 	"\vprune_layer\x18B \x01(\v2\x14.cairn.v1.PruneLayerH\x00R\n" +
-	"pruneLayerB\x04\n" +
+	"pruneLayer\x12+\n" +
+	"\abind_vm\x18P \x01(\v2\x10.cairn.v1.BindVMH\x00R\x06bindVm\x12=\n" +
+	"\rset_placement\x18Q \x01(\v2\x16.cairn.v1.SetPlacementH\x00R\fsetPlacementB\x04\n" +
 	"\x02op\"7\n" +
 	"\aSetHost\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
@@ -6220,7 +6346,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\fMemberResult\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"\x84\x04\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"\xb5\x04\n" +
 	"\fQueryRequest\x12\x18\n" +
 	"\x06volume\x18\x01 \x01(\tH\x00R\x06volume\x12\x1a\n" +
 	"\avolumes\x18\x02 \x01(\bH\x00R\avolumes\x12\x16\n" +
@@ -6234,7 +6360,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x0fdeleted_volumes\x18( \x01(\bH\x00R\x0edeletedVolumes\x12\x1a\n" +
 	"\atenants\x18) \x01(\bH\x00R\atenants\x12\x18\n" +
 	"\x06tokens\x18* \x01(\bH\x00R\x06tokens\x121\n" +
-	"\tlayers_of\x18< \x01(\v2\x12.cairn.v1.LayersOfH\x00R\blayersOf\x12\x1f\n" +
+	"\tlayers_of\x18< \x01(\v2\x12.cairn.v1.LayersOfH\x00R\blayersOf\x12/\n" +
+	"\x05place\x18P \x01(\v2\x17.cairn.v1.PlaceQuestionH\x00R\x05place\x12\x1f\n" +
 	"\vwith_chunks\x18\x14 \x01(\bR\n" +
 	"withChunks\x12!\n" +
 	"\fwith_origins\x18= \x01(\bR\vwithOriginsB\x03\n" +
@@ -6247,7 +6374,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"<\n" +
 	"\aPlaceVM\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12!\n" +
-	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xb7\x05\n" +
+	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xe4\x05\n" +
 	"\n" +
 	"QueryReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -6271,7 +6398,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06tokens\x18* \x03(\v2\x13.cairn.v1.JoinTokenR\x06tokens\x12\x1a\n" +
 	"\brevision\x18+ \x01(\x04R\brevision\x12.\n" +
 	"\x06layers\x18< \x03(\v2\x16.cairn.v1.VolumeLayersR\x06layers\x12/\n" +
-	"\aorigins\x18= \x03(\v2\x15.cairn.v1.OriginStateR\aorigins\"\x95\x01\n" +
+	"\aorigins\x18= \x03(\v2\x15.cairn.v1.OriginStateR\aorigins\x12+\n" +
+	"\x05place\x18P \x01(\v2\x15.cairn.v1.PlaceAnswerR\x05place\"\x95\x01\n" +
 	"\vOriginState\x12(\n" +
 	"\x06volume\x18\x01 \x01(\v2\x10.cairn.v1.VolumeR\x06volume\x12\x14\n" +
 	"\x05layer\x18\x02 \x01(\rR\x05layer\x12\x1d\n" +
@@ -6300,13 +6428,14 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06stores\x18\x04 \x03(\v2\x14.cairn.v1.StoreStateR\x06stores\":\n" +
 	"\x05Lease\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\rR\x05epoch\"\xbc\x01\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\"\xe6\x01\n" +
 	"\fRenewRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12'\n" +
 	"\x06leases\x18\x03 \x03(\v2\x0f.cairn.v1.LeaseR\x06leases\x12)\n" +
 	"\arelease\x18\x04 \x03(\v2\x0f.cairn.v1.LeaseR\arelease\x12*\n" +
-	"\x05usage\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x05usage\"\xf6\x01\n" +
+	"\x05usage\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x05usage\x12(\n" +
+	"\x04heat\x18P \x03(\v2\x14.cairn.v1.VolumeHeatR\x04heat\"\xdf\x02\n" +
 	"\n" +
 	"RenewReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -6316,7 +6445,11 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\arefused\x18\x05 \x03(\v2\x0f.cairn.v1.LeaseR\arefused\x12*\n" +
 	"\avolumes\x18\x06 \x03(\v2\x10.cairn.v1.VolumeR\avolumes\x12\x1a\n" +
 	"\bmaintain\x18\x14 \x03(\tR\bmaintain\x12\x12\n" +
-	"\x04meta\x18( \x03(\tR\x04meta\"\r\n" +
+	"\x04meta\x18( \x03(\tR\x04meta\x12\x1e\n" +
+	"\x03vms\x18P \x03(\v2\f.cairn.v1.VMR\x03vms\x12\x1d\n" +
+	"\n" +
+	"quantum_ms\x18Q \x01(\x03R\tquantumMs\x12(\n" +
+	"\x10batch_cpu_millis\x18R \x01(\x04R\x0ebatchCpuMillis\"\r\n" +
 	"\vNodeRequest\"\x98\x03\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -6480,129 +6613,146 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	nil,                       // 72: cairn.v1.Volume.TagsEntry
 	nil,                       // 73: cairn.v1.UpdateVolume.SetTagsEntry
 	nil,                       // 74: cairn.v1.CreateVolume.TagsEntry
-	(*Layer)(nil),             // 75: cairn.v1.Layer
-	(*Origin)(nil),            // 76: cairn.v1.Origin
-	(*PrepareSnapshot)(nil),   // 77: cairn.v1.PrepareSnapshot
-	(*NameSnapshots)(nil),     // 78: cairn.v1.NameSnapshots
-	(*DeleteSnapshot)(nil),    // 79: cairn.v1.DeleteSnapshot
-	(*CloneVolume)(nil),       // 80: cairn.v1.CloneVolume
-	(*RollbackVolume)(nil),    // 81: cairn.v1.RollbackVolume
-	(*FlattenVolume)(nil),     // 82: cairn.v1.FlattenVolume
-	(*PruneLayer)(nil),        // 83: cairn.v1.PruneLayer
-	(*LayersOf)(nil),          // 84: cairn.v1.LayersOf
-	(*VolumeLayers)(nil),      // 85: cairn.v1.VolumeLayers
+	(*HostPromise)(nil),       // 75: cairn.v1.HostPromise
+	(*Layer)(nil),             // 76: cairn.v1.Layer
+	(*Origin)(nil),            // 77: cairn.v1.Origin
+	(*VMNeeds)(nil),           // 78: cairn.v1.VMNeeds
+	(*VMQueue)(nil),           // 79: cairn.v1.VMQueue
+	(*PrepareSnapshot)(nil),   // 80: cairn.v1.PrepareSnapshot
+	(*NameSnapshots)(nil),     // 81: cairn.v1.NameSnapshots
+	(*DeleteSnapshot)(nil),    // 82: cairn.v1.DeleteSnapshot
+	(*CloneVolume)(nil),       // 83: cairn.v1.CloneVolume
+	(*RollbackVolume)(nil),    // 84: cairn.v1.RollbackVolume
+	(*FlattenVolume)(nil),     // 85: cairn.v1.FlattenVolume
+	(*PruneLayer)(nil),        // 86: cairn.v1.PruneLayer
+	(*BindVM)(nil),            // 87: cairn.v1.BindVM
+	(*SetPlacement)(nil),      // 88: cairn.v1.SetPlacement
+	(*LayersOf)(nil),          // 89: cairn.v1.LayersOf
+	(*PlaceQuestion)(nil),     // 90: cairn.v1.PlaceQuestion
+	(*VolumeLayers)(nil),      // 91: cairn.v1.VolumeLayers
+	(*PlaceAnswer)(nil),       // 92: cairn.v1.PlaceAnswer
+	(*VolumeHeat)(nil),        // 93: cairn.v1.VolumeHeat
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	71, // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
-	0,  // 1: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
-	6,  // 2: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
-	4,  // 3: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	72, // 4: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
-	8,  // 5: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	75, // 6: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
-	76, // 7: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
-	29, // 8: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
-	30, // 9: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
-	31, // 10: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
-	32, // 11: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	33, // 12: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	34, // 13: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	35, // 14: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	36, // 15: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	41, // 16: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	42, // 17: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	44, // 18: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	45, // 19: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	46, // 20: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
-	28, // 21: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
-	15, // 22: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
-	16, // 23: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
-	17, // 24: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
-	18, // 25: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
-	19, // 26: cairn.v1.Command.note:type_name -> cairn.v1.Note
-	20, // 27: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
-	21, // 28: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
-	22, // 29: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
-	23, // 30: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
-	24, // 31: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
-	25, // 32: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
-	26, // 33: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
-	27, // 34: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
-	39, // 35: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
-	40, // 36: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
-	37, // 37: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
-	77, // 38: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
-	78, // 39: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
-	79, // 40: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
-	80, // 41: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
-	81, // 42: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
-	82, // 43: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
-	83, // 44: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
-	73, // 45: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
-	8,  // 46: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
-	3,  // 47: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	2,  // 48: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	74, // 49: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
-	8,  // 50: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	1,  // 51: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
-	38, // 52: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
-	5,  // 53: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	43, // 54: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	12, // 55: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	7,  // 56: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	5,  // 57: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	48, // 58: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	12, // 59: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	7,  // 60: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
-	50, // 61: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	51, // 62: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	52, // 63: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	84, // 64: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
-	7,  // 65: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	5,  // 66: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	57, // 67: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	12, // 68: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	13, // 69: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	62, // 70: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	9,  // 71: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	10, // 72: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	11, // 73: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	85, // 74: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
-	54, // 75: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
-	7,  // 76: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
-	5,  // 77: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
-	2,  // 78: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	55, // 79: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,  // 80: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	56, // 81: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	58, // 82: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	58, // 83: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	55, // 84: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	58, // 85: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,  // 86: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	64, // 87: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	62, // 88: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14, // 89: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	49, // 90: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	59, // 91: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	61, // 92: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	63, // 93: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	66, // 94: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	67, // 95: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	69, // 96: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	47, // 97: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	53, // 98: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	60, // 99: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	62, // 100: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	65, // 101: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	68, // 102: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	68, // 103: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	70, // 104: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	97, // [97:105] is the sub-list for method output_type
-	89, // [89:97] is the sub-list for method input_type
-	89, // [89:89] is the sub-list for extension type_name
-	89, // [89:89] is the sub-list for extension extendee
-	0,  // [0:89] is the sub-list for field type_name
+	71,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	75,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
+	0,   // 2: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
+	6,   // 3: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
+	4,   // 4: cairn.v1.Volume.members:type_name -> cairn.v1.Member
+	72,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	8,   // 6: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
+	76,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
+	77,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
+	78,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
+	79,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
+	29,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
+	30,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
+	31,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
+	32,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
+	33,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	34,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	35,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	36,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	41,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	42,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	44,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	45,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	46,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	28,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
+	15,  // 25: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
+	16,  // 26: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
+	17,  // 27: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
+	18,  // 28: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
+	19,  // 29: cairn.v1.Command.note:type_name -> cairn.v1.Note
+	20,  // 30: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
+	21,  // 31: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
+	22,  // 32: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
+	23,  // 33: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
+	24,  // 34: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
+	25,  // 35: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
+	26,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
+	27,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
+	39,  // 38: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
+	40,  // 39: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
+	37,  // 40: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
+	80,  // 41: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
+	81,  // 42: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
+	82,  // 43: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
+	83,  // 44: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
+	84,  // 45: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
+	85,  // 46: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
+	86,  // 47: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
+	87,  // 48: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
+	88,  // 49: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
+	73,  // 50: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	8,   // 51: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	3,   // 52: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	2,   // 53: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	74,  // 54: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	8,   // 55: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	1,   // 56: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	38,  // 57: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,   // 58: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	43,  // 59: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12,  // 60: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,   // 61: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,   // 62: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	48,  // 63: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12,  // 64: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	7,   // 65: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
+	50,  // 66: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	51,  // 67: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	52,  // 68: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	89,  // 69: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	90,  // 70: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
+	7,   // 71: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,   // 72: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	57,  // 73: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12,  // 74: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13,  // 75: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	62,  // 76: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,   // 77: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10,  // 78: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11,  // 79: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	91,  // 80: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	54,  // 81: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	92,  // 82: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
+	7,   // 83: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,   // 84: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,   // 85: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	55,  // 86: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,   // 87: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	56,  // 88: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	58,  // 89: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	58,  // 90: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	55,  // 91: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	93,  // 92: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
+	58,  // 93: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,   // 94: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	12,  // 95: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
+	64,  // 96: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	62,  // 97: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 98: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	49,  // 99: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	59,  // 100: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	61,  // 101: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	63,  // 102: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	66,  // 103: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	67,  // 104: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	69,  // 105: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	47,  // 106: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	53,  // 107: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	60,  // 108: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	62,  // 109: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	65,  // 110: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	68,  // 111: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	68,  // 112: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	70,  // 113: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	106, // [106:114] is the sub-list for method output_type
+	98,  // [98:106] is the sub-list for method input_type
+	98,  // [98:98] is the sub-list for extension type_name
+	98,  // [98:98] is the sub-list for extension extendee
+	0,   // [0:98] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -6611,6 +6761,7 @@ func file_proto_pb_meta_proto_init() {
 		return
 	}
 	file_proto_pb_snapshot_proto_init()
+	file_proto_pb_place_proto_init()
 	file_proto_pb_meta_proto_msgTypes[12].OneofWrappers = []any{
 		(*Command_OpenSession)(nil),
 		(*Command_RegisterHost)(nil),
@@ -6649,6 +6800,8 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_RollbackVolume)(nil),
 		(*Command_FlattenVolume)(nil),
 		(*Command_PruneLayer)(nil),
+		(*Command_BindVm)(nil),
+		(*Command_SetPlacement)(nil),
 	}
 	file_proto_pb_meta_proto_msgTypes[47].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
@@ -6664,6 +6817,7 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_Tenants)(nil),
 		(*QueryRequest_Tokens)(nil),
 		(*QueryRequest_LayersOf)(nil),
+		(*QueryRequest_Place)(nil),
 	}
 	file_proto_pb_meta_proto_msgTypes[62].OneofWrappers = []any{
 		(*Change_Volume)(nil),
