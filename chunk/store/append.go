@@ -305,6 +305,7 @@ func (s *Store) fail(err error, out *outbox) {
 		out.fail(w.c, w.q.Kind, w.q.ID, s.failed)
 	}
 	s.waiting, s.waitingBytes = nil, 0
+	s.abortMerges(func(*merge) bool { return true }, status.Of(s.failed), s.failed.Error(), out)
 	s.cond.Broadcast()
 }
 

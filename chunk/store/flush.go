@@ -107,6 +107,7 @@ func (s *Store) seal(c *caller, q *wire.Request, out *outbox) error {
 		if c.same {
 			v.sealer = c.sink
 		}
+		s.abortMerges(func(m *merge) bool { return m.v == v }, status.Unavailable, "the volume was sealed anew", out)
 		rep.Version, rep.Floor, rep.Incarnation = v.high, v.floor, s.incarnation
 		if v.intact {
 			rep.Flags = wire.FlagIntact
@@ -123,6 +124,7 @@ func (s *Store) drop(c *caller, q *wire.Request, out *outbox) error {
 		return err
 	}
 	s.applyDrop(dropKey{q.Volume, q.Chunk}, s.lsn)
+	s.abortMerges(func(m *merge) bool { return m.v.id == q.Volume && (q.Chunk == 0 || m.from.id == q.Chunk) }, status.NotFound, "the chunk was dropped", out)
 	if err := s.forget(500); err != nil {
 		return err
 	}

@@ -33,6 +33,11 @@ func (s *Store) writeHead() error {
 		w.add(kindVolumes, uint64(id), uint64(r.layer)|uint64(r.flags)<<32, r.version)
 		v.logged = v.floor
 	}
+	for id, v := range s.vols {
+		for _, m := range v.marks {
+			w.add(kindLayerTable, uint64(id), uint64(m.id)|uint64(m.into)<<32, uint64(v.lastLayer))
+		}
+	}
 	for k, lsn := range s.drops {
 		w.add(kindDrops, uint64(k.volume), uint64(k.chunk), lsn)
 	}

@@ -71,6 +71,9 @@ type vol struct {
 	last   *chunk    // the last one asked for
 	sealer wire.Sink // the connection that sealed it last; nil: none since the store was opened
 	sealed uint32    // its number among those of epoch's writer
+
+	lastLayer ids.LayerID // highest id ever told
+	marks     []layerMark // the layers that live, of those up to lastLayer; none: not told
 }
 
 type chunkKey struct {

@@ -64,6 +64,8 @@ import (
 //	segments  part of the table of segments in use              count × 24: segment u32, life u32, gen, last LSN u48, blocks used u16
 //	volumes   part of the table of volumes                      count × 24: volume, epoch u32, flags u32, floor
 //	drops     part of the table of forgotten chunks             count × 24: volume, chunk, LSN
+//	layers    layer = highest id ever given, the living ones    count × 8: id u32, being merged into u32 (0: not)
+//	living    part of the table of all volumes' layers          count × 24: volume, id u32, into u32, highest id
 //	gaps      part of the table of damage already reported      count × 24: gen, first LSN, last LSN
 //
 // The head, a segment's first batches, repeats everything that is true of the
@@ -115,6 +117,9 @@ const (
 	kindDrops    kind = 23
 	kindGaps     kind = 24
 	kindRoot     kind = 25
+
+	kindLayers     kind = 26
+	kindLayerTable kind = 27
 )
 
 var le = binary.LittleEndian
@@ -288,8 +293,10 @@ func parseRecord(b []byte) (r record, rest []byte, ok bool) {
 		if size > maxBootBytes {
 			return r, nil, false
 		}
-	case kindSegments, kindVolumes, kindDrops, kindGaps:
+	case kindSegments, kindVolumes, kindDrops, kindGaps, kindLayerTable:
 		size = tableEntry * int(r.count)
+	case kindLayers:
+		size = markBytes * int(r.count)
 	case kindHole, kindZero, kindPoison, kindDrop, kindVolume, kindFree, kindClean, kindRoot:
 	default:
 		return r, nil, false

@@ -12,6 +12,9 @@ import (
 func (s *Store) query(c *caller, v *vol, q *wire.Request, out *outbox) error {
 	rep := &wire.Reply{Kind: q.Kind, ID: q.ID}
 	var err error
+	if q.Flags&wire.FlagFrozen != 0 {
+		rep.Incarnation = s.incarnation
+	}
 	switch {
 	case q.Kind == wire.Digest:
 		rep.Digests, err = s.digests(v, q)

@@ -11,7 +11,8 @@ import (
 
 // The way of a read:
 //
-//  1. read, under the lock: the entries of its blocks; the segments are pinned.
+//  1. read, under the lock: the entries of its blocks, each from the first layer
+//     of the chain that has one; the segments are pinned.
 //     A block that is not on the disk yet makes the read wait for its group.
 //  2. startRead, after it: one disk call per run of neighbours; from memory at
 //     once if the disk can, else later into a buffer of the read's own.
@@ -30,6 +31,9 @@ type read struct {
 	into   bool   // buf is the caller's, valid during its Submit only
 	ents   []entry
 	few    [4]entry // ents of a small read
+	chain  []ids.LayerID
+	depth  []uint8  // of each entry: 0 layer, i chain[i-1]; nil without a chain
+	fewDep [4]uint8 // depth of a small read
 	left   atomic.Int32
 	failed atomic.Pointer[error]
 	s      *Store
@@ -37,11 +41,19 @@ type read struct {
 
 // read finds the blocks of a read.
 func (s *Store) read(c *caller, v *vol, q *wire.Request, out *outbox) error {
-	r := &read{c: c, s: s, id: q.ID, flags: q.Flags, vol: q.Volume, chunk: q.Chunk, layer: q.Layer, block: q.Block}
-	if int(q.Count) <= len(r.few) {
+	r := &read{c: c, s: s, id: q.ID, flags: q.Flags, vol: q.Volume, chunk: q.Chunk, layer: q.Layer, block: q.Block, chain: q.Chain}
+	small := int(q.Count) <= len(r.few)
+	if small {
 		r.ents = r.few[:q.Count]
 	} else {
 		r.ents = make([]entry, q.Count)
+	}
+	switch {
+	case len(q.Chain) == 0:
+	case small:
+		r.depth = r.fewDep[:q.Count]
+	default:
+		r.depth = make([]uint8, q.Count)
 	}
 	if n := int(q.Count) * blockBytes; len(q.Into) >= n {
 		r.buf, r.into = q.Into[:n], true
@@ -51,15 +63,17 @@ func (s *Store) read(c *caller, v *vol, q *wire.Request, out *outbox) error {
 
 // look fills the entries of a read, or lets it wait for a group.
 func (s *Store) look(v *vol, r *read, out *outbox) error {
-	var ch *chunk
-	if v != nil {
-		ch = v.chunk(r.chunk, r.layer, false)
-	}
 	clear(r.ents)
-	if ch != nil {
-		if err := s.entries(ch, r.block, r.ents); err != nil {
-			return err
-		}
+	if err := v.checkChain(r.layer, r.chain); err != nil {
+		out.fail(r.c, wire.Read, r.id, err)
+		return nil
+	}
+	if r.flags&wire.FlagFrozen != 0 && (v == nil || len(v.layers(r.chunk)) == 0) {
+		out.fail(r.c, wire.Read, r.id, status.Errorf(status.NotFound, "nothing of chunk %d of volume %d is here", r.chunk, r.vol))
+		return nil
+	}
+	if err := s.resolve(v, r); err != nil {
+		return err
 	}
 	for i := range r.ents {
 		e := &r.ents[i]
@@ -84,6 +98,75 @@ func (s *Store) look(v *vol, r *read, out *outbox) error {
 	}
 	out.reads = append(out.reads, r)
 	return nil
+}
+
+// resolve fills the entries of a read.
+func (s *Store) resolve(v *vol, r *read) error {
+	if v == nil {
+		return nil
+	}
+	if r.depth == nil {
+		if ch := v.chunk(r.chunk, r.layer, false); ch != nil {
+			return s.entries(ch, r.block, r.ents)
+		}
+		return nil
+	}
+	clear(r.depth)
+	layers, layer := v.layers(r.chunk), r.layer // ascending; the chain descends
+	left := len(r.ents)
+	for d := 0; d <= len(r.chain) && left > 0; d++ {
+		if d > 0 {
+			layer = r.chain[d-1]
+		}
+		for len(layers) > 0 && layers[len(layers)-1].layer > layer {
+			layers = layers[:len(layers)-1]
+		}
+		if len(layers) == 0 {
+			break
+		}
+		ch := layers[len(layers)-1]
+		if ch.layer != layer {
+			continue
+		}
+		n, err := s.fill(ch, r, uint8(d))
+		if err != nil {
+			return err
+		}
+		left -= n
+	}
+	return nil
+}
+
+// fill gives the blocks of a read that no layer above had an entry for those of
+// ch; it returns how many it had.
+func (s *Store) fill(ch *chunk, r *read, depth uint8) (found int, err error) {
+	for i := uint32(0); i < uint32(len(r.ents)); {
+		at := uint32(r.block) + i
+		p, err := s.idx.page(ch, at/pageBlocks, false)
+		if err != nil {
+			return found, err
+		}
+		m := min(pageBlocks-at%pageBlocks, uint32(len(r.ents))-i)
+		for j := i; p != nil && j < i+m; j++ {
+			if r.ents[j].kind != kindHole {
+				continue
+			}
+			if e := p.at(at%pageBlocks + j - i); e.kind != kindHole {
+				r.ents[j], r.depth[j] = e, depth
+				found++
+			}
+		}
+		i += m
+	}
+	return found, nil
+}
+
+// layerOf returns the layer entry i was found in.
+func (r *read) layerOf(i int) ids.LayerID {
+	if r.depth == nil || r.depth[i] == 0 {
+		return r.layer
+	}
+	return r.chain[r.depth[i]-1]
 }
 
 // entries copies the entries of consecutive blocks.
@@ -177,15 +260,18 @@ func (s *Store) finishRead(r *read, out *outbox) {
 			continue
 		}
 		s.segOf(e.loc).pins.Add(-1)
-		if rep.Status == status.OK && wire.BlockSum(r.vol, r.chunk, r.layer, b, e.version, data) != e.sum {
+		if rep.Status == status.OK && wire.BlockSum(r.vol, r.chunk, r.layerOf(i), b, e.version, data) != e.sum {
 			rep = r.corrupt(i, "its checksum is wrong")
 		}
 	}
 	if rep.Status == status.OK && r.flags&wire.FlagEntries != 0 {
 		rep.Entries = make([]wire.Entry, len(r.ents))
 		for i, e := range r.ents {
-			rep.Entries[i] = wire.Entry{Chunk: r.chunk, Layer: r.layer, Block: r.block + ids.Block(i), Version: e.version, Sum: e.sum, Kind: wire.EntryKind(e.kind)}
+			rep.Entries[i] = wire.Entry{Chunk: r.chunk, Layer: r.layerOf(i), Block: r.block + ids.Block(i), Version: e.version, Sum: e.sum, Kind: wire.EntryKind(e.kind)}
 		}
+	}
+	if r.flags&wire.FlagFrozen != 0 {
+		rep.Incarnation = s.incarnation
 	}
 	out.reply(r.c, rep)
 }

@@ -208,6 +208,9 @@ func (s *Store) replay(c *course) error {
 	for k, lsn := range c.head.drops {
 		s.drops[k] = lsn
 	}
+	for _, l := range c.head.layers {
+		s.applyLayers(l.id, l.last, l.marks)
+	}
 	s.incarnation = max(c.head.incarnation, s.super.Incarnation)
 	s.gaps = c.head.gaps
 	for k, lsn := range s.drops {
@@ -291,7 +294,7 @@ func (s *Store) replayBatch(c *course, u use, h *batchHead, at uint32, b []byte)
 		v, ch := ids.VolumeID(r.volume), ids.ChunkID(r.chunk)
 		switch {
 		case r.kind <= kindPoison:
-			if h.lsn <= c.from || s.dropped(v, ch, h.lsn) {
+			if h.lsn <= c.from || s.dropped(v, ch, h.lsn) || s.vol(v).gone(ids.LayerID(r.layer)) {
 				return nil
 			}
 			e := entry{version: ids.Version(r.version), loc: h.at, kind: r.kind}
@@ -304,6 +307,8 @@ func (s *Store) replayBatch(c *course, u use, h *batchHead, at uint32, b []byte)
 				func(i uint32) uint32 { return le.Uint32(r.payload[4*i:]) })
 		case r.kind == kindVolume && !s.dropped(v, 0, h.lsn):
 			s.applyVolume(r)
+		case r.kind == kindLayers && !s.dropped(v, 0, h.lsn):
+			s.applyLayers(v, ids.LayerID(r.layer), marksIn(r))
 		case r.kind == kindDrop:
 			if h.lsn > c.from {
 				s.applyDrop(dropKey{v, ch}, h.lsn)

@@ -61,6 +61,14 @@ type head struct {
 	drops       map[dropKey]uint64
 	gaps        []gap
 	roots       []root
+	layers      []volumeLayers
+}
+
+// volumeLayers is what a head says of a volume's layers.
+type volumeLayers struct {
+	id    ids.VolumeID
+	last  ids.LayerID
+	marks []layerMark
 }
 
 // valid parses the block at a place of a segment.
@@ -166,7 +174,7 @@ func (s *Store) readHead(w *window, u use) *head {
 			case kindHead:
 				want, wantSum = r.chunk, r.block
 				d.incarnation, d.boot = ids.Incarnation(r.volume), string(r.payload)
-			case kindSegments, kindVolumes, kindDrops, kindGaps:
+			case kindSegments, kindVolumes, kindDrops, kindGaps, kindLayerTable:
 				sum = tableSum(sum, r.kind, r.payload)
 				s.addTable(d, r)
 			case kindRoot:
@@ -200,6 +208,12 @@ func (s *Store) addTable(d *head, r *record) {
 			d.volumes = append(d.volumes, record{kind: kindVolume, volume: a, layer: uint32(b), flags: uint8(b >> 32), version: c})
 		case kindDrops:
 			d.drops[dropKey{ids.VolumeID(a), ids.ChunkID(b)}] = c
+		case kindLayerTable:
+			if n := len(d.layers); n == 0 || d.layers[n-1].id != ids.VolumeID(a) {
+				d.layers = append(d.layers, volumeLayers{id: ids.VolumeID(a), last: ids.LayerID(c)})
+			}
+			l := &d.layers[len(d.layers)-1]
+			l.marks = append(l.marks, layerMark{ids.LayerID(b), ids.LayerID(b >> 32)})
 		case kindGaps:
 			d.gaps = append(d.gaps, gap{a, b, c})
 		}

@@ -148,7 +148,7 @@ func (s *Store) roomFor(n uint32, reserve int) bool {
 // headBlocks is what a segment's head takes now, or a little more.
 func (s *Store) headBlocks() uint32 {
 	const perBatch = (batchRoom - recordFixed) / tableEntry
-	n := len(s.segs) + len(s.vols) + len(s.drops) + len(s.gaps)
+	n := len(s.segs) + len(s.vols) + s.layerEntries() + len(s.drops) + len(s.gaps)
 	return uint32(n/perBatch + 4)
 }
 

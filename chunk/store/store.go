@@ -114,6 +114,8 @@ type Store struct {
 	probe      bool       // it is asked again
 	allocating bool       // a restock is in flight
 	leaving    []*chunk   // dropped, still in the index's figures
+	merges     []*merge   // ≤ maxMerges; the first one is under way
+	reading    int        // windows of merges being read
 	compact    compaction
 }
 
@@ -327,10 +329,11 @@ func (s *Store) Close() error {
 		out.fail(w.c, w.q.Kind, w.q.ID, errShutdown)
 	}
 	s.waiting, s.waitingBytes = nil, 0
+	s.abortMerges(func(*merge) bool { return true }, status.Shutdown, errShutdown.Error(), &out)
 	s.unlock(&out)
 
 	s.mu.Lock()
-	for s.failed == nil && s.compact.busy() || s.discards > 0 || s.idx.busy {
+	for s.failed == nil && s.compact.busy() || s.discards > 0 || s.idx.busy || s.reading > 0 {
 		s.cond.Wait()
 	}
 	done := false

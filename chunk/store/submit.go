@@ -105,6 +105,9 @@ func (s *Store) settleDebts(out *outbox) error {
 	if err := s.retry(out); err != nil {
 		return err
 	}
+	if err := s.stepMerges(out); err != nil {
+		return err
+	}
 	s.idx.trim(trimSteps)
 	s.savePages(out)
 	return nil
@@ -192,7 +195,7 @@ func (s *Store) check(q *wire.Request) error {
 		return status.Errorf(status.Invalid, "%s request without a volume", q.Kind)
 	}
 	switch q.Kind {
-	case wire.Write, wire.Zero, wire.Read, wire.Digest, wire.List, wire.Install:
+	case wire.Write, wire.Zero, wire.Read, wire.Digest, wire.List, wire.Install, wire.Merge:
 		if q.Chunk == 0 || uint64(q.Block)+uint64(q.Count) > maxChunkBlocks {
 			return status.Errorf(status.Invalid, "%s request for blocks beyond any chunk", q.Kind)
 		}
@@ -208,8 +211,13 @@ func (s *Store) check(q *wire.Request) error {
 		if q.Count == 0 || q.Count > wire.MaxIO {
 			return status.Errorf(status.Invalid, "read request of %d blocks: 1 to %d are possible", q.Count, wire.MaxIO)
 		}
+		if !q.Chained() {
+			return status.Errorf(status.Invalid, "read request with layers that do not descend, or more than %d", wire.MaxLayers)
+		}
 	case wire.Install:
 		return checkInstall(q)
+	case wire.Layers:
+		return checkLayers(q)
 	}
 	return nil
 }
@@ -258,12 +266,13 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 		return nil
 	}
 	v := s.vols[q.Volume]
-	if v != nil && q.Epoch < v.epoch {
+	free := q.Kind == wire.Layers || q.Flags&wire.FlagFrozen != 0 && (q.Kind == wire.Read || q.Kind == wire.List)
+	if v != nil && q.Epoch < v.epoch && !free {
 		out.reply(c, &wire.Reply{Kind: q.Kind, ID: q.ID, Status: status.Fenced, Epoch: v.epoch,
 			Detail: status.Errorf(status.Fenced, "epoch %d of volume %d is over: epoch %d was sealed", q.Epoch, q.Volume, v.epoch).Error()})
 		return nil
 	}
-	if v.superseded(c, q.Kind) {
+	if !free && v.superseded(c, q.Kind) {
 		out.fail(c, q.Kind, q.ID, errSuperseded(q))
 		return nil
 	}
@@ -284,6 +293,10 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 	}
 	switch q.Kind {
 	case wire.Write, wire.Zero, wire.Install:
+		if v != nil && v.gone(q.Layer) && q.Kind != wire.Install {
+			out.fail(c, q.Kind, q.ID, status.Errorf(status.NotFound, "layer %d of volume %d was dropped", q.Layer, q.Volume))
+			return nil
+		}
 		return s.change(c, q, out)
 	case wire.Read:
 		return s.read(c, v, q, out)
@@ -295,6 +308,10 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 		return s.drop(c, q, out)
 	case wire.Newer, wire.Digest, wire.List, wire.Stat:
 		return s.query(c, v, q, out)
+	case wire.Layers:
+		return s.setLayers(c, v, q, out)
+	case wire.Merge:
+		return s.merge(c, v, q, out)
 	}
 	out.fail(c, q.Kind, q.ID, status.Errorf(status.Unsupported, "a store does not answer %s requests", q.Kind))
 	return nil
@@ -318,7 +335,7 @@ func errSuperseded(q *wire.Request) error {
 // appends reports whether requests of this kind need room in the log.
 func appends(k wire.Kind) bool {
 	switch k {
-	case wire.Write, wire.Zero, wire.Install, wire.Seal, wire.Settle, wire.Drop:
+	case wire.Write, wire.Zero, wire.Install, wire.Seal, wire.Settle, wire.Drop, wire.Layers, wire.Merge:
 		return true
 	}
 	return false
@@ -521,6 +538,9 @@ func (s *Store) install(v *vol, q *wire.Request) error {
 // installs reports whether an entry is to replace what is stored. A repair
 // replaces the same version only: what came later stays.
 func (s *Store) installs(c *chunk, e *wire.Entry, q *wire.Request) (bool, error) {
+	if c.v.gone(e.Layer) { // a peer that has not heard of it: nobody will ask for it
+		return false, nil
+	}
 	old, err := s.idx.get(c, e.Block)
 	if err != nil {
 		return false, err

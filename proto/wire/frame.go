@@ -183,7 +183,7 @@ func (q *Request) check(data int) error {
 	if uint64(q.Block)+uint64(q.Count) > 1<<32 {
 		return bad("blocks beyond any chunk")
 	}
-	if !q.chained() {
+	if !q.Chained() {
 		return bad("layers that do not descend")
 	}
 	switch q.Kind {
@@ -217,9 +217,9 @@ func (q *Request) check(data int) error {
 	return nil
 }
 
-// chained reports whether the chain is one: of a Read, each layer older than the
+// Chained reports whether the chain is one: of a Read, each layer older than the
 // one before.
-func (q *Request) chained() bool {
+func (q *Request) Chained() bool {
 	last := q.Layer
 	for _, l := range q.Chain {
 		if l >= last {
