@@ -34,7 +34,8 @@ var superFields = []field{{"magic", 0, 8}, {"version", 8, 4}, {"segment blocks",
 	{"incarnation", 36, 8}, {"cluster length", 44, 4}, {"cluster", 48, 1}, {"unused", 60, 4000}, {"crc", 4092, 4}}
 
 var kindNames = map[kind]string{kindHole: "hole", kindData: "data", kindZero: "zero", kindPoison: "poison", kindDrop: "drop", kindVolume: "volume",
-	kindFree: "free", kindClean: "clean", kindHead: "head", kindSegments: "segments", kindVolumes: "volumes", kindDrops: "drops", kindGaps: "gaps", kindRoot: "root"}
+	kindFree: "free", kindClean: "clean", kindHead: "head", kindSegments: "segments", kindVolumes: "volumes", kindDrops: "drops", kindGaps: "gaps", kindRoot: "root",
+	kindLayers: "layers", kindLayerTable: "living"}
 
 // fieldsOf lists every field of everything a disk holds.
 func fieldsOf(t *testing.T, d disk.Disk) []field {
@@ -103,10 +104,11 @@ func everyKind(t *testing.T) (*disk.Mem, *memPages, *player) {
 		t.Fatal(err)
 	}
 	p := newPlayer(t, 5, s)
+	mustOK(t, ask(s, layersOf(5, [2]ids.LayerID{0}, [2]ids.LayerID{3, 4}, [2]ids.LayerID{4})))
 	p.play(150)
 	for _, q := range []wire.Request{
 		{Kind: wire.Install, Chunk: 7, Limit: ids.MaxVersion, Entries: []wire.Entry{{Chunk: 7, Block: 3, Version: 5, Kind: wire.EntryPoison}}},
-		{Kind: wire.Drop, Chunk: 9}, {Kind: wire.Settle, Floor: 1}, {Kind: wire.Flush}} {
+		{Kind: wire.Drop, Chunk: 9}, {Kind: wire.Settle, Floor: 1}, layersOf(5, [2]ids.LayerID{0}, [2]ids.LayerID{4}), {Kind: wire.Flush}} {
 		q.Volume, q.Epoch = 1, p.epoch
 		mustOK(t, ask(s, q))
 	}

@@ -241,8 +241,15 @@ func wholeLife(t *testing.T, d *tracer, seed uint64) (p *player, models []model,
 			return p, models, nil
 		}
 	}
-	for _, q := range []wire.Request{{Kind: wire.Flush}, {Kind: wire.Drop, Chunk: 9}} {
-		if q.Volume, q.Epoch = 1, p.epoch; ask(p.s, q).Status != status.OK {
+	merged := put(1, 0, 20, ids.MakeVersion(p.epoch, 1), 1) // of another volume, in a layer to be merged
+	merged.Volume = 2
+	for i := range merged.Sums {
+		merged.Sums[i] = wire.BlockSum(2, 1, 0, ids.Block(i), merged.Version, merged.Data[i*blockBytes:(i+1)*blockBytes])
+	}
+	layers := layersOf(1, [2]ids.LayerID{0, 1}, [2]ids.LayerID{1})
+	layers.Volume = 2
+	for _, q := range []wire.Request{merged, layers, {Kind: wire.Merge, Volume: 2, Chunk: 1}, {Kind: wire.Flush, Volume: 1}, {Kind: wire.Drop, Volume: 1, Chunk: 9}} {
+		if q.Epoch = p.epoch; ask(p.s, q).Status != status.OK {
 			return p, models, nil
 		}
 	}
