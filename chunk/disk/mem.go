@@ -86,11 +86,20 @@ func (m *Mem) CutAt(n int) {
 // Crash returns the disk after a power loss now: each unsynced sector is kept
 // with keepPercent probability, chosen by seed. 100 is a kill of the process.
 func (m *Mem) Crash(seed uint64, keepPercent int) *Mem {
+	return m.CrashKeeping(byChance(seed, keepPercent))
+}
+
+func byChance(seed uint64, keepPercent int) func(int64) bool {
+	return func(s int64) bool { return keepPercent >= 100 || mixSector(seed, s)%100 < uint64(keepPercent) }
+}
+
+// CrashKeeping is Crash that keeps the unsynced sectors keep says.
+func (m *Mem) CrashKeeping(keep func(sector int64) bool) *Mem {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	c := &Mem{size: m.size, data: slices.Clone(m.durable), unsync: make([]uint8, len(m.unsync))}
 	for _, n := range m.dirty {
-		c.data[n] = m.kept(n, seed, keepPercent)
+		c.data[n] = m.kept(n, keep)
 	}
 	c.durable = slices.Clone(c.data)
 	return c
@@ -102,17 +111,17 @@ func (m *Mem) PowerLoss(seed uint64, keepPercent int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, n := range m.dirty {
-		m.data[n] = m.kept(n, seed, keepPercent)
+		m.data[n] = m.kept(n, byChance(seed, keepPercent))
 		m.durable[n] = m.data[n]
 	}
 	m.synced()
 }
 
 // kept is what a power loss leaves of a page.
-func (m *Mem) kept(n int, seed uint64, keepPercent int) *memPage {
+func (m *Mem) kept(n int, keep func(int64) bool) *memPage {
 	var mask uint8
 	for i := range pageSectors {
-		if m.unsync[n]&(1<<i) != 0 && (keepPercent >= 100 || mixSector(seed, int64(n*pageSectors+i))%100 < uint64(keepPercent)) {
+		if m.unsync[n]&(1<<i) != 0 && keep(int64(n*pageSectors+i)) {
 			mask |= 1 << i
 		}
 	}

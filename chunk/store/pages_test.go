@@ -26,6 +26,7 @@ type memPages struct {
 	flying func(err error) // the batch that hangs
 	sent   map[string]pageVersion
 	at     uint64
+	hook   func() // called while a batch is under way
 }
 
 type pageVersion struct {
@@ -54,6 +55,16 @@ func (m *memPages) Save(at uint64, batch []SavedPage, done func(error)) {
 		}
 		m.mu.Unlock()
 		return
+	}
+	if m.hook != nil {
+		m.sent = map[string]pageVersion{}
+		for _, p := range batch {
+			m.sent[string(p.Key)] = pageVersion{at, p.Page}
+		}
+		m.mu.Unlock()
+		m.hook()
+		m.mu.Lock()
+		m.sent = nil
 	}
 	for i, p := range batch {
 		if m.fails && i%2 == 0 {

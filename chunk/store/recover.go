@@ -339,7 +339,7 @@ func (s *Store) adopt(c *course) {
 		s.ckpt.loggedBefore = -s.cfg.CheckpointBytes
 	}
 	s.lsn = max(c.top, c.bound, c.cut-1)
-	s.written, s.durable = s.lsn, s.lsn // true once firstHead is durable
+	s.written, s.durable = c.cut-1, c.cut-1 // and not lsn: what says that there is a gap is not durable yet
 	s.life = c.life + 1
 	lost := !c.sameRun && !c.clean
 	if c.damage != "" {
