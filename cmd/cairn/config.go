@@ -53,6 +53,9 @@ type hostConfig struct {
 	nbdConfig
 
 	promiseConfig
+
+	Network networkConfig `toml:"network,omitempty"`
+
 	memory uint64
 }
 
@@ -162,6 +165,9 @@ func (c *hostConfig) check() (err error) {
 			return err
 		}
 	}
+	if err := c.checkNetwork(); err != nil {
+		return err
+	}
 	if err := errors.Join(checkAddr("data", c.Data), checkAddr("control", c.Control)); err != nil {
 		return err
 	}
@@ -236,7 +242,7 @@ func configCommand() *cobra.Command {
 	c := &cobra.Command{Use: "config", Short: "Configuration files of daemons"}
 	c.AddCommand(&cobra.Command{
 		Use:     "check FILE",
-		Short:   "Say whether a configuration file of `meta run` or `host run` is right",
+		Short:   "Say whether a configuration file of `meta run` or `host run`, or of a storage network, is right",
 		Example: "  cairn config check /etc/cairn/host.toml",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -244,6 +250,14 @@ func configCommand() *cobra.Command {
 			if herr == nil {
 				fmt.Printf("%s: a right configuration of a host\n", args[0])
 				return nil
+			}
+			_, nerr := loadTopology(args[0])
+			if nerr == nil {
+				fmt.Printf("%s: a right storage network\n", args[0])
+				return nil
+			}
+			if b, err := os.ReadFile(args[0]); err == nil && strings.Contains(string(b), "[[cable]]") {
+				return nerr
 			}
 			_, merr := loadMetaConfig(args[0])
 			if merr == nil {

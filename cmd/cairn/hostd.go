@@ -25,6 +25,7 @@ import (
 	"github.com/cairnstore/cairn/chunk/store"
 	metaclient "github.com/cairnstore/cairn/meta/client"
 	nbdserver "github.com/cairnstore/cairn/nbd/server"
+	agentnet "github.com/cairnstore/cairn/netplane/agent"
 	"github.com/cairnstore/cairn/netplane/link"
 	"github.com/cairnstore/cairn/placement/driver"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -52,6 +53,7 @@ type hostd struct {
 	stores  []*hostStore
 	chunks  *chunkserver.Server
 	gw      *gateway.Gateway
+	net     *agentnet.Agent // nil: this host's routes are not ours
 	paths   *link.Paths
 	nbd     *nbdserver.Server
 	vms     *agent.Agent
@@ -95,13 +97,15 @@ func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd
 		return h, err
 	}
 	h.undo = append(h.undo, h.lock.Close)
+	if err := h.startNetwork(); err != nil {
+		return h, err
+	}
 	if err := h.openStores(); err != nil {
 		return h, err
 	}
 	h.meta = metaclient.New(metaclient.Config{Addrs: cfg.Meta, Who: cfg.Name})
 	h.undo = append(h.undo, h.meta.Close)
-	h.startPaths()
-	dataL, err := listenPatiently(link.Config{Addr: cfg.Data, Echo: true})
+	dataL, err := listenPatiently(link.Config{Addr: cfg.Data, Echo: true, DSCP: cfg.Network.DSCP})
 	if err != nil {
 		return h, err
 	}
@@ -278,7 +282,7 @@ func (h *hostd) startGateway() error {
 		local[s.ID()] = s
 	}
 	h.keeper = driver.NewKeeper(driver.KeeperConfig{Host: h.cfg.Name, Machines: keptVMs{h}, Meta: h.meta, Log: h.log})
-	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Resized: h.resized, Heard: h.keeper.Heard, Dialer: link.Dialer{Paths: h.paths},
+	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Resized: h.resized, Heard: h.keeper.Heard, Dialer: link.Dialer{Paths: h.paths, DSCP: h.cfg.Network.DSCP},
 		Gone: func(name string) { h.nbd.Drop(name) }, Alone: true, Log: h.log})
 	return h.serveNBD()
 }
@@ -311,6 +315,7 @@ func (h *hostd) serveControl(ctx context.Context) error {
 	h.background(h.adopt)
 	h.background(h.keeper.Run)
 	h.background(h.sweep)
+	h.background(h.watchPeers)
 	h.background(h.watch)
 	return nil
 }

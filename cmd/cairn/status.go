@@ -127,6 +127,11 @@ func (s *session) cluster(ctx context.Context) (*clusterView, error) {
 		w.Volumes = append(w.Volumes, viewVolume(v))
 	}
 	w.findProblems()
+	network, err := s.netView(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w.Problems = append(w.Problems, network.Problems...)
 	return w, nil
 }
 

@@ -1611,6 +1611,154 @@ func (x *SlowRequestsReply) GetRequests() []*SlowRequest {
 	return nil
 }
 
+type NetRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetRequest) Reset() {
+	*x = NetRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetRequest) ProtoMessage() {}
+
+func (x *NetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetRequest.ProtoReflect.Descriptor instead.
+func (*NetRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *NetRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+type NetReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Json          []byte                 `protobuf:"bytes,3,opt,name=json,proto3" json:"json,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetReply) Reset() {
+	*x = NetReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetReply) ProtoMessage() {}
+
+func (x *NetReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetReply.ProtoReflect.Descriptor instead.
+func (*NetReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *NetReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *NetReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *NetReply) GetJson() []byte {
+	if x != nil {
+		return x.Json
+	}
+	return nil
+}
+
+type RouteRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Route         string                 `protobuf:"bytes,1,opt,name=route,proto3" json:"route,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteRequest) Reset() {
+	*x = RouteRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteRequest) ProtoMessage() {}
+
+func (x *RouteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteRequest.ProtoReflect.Descriptor instead.
+func (*RouteRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *RouteRequest) GetRoute() string {
+	if x != nil {
+		return x.Route
+	}
+	return ""
+}
+
 var File_proto_pb_host_proto protoreflect.FileDescriptor
 
 const file_proto_pb_host_proto_rawDesc = "" +
@@ -1742,7 +1890,16 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x11SlowRequestsReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x121\n" +
-	"\brequests\x18\x03 \x03(\v2\x15.cairn.v1.SlowRequestR\brequests2\xdf\a\n" +
+	"\brequests\x18\x03 \x03(\v2\x15.cairn.v1.SlowRequestR\brequests\"\"\n" +
+	"\n" +
+	"NetRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\"N\n" +
+	"\bNetReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
+	"\x04json\x18\x03 \x01(\fR\x04json\"$\n" +
+	"\fRouteRequest\x12\x14\n" +
+	"\x05route\x18\x01 \x01(\tR\x05route2\xc2\t\n" +
 	"\vHostControl\x12J\n" +
 	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x128\n" +
 	"\fDetachVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
@@ -1753,7 +1910,11 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\bResumeVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12,\n" +
 	"\x06ShowVM\x12\x0f.cairn.v1.VMRef\x1a\x11.cairn.v1.VMReply\x12D\n" +
 	"\n" +
-	"HostStatus\x12\x1b.cairn.v1.HostStatusRequest\x1a\x19.cairn.v1.HostStatusReply\x126\n" +
+	"HostStatus\x12\x1b.cairn.v1.HostStatusRequest\x1a\x19.cairn.v1.HostStatusReply\x125\n" +
+	"\tNetReport\x12\x14.cairn.v1.NetRequest\x1a\x12.cairn.v1.NetReply\x125\n" +
+	"\tNetEvents\x12\x14.cairn.v1.NetRequest\x1a\x12.cairn.v1.NetReply\x127\n" +
+	"\bAddRoute\x12\x16.cairn.v1.RouteRequest\x1a\x13.cairn.v1.HostReply\x12:\n" +
+	"\vRemoveRoute\x12\x16.cairn.v1.RouteRequest\x1a\x13.cairn.v1.HostReply\x126\n" +
 	"\n" +
 	"PrepareCut\x12\x14.cairn.v1.CutRequest\x1a\x12.cairn.v1.CutReply\x123\n" +
 	"\aHoldCut\x12\x14.cairn.v1.CutRequest\x1a\x12.cairn.v1.CutReply\x126\n" +
@@ -1778,7 +1939,7 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_proto_pb_host_proto_goTypes = []any{
 	(*VolumeRef)(nil),           // 0: cairn.v1.VolumeRef
 	(*VMRef)(nil),               // 1: cairn.v1.VMRef
@@ -1802,12 +1963,15 @@ var file_proto_pb_host_proto_goTypes = []any{
 	(*SlowLeg)(nil),             // 19: cairn.v1.SlowLeg
 	(*SlowRequest)(nil),         // 20: cairn.v1.SlowRequest
 	(*SlowRequestsReply)(nil),   // 21: cairn.v1.SlowRequestsReply
-	(*StoreUsage)(nil),          // 22: cairn.v1.StoreUsage
+	(*NetRequest)(nil),          // 22: cairn.v1.NetRequest
+	(*NetReply)(nil),            // 23: cairn.v1.NetReply
+	(*RouteRequest)(nil),        // 24: cairn.v1.RouteRequest
+	(*StoreUsage)(nil),          // 25: cairn.v1.StoreUsage
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
 	7,  // 0: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
 	8,  // 1: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	22, // 2: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	25, // 2: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
 	9,  // 3: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
 	15, // 4: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
 	16, // 5: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
@@ -1823,33 +1987,41 @@ var file_proto_pb_host_proto_depIdxs = []int32{
 	1,  // 15: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
 	1,  // 16: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
 	6,  // 17: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	11, // 18: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
-	11, // 19: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
-	11, // 20: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
-	0,  // 21: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
-	0,  // 22: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
-	13, // 23: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
-	0,  // 24: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
-	0,  // 25: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
-	4,  // 26: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	2,  // 27: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	2,  // 28: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	2,  // 29: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	2,  // 30: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	2,  // 31: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	2,  // 32: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	5,  // 33: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	10, // 34: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	12, // 35: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
-	12, // 36: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
-	12, // 37: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
-	2,  // 38: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
-	2,  // 39: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
-	14, // 40: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
-	18, // 41: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
-	21, // 42: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
-	26, // [26:43] is the sub-list for method output_type
-	9,  // [9:26] is the sub-list for method input_type
+	22, // 18: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
+	22, // 19: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
+	24, // 20: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
+	24, // 21: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
+	11, // 22: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	11, // 23: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	11, // 24: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	0,  // 25: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
+	0,  // 26: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
+	13, // 27: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	0,  // 28: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
+	0,  // 29: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
+	4,  // 30: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	2,  // 31: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	2,  // 32: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	2,  // 33: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	2,  // 34: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	2,  // 35: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	2,  // 36: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	5,  // 37: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	10, // 38: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	23, // 39: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
+	23, // 40: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
+	2,  // 41: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
+	2,  // 42: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
+	12, // 43: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	12, // 44: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	12, // 45: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	2,  // 46: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	2,  // 47: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	14, // 48: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	18, // 49: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
+	21, // 50: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
+	30, // [30:51] is the sub-list for method output_type
+	9,  // [9:30] is the sub-list for method input_type
 	9,  // [9:9] is the sub-list for extension type_name
 	9,  // [9:9] is the sub-list for extension extendee
 	0,  // [0:9] is the sub-list for field type_name
@@ -1867,7 +2039,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

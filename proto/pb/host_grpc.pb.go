@@ -30,6 +30,10 @@ const (
 	HostControl_ResumeVM_FullMethodName      = "/cairn.v1.HostControl/ResumeVM"
 	HostControl_ShowVM_FullMethodName        = "/cairn.v1.HostControl/ShowVM"
 	HostControl_HostStatus_FullMethodName    = "/cairn.v1.HostControl/HostStatus"
+	HostControl_NetReport_FullMethodName     = "/cairn.v1.HostControl/NetReport"
+	HostControl_NetEvents_FullMethodName     = "/cairn.v1.HostControl/NetEvents"
+	HostControl_AddRoute_FullMethodName      = "/cairn.v1.HostControl/AddRoute"
+	HostControl_RemoveRoute_FullMethodName   = "/cairn.v1.HostControl/RemoveRoute"
 	HostControl_PrepareCut_FullMethodName    = "/cairn.v1.HostControl/PrepareCut"
 	HostControl_HoldCut_FullMethodName       = "/cairn.v1.HostControl/HoldCut"
 	HostControl_ReleaseCut_FullMethodName    = "/cairn.v1.HostControl/ReleaseCut"
@@ -54,6 +58,12 @@ type HostControlClient interface {
 	ResumeVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
 	ShowVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*VMReply, error)
 	HostStatus(ctx context.Context, in *HostStatusRequest, opts ...grpc.CallOption) (*HostStatusReply, error)
+	// NetReport and NetEvents answer with the JSON that the command line shows.
+	NetReport(ctx context.Context, in *NetRequest, opts ...grpc.CallOption) (*NetReply, error)
+	NetEvents(ctx context.Context, in *NetRequest, opts ...grpc.CallOption) (*NetReply, error)
+	// AddRoute and RemoveRoute change the routes people keep on this host.
+	AddRoute(ctx context.Context, in *RouteRequest, opts ...grpc.CallOption) (*HostReply, error)
+	RemoveRoute(ctx context.Context, in *RouteRequest, opts ...grpc.CallOption) (*HostReply, error)
 	// A snapshot, of one volume or of several at the same moment, in three steps:
 	// PrepareCut flushes while the volume runs and gets the next layer, HoldCut
 	// holds new writes back until the older ones are durable and the next layer
@@ -172,6 +182,46 @@ func (c *hostControlClient) HostStatus(ctx context.Context, in *HostStatusReques
 	return out, nil
 }
 
+func (c *hostControlClient) NetReport(ctx context.Context, in *NetRequest, opts ...grpc.CallOption) (*NetReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NetReply)
+	err := c.cc.Invoke(ctx, HostControl_NetReport_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) NetEvents(ctx context.Context, in *NetRequest, opts ...grpc.CallOption) (*NetReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NetReply)
+	err := c.cc.Invoke(ctx, HostControl_NetEvents_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) AddRoute(ctx context.Context, in *RouteRequest, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_AddRoute_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) RemoveRoute(ctx context.Context, in *RouteRequest, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_RemoveRoute_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hostControlClient) PrepareCut(ctx context.Context, in *CutRequest, opts ...grpc.CallOption) (*CutReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CutReply)
@@ -275,6 +325,12 @@ type HostControlServer interface {
 	ResumeVM(context.Context, *VMRef) (*HostReply, error)
 	ShowVM(context.Context, *VMRef) (*VMReply, error)
 	HostStatus(context.Context, *HostStatusRequest) (*HostStatusReply, error)
+	// NetReport and NetEvents answer with the JSON that the command line shows.
+	NetReport(context.Context, *NetRequest) (*NetReply, error)
+	NetEvents(context.Context, *NetRequest) (*NetReply, error)
+	// AddRoute and RemoveRoute change the routes people keep on this host.
+	AddRoute(context.Context, *RouteRequest) (*HostReply, error)
+	RemoveRoute(context.Context, *RouteRequest) (*HostReply, error)
 	// A snapshot, of one volume or of several at the same moment, in three steps:
 	// PrepareCut flushes while the volume runs and gets the next layer, HoldCut
 	// holds new writes back until the older ones are durable and the next layer
@@ -329,6 +385,18 @@ func (UnimplementedHostControlServer) ShowVM(context.Context, *VMRef) (*VMReply,
 }
 func (UnimplementedHostControlServer) HostStatus(context.Context, *HostStatusRequest) (*HostStatusReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method HostStatus not implemented")
+}
+func (UnimplementedHostControlServer) NetReport(context.Context, *NetRequest) (*NetReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method NetReport not implemented")
+}
+func (UnimplementedHostControlServer) NetEvents(context.Context, *NetRequest) (*NetReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method NetEvents not implemented")
+}
+func (UnimplementedHostControlServer) AddRoute(context.Context, *RouteRequest) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddRoute not implemented")
+}
+func (UnimplementedHostControlServer) RemoveRoute(context.Context, *RouteRequest) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveRoute not implemented")
 }
 func (UnimplementedHostControlServer) PrepareCut(context.Context, *CutRequest) (*CutReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method PrepareCut not implemented")
@@ -537,6 +605,78 @@ func _HostControl_HostStatus_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _HostControl_NetReport_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(NetRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).NetReport(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_NetReport_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).NetReport(ctx, req.(*NetRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_NetEvents_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(NetRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).NetEvents(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_NetEvents_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).NetEvents(ctx, req.(*NetRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_AddRoute_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RouteRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).AddRoute(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_AddRoute_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).AddRoute(ctx, req.(*RouteRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_RemoveRoute_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RouteRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).RemoveRoute(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_RemoveRoute_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).RemoveRoute(ctx, req.(*RouteRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _HostControl_PrepareCut_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CutRequest)
 	if err := dec(in); err != nil {
@@ -716,6 +856,22 @@ var HostControl_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "HostStatus",
 			Handler:    _HostControl_HostStatus_Handler,
+		},
+		{
+			MethodName: "NetReport",
+			Handler:    _HostControl_NetReport_Handler,
+		},
+		{
+			MethodName: "NetEvents",
+			Handler:    _HostControl_NetEvents_Handler,
+		},
+		{
+			MethodName: "AddRoute",
+			Handler:    _HostControl_AddRoute_Handler,
+		},
+		{
+			MethodName: "RemoveRoute",
+			Handler:    _HostControl_RemoveRoute_Handler,
 		},
 		{
 			MethodName: "PrepareCut",
