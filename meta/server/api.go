@@ -258,6 +258,11 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 		if req.WithChunks {
 			rep.Chunks = state.Chunks(kv, v.Id)
 		}
+		if req.WithOrigins {
+			rep.Origins = state.Origins(kv, v)
+		}
+	case *pb.QueryRequest_LayersOf:
+		rep.Layers = state.LayersOf(kv, q.LayersOf.GetVolumeIds())
 	case *pb.QueryRequest_Volumes:
 		rep.Volumes = state.Volumes(kv)
 	case *pb.QueryRequest_Hosts:

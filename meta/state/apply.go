@@ -198,6 +198,20 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.trustVolume(op.TrustVolume)
 	case *pb.Command_Note:
 		return a.note(op.Note)
+	case *pb.Command_PrepareSnapshot:
+		return a.prepareSnapshot(op.PrepareSnapshot)
+	case *pb.Command_NameSnapshots:
+		return a.nameSnapshots(op.NameSnapshots)
+	case *pb.Command_DeleteSnapshot:
+		return a.deleteSnapshot(op.DeleteSnapshot)
+	case *pb.Command_CloneVolume:
+		return a.cloneVolume(op.CloneVolume)
+	case *pb.Command_RollbackVolume:
+		return a.rollbackVolume(op.RollbackVolume)
+	case *pb.Command_FlattenVolume:
+		return a.flattenVolume(op.FlattenVolume)
+	case *pb.Command_PruneLayer:
+		return a.pruneLayer(op.PruneLayer)
 	case *pb.Command_BindVm:
 		return a.bindVM(op.BindVm)
 	case *pb.Command_SetPlacement:

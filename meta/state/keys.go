@@ -15,6 +15,7 @@ import (
 //	m name               counters and singletons
 //	v id(8)              pb.Volume
 //	n name               volume id(8)
+//	o origin(8) vol(8)   empty: the volume is a clone of the origin
 //	c volume(8) index(4) pb.Chunk
 //	u store(16) vol(8)   empty: the volume has the store as a member
 //	h name               pb.Host
@@ -30,7 +31,7 @@ import (
 const (
 	tMeta, tVolume, tName, tChunk, tUse, tHost  = 'm', 'v', 'n', 'c', 'u', 'h'
 	tStore, tVM, tEvent, tSession, tAge, tReply = 's', 'k', 'e', 'x', 't', 'r'
-	tToken, tTenant, tDue                       = 'j', 'q', 'd'
+	tToken, tTenant, tDue, tOrigin              = 'j', 'q', 'd', 'o'
 )
 
 func key(table byte, parts ...any) []byte {

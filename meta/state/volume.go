@@ -188,6 +188,10 @@ func (a *apply) deleteVolume(op *pb.DeleteVolume) (*pb.Result, error) {
 	if v.HolderSession != "" {
 		return nil, status.Errorf(status.Held, "volume %s is attached on host %s: detach it first", v.Name, v.HolderHost)
 	}
+	if err := a.checkNoClones(v); err != nil {
+		return nil, err
+	}
+	a.forgetOrigin(v)
 	for _, c := range Chunks(a.kv, v.Id) {
 		a.kv.Delete(key(tChunk, v.Id, c.Index))
 	}
@@ -220,6 +224,7 @@ func (a *apply) attach(op *pb.Attach) (*pb.Result, error) {
 		return nil, status.Errorf(status.TooBig, "volume %s has used all %d writer epochs: copy it to a new volume", v.Name, ids.MaxEpoch)
 	}
 	v.Epoch++
+	giveUpOpen(v)
 	// Moved: some epoch since the last detach is not known to be dead, only its
 	// lease can end it.
 	v.Moved = v.HolderSession != "" && (v.Moved || !mine && !gone)
