@@ -5,6 +5,7 @@ import (
 
 	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/wire"
 )
 
 // The way of compaction, one segment at a time:
@@ -16,8 +17,8 @@ import (
 //  4. When the copies are written, the next window; after the last one nothing
 //     points to the segment any more and releaseDead gives it up.
 //
-// A block whose checksum is wrong is copied as it is: it stays as unreadable as
-// it was until a good copy replaces it.
+// A block whose checksum is wrong is copied as it is (appendBad): it stays as
+// unreadable as it was until a good copy replaces it.
 
 const (
 	// windowBlocks holds the largest batch.
@@ -206,12 +207,28 @@ func (c *compaction) copyRecord(r *record, at, data uint32, blocks []byte) error
 		}
 		return e.loc == want && e.kind == r.kind && uint64(e.version) == r.version, err
 	}
+	block := func(i uint32) []byte { return blocks[(data+i)*blockBytes : (data+i+1)*blockBytes] }
+	bad := func(i uint32) bool {
+		return r.kind == kindData && wire.BlockSum(v.id, ch.id, ch.layer, ids.Block(r.block+i), ids.Version(r.version), block(i)) != le.Uint32(r.payload[4*i:])
+	}
 	for i := uint32(0); i < r.count; {
 		n := uint32(0)
 		for ; i+n < r.count; n++ {
 			ok, err := live(i + n)
 			if err != nil {
 				return err
+			}
+			if ok && bad(i+n) {
+				if n > 0 {
+					break
+				}
+				if !s.roomFor(1, reserveCopies) {
+					return errNoRoom
+				}
+				if err := s.appendBad(ch, ids.Block(r.block+i), ids.Version(r.version), le.Uint32(r.payload[4*i:]), block(i)); err != nil {
+					return err
+				}
+				break
 			}
 			if !ok {
 				break

@@ -253,7 +253,11 @@ func wholeLife(t *testing.T, d *tracer, seed uint64) (p *player, models []model,
 			return p, models, nil
 		}
 	}
-	steps(p.s, 20)
+	d.Mem.Flip(100, 1) // one copy of the superblock: a scrub writes it anew
+	if err := p.s.StartScrub(0, 1<<30); err != nil {
+		t.Fatal(err)
+	}
+	steps(p.s, 30)
 	return p, []model{p.m}, p.s.Close()
 }
 
@@ -320,7 +324,7 @@ func afterFailure(t *testing.T, d *tracer, p *player, models []model, err error)
 	what := fmt.Sprintf("seed %d, call %d (%s) failed", p.seed, d.fail, d.failed)
 	stops := !d.ofPages && d.kind != disk.Read
 	onTheWay := 0
-	if d.kind == disk.Allocate || d.kind == disk.Discard {
+	if d.kind == disk.Allocate || d.kind == disk.Discard || d.failed == "rewroteSuper" {
 		onTheWay = 1 // they are submitted along with others
 	}
 	if stops && d.after > onTheWay {

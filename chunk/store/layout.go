@@ -48,7 +48,8 @@ import (
 //	+--------+-------+---------+-------+-------+-------+-----+-----+----+---------+
 //
 //	kind      fields                                            payload
-//	data      a run of count blocks at version                  count checksums
+//	data      a run of count blocks at version; flag 1 = its    count checksums
+//	          data did not match its checksum when it was moved
 //	zero      a run of tombstones at version                    -
 //	hole      a run of blocks set back to never written         -
 //	poison    a run of blocks with no good copy left            -
@@ -96,6 +97,7 @@ const (
 
 	flagHead   = 1 // a batch of a segment's head
 	flagIntact = 1 // of a volume record or table entry
+	flagBad    = 1 // of a data record: its block was bad when it was moved here
 )
 
 // kind is what a record says; the first four are also the states of a block.

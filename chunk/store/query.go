@@ -21,6 +21,8 @@ func (s *Store) query(c *caller, v *vol, q *wire.Request, out *outbox) error {
 	case v == nil:
 	case q.Kind == wire.Newer:
 		err = s.newer(v, q, rep)
+	case q.Kind == wire.Damaged:
+		s.damaged(q, rep)
 	case q.Kind == wire.List:
 		err = s.list(v, q, rep)
 	default:

@@ -225,7 +225,7 @@ func (s *Store) intactData(w *window, g *segment, at uint32, b []byte, h *batchH
 	head := slices.Clone(b) // the window moves on
 	ok := true
 	err := eachRecord(head, h, func(r *record, data uint32) error {
-		if r.kind != kindData {
+		if r.kind != kindData || r.flags&flagBad != 0 {
 			return nil
 		}
 		for i := range r.count {

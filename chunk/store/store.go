@@ -117,6 +117,7 @@ type Store struct {
 	merges     []*merge   // ≤ maxMerges; the first one is under way
 	reading    int        // windows of merges being read
 	compact    compaction
+	scrub      scrubber
 }
 
 const defaultIndexBytes = 64 << 20
@@ -312,6 +313,9 @@ func (s *Store) step(now time.Duration, out *outbox) error {
 	if err := s.checkpointStep(); err != nil {
 		return err
 	}
+	if err := s.scrub.step(s, now, out); err != nil {
+		return err
+	}
 	return s.compact.step(out, true)
 }
 
@@ -333,7 +337,7 @@ func (s *Store) Close() error {
 	s.unlock(&out)
 
 	s.mu.Lock()
-	for s.failed == nil && s.compact.busy() || s.discards > 0 || s.idx.busy || s.reading > 0 {
+	for s.failed == nil && (s.compact.busy() || s.scrub.busy) || s.discards > 0 || s.idx.busy || s.reading > 0 {
 		s.cond.Wait()
 	}
 	done := false

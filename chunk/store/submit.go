@@ -306,7 +306,7 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 		return s.seal(c, q, out)
 	case wire.Drop:
 		return s.drop(c, q, out)
-	case wire.Newer, wire.Digest, wire.List, wire.Stat:
+	case wire.Newer, wire.Digest, wire.List, wire.Stat, wire.Damaged:
 		return s.query(c, v, q, out)
 	case wire.Layers:
 		return s.setLayers(c, v, q, out)

@@ -118,8 +118,12 @@ const (
 	// Merge gives Chunk's entries of Layer to the layer it is being merged into,
 	// wherever that has none, at their versions. Durable in the order of the log.
 	// Answered when Layer holds nothing of Chunk any more. Fenced.
-	Merge     Kind = 16
-	kindCount Kind = 17
+	Merge Kind = 16
+	// Damaged lists blocks of the volume that the store has found it cannot read,
+	// at most Count (0: all). A good copy replaces them: Install with FlagRepair.
+	// Fenced.
+	Damaged   Kind = 17
+	kindCount Kind = 18
 )
 
 // Frame flags.
@@ -259,7 +263,7 @@ func mix(x uint64) uint64 {
 // String returns the kind's name.
 func (k Kind) String() string {
 	names := [...]string{"?", "hello", "ping", "write", "zero", "flush", "read", "seal", "newer", "digest",
-		"list", "install", "drop", "stat", "settle", "layers", "merge"}
+		"list", "install", "drop", "stat", "settle", "layers", "merge", "damaged"}
 	if int(k) < len(names) {
 		return names[k]
 	}
