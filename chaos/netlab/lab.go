@@ -296,17 +296,19 @@ func (l *Lab) setLink(host, spine int, up bool) error {
 
 // Silence has a spine drop all it gets and sends; its links stay up.
 func (l *Lab) Silence(spine int) error {
-	return l.nft(spine, "table inet cut { chain in { type filter hook prerouting priority -300; policy drop; }\n chain out { type filter hook output priority -300; policy drop; }\n}\n")
+	return l.nft(spine, "table inet cut {\n chain in {\n type filter hook prerouting priority -300; policy drop;\n }\n chain out {\n type filter hook output priority -300; policy drop;\n }\n}\n")
 }
 
 // DropData has a spine drop what it should pass on, and answer all else: no
 // routing protocol sees that.
 func (l *Lab) DropData(spine int) error {
-	return l.nft(spine, "table inet cut { chain fwd { type filter hook forward priority -300; policy drop; }\n}\n")
+	return l.nft(spine, "table inet cut {\n chain pass {\n type filter hook forward priority -300; policy drop;\n }\n}\n")
 }
 
-// Heal ends Silence and DropData.
-func (l *Lab) Heal(spine int) error { return l.nft(spine, "delete table inet cut") }
+// Heal ends Silence and DropData, if there is any.
+func (l *Lab) Heal(spine int) error {
+	return l.nft(spine, "table inet cut {\n}\ndelete table inet cut\n")
+}
 
 func (l *Lab) nft(spine int, rules string) error {
 	n := l.nodes[fmt.Sprintf("spine-%d", spine)]

@@ -21,8 +21,8 @@ func newLab(t *testing.T, p bird.Protocol, spines, hosts int) *Lab {
 		t.Fatal("network namespaces need root: run by `make test-int` as root")
 	}
 	l, err := New(Config{Dir: t.TempDir(), Spines: spines, Hosts: hosts, Protocol: p})
-	check(t, err)
-	t.Cleanup(func() { check(t, l.Close()) })
+	must(t, err)
+	t.Cleanup(func() { must(t, l.Close()) })
 	converge(t, l)
 	return l
 }
@@ -42,7 +42,7 @@ func converge(t *testing.T, l *Lab) {
 	t.Logf("converged in %v", took)
 }
 
-func check(t *testing.T, err error) {
+func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -71,16 +71,16 @@ func TestCutsHeal(t *testing.T) {
 		t.Run(string(p), func(t *testing.T) {
 			l := newLab(t, p, 2, 3)
 			probe, err := l.Probe(1, 2, 4, 2)
-			check(t, err)
+			must(t, err)
 			cut := func(name string, down, heal func() error) {
 				probe.Take()
-				check(t, down())
+				must(t, down())
 				await(t, name+" noticed", func() bool {
 					hops, err := l.Hops("host-1")
-					check(t, err)
+					must(t, err)
 					return hops[netip.PrefixFrom(Stable(2), 32)] == 1
 				})
-				check(t, heal())
+				must(t, heal())
 				converge(t, l)
 				t.Logf("%s: %+v", name, probe.Take())
 			}
@@ -98,8 +98,8 @@ func TestBirdComesBack(t *testing.T) {
 	l := newLab(t, bird.BGP, 2, 2)
 	for i, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP} {
 		st, err := l.Agent("host-1").Report()
-		check(t, err)
-		check(t, syscall.Kill(st.BIRD.Pid, sig))
+		must(t, err)
+		must(t, syscall.Kill(st.BIRD.Pid, sig))
 		await(t, fmt.Sprintf("a new BIRD after %v", sig), func() bool {
 			now, err := l.Agent("host-1").Report()
 			return err == nil && now.BIRD.Pid != 0 && now.BIRD.Pid != st.BIRD.Pid && now.BIRD.Restarts == i+1
@@ -114,21 +114,21 @@ func TestLiarIsNotBelieved(t *testing.T) {
 		t.Run(string(p), func(t *testing.T) {
 			l := newLab(t, p, 2, 3)
 			before, err := l.Hops("host-1")
-			check(t, err)
+			must(t, err)
 			lie := l.Topology
 			lie.Nodes = append([]bird.Node(nil), lie.Nodes...)
 			// It claims host 2's address as a second one of its own, and one nobody has.
 			text := lie
 			text.Nodes[2].Addrs = []netip.Addr{Stable(2), netip.MustParseAddr("fd00:ca1f::77")}
 			text.Nodes[1].Addrs = []netip.Addr{Stable(7)}
-			check(t, l.Agent("host-3").Apply(text))
+			must(t, l.Agent("host-3").Apply(text))
 			await(t, "the lie takes host 3's own address away", func() bool {
 				hops, err := l.Hops("host-1")
-				check(t, err)
+				must(t, err)
 				return hops[netip.PrefixFrom(Stable(3), 32)] == 0
 			})
 			after, err := l.Hops("host-1")
-			check(t, err)
+			must(t, err)
 			to := netip.PrefixFrom(Stable(2), 32)
 			if after[to] != before[to] {
 				t.Errorf("%d next hops to host 2 before the lie, %d after", before[to], after[to])
@@ -139,7 +139,7 @@ func TestLiarIsNotBelieved(t *testing.T) {
 				}
 			}
 			probe, err := l.Probe(1, 2, 1, 1)
-			check(t, err)
+			must(t, err)
 			if _, err := probe.Stop(); err != nil {
 				t.Error(err)
 			}
@@ -164,12 +164,12 @@ func TestWrongKey(t *testing.T) {
 	wrong := l.Topology
 	wrong.Cables = append([]bird.Cable(nil), wrong.Cables...)
 	wrong.Cables[0].Key = "another" // host-1 to spine-1
-	check(t, l.Agent("host-1").Apply(wrong))
+	must(t, l.Agent("host-1").Apply(wrong))
 	await(t, "one path is left", func() bool {
 		hops, err := l.Hops("host-1")
-		check(t, err)
+		must(t, err)
 		return hops[netip.PrefixFrom(Stable(2), 32)] == 1
 	})
-	check(t, l.Agent("host-1").Apply(l.Topology))
+	must(t, l.Agent("host-1").Apply(l.Topology))
 	converge(t, l)
 }

@@ -136,6 +136,9 @@ func (c *metaConfig) check() error {
 		if err := errors.Join(checkAddr("peer api", p.API), checkAddr("peer raft", p.Raft)); err != nil {
 			return err
 		}
+		if len(link.SplitAddrs(p.API)) != len(link.SplitAddrs(p.Raft)) {
+			return fmt.Errorf("peer %s: api and raft list different numbers of addresses: one for each path in both", p.ID)
+		}
 	}
 	if !self {
 		return fmt.Errorf("this node, %s, is not among its own peers", c.ID)

@@ -138,7 +138,7 @@ func (w *netView) diagnose() {
 
 func netCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "net", Short: "The storage network"}
-	cmd.AddCommand(netShowCommand(c), netRunCommand())
+	cmd.AddCommand(netShowCommand(c), netRunCommand(), netLabCommand(c))
 	return cmd
 }
 

@@ -52,14 +52,23 @@ func lifeOf(name string) string {
 	return name + "~" + hex.EncodeToString(b[:])
 }
 
+// joinAddr is both of a node's addresses as raft's configuration keeps them.
+// Each may be a list, with as many entries as the other.
 func joinAddr(p Peer) raft.ServerAddress { return raft.ServerAddress(p.RaftAddr + "," + p.APIAddr) }
+
+// cutAddr undoes joinAddr.
+func cutAddr(a raft.ServerAddress) (raftAddr, apiAddr string) {
+	list := strings.Split(string(a), ",")
+	half := (len(list) + 1) / 2
+	return strings.Join(list[:half], ","), strings.Join(list[half:], ",")
+}
 
 // peerOf resolves a server of raft's configuration.
 func (s *Server) peerOf(sv raft.Server) Peer {
 	if p, ok := s.addrs[sv.ID]; ok {
 		return p
 	}
-	r, a, _ := strings.Cut(string(sv.Address), ",")
+	r, a := cutAddr(sv.Address)
 	return Peer{ID: string(sv.ID), RaftAddr: r, APIAddr: a}
 }
 

@@ -92,6 +92,13 @@ func (j *journal) add(what, cause string) {
 	}
 }
 
+// causeless reports whether nothing of late could be the cause of something.
+func (j *journal) causeless() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return time.Since(j.root.Time) >= causeFor
+}
+
 // Events returns the events after a number, oldest first.
 func (a *Agent) Events(after uint64) []Event {
 	a.events.mu.Lock()
@@ -186,6 +193,9 @@ func (a *Agent) compare(old, now map[string]string) {
 		}
 		if _, info, ok := strings.Cut(is, "Error: "); ok {
 			cause = info
+		}
+		if n[0] == '3' && a.events.causeless() {
+			cause = "told by neighbours"
 		}
 		a.events.add(fmt.Sprintf("%s: %s, was %s", n[2:], is, was), cause)
 	}

@@ -1,0 +1,184 @@
+package netlab
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cairnstore/cairn/chaos/check"
+	"github.com/cairnstore/cairn/netplane/bird"
+)
+
+const (
+	volume      = "v"
+	volumeBytes = 256 << 20
+)
+
+// world is a cluster in a lab with a volume of three replicas on host-1.
+type world struct {
+	t *testing.T
+	*Lab
+	c  *Cluster
+	io *check.Load // runs again and again: what one wrote the next must find
+}
+
+func newWorld(t *testing.T, p bird.Protocol, spines, hosts int) *world {
+	t.Helper()
+	bin := os.Getenv("CAIRN_BIN")
+	if bin == "" {
+		t.Fatal("CAIRN_BIN names no cairn binary: run by `make test-int`")
+	}
+	l, err := New(Config{Dir: t.TempDir(), Spines: spines, Hosts: hosts, Protocol: p, Bare: true})
+	must(t, err)
+	t.Cleanup(func() { must(t, l.Close()) })
+	c, err := l.StartCluster(t.Context(), bin)
+	must(t, err)
+	w := &world{t: t, Lab: l, c: c}
+	t.Cleanup(func() {
+		if t.Failed() {
+			w.logs()
+		}
+		must(t, c.Close())
+	})
+	converge(t, l)
+	w.cairn("volume", "create", volume, "--size", fmt.Sprint(volumeBytes), "--replicas", "3")
+	w.cairn("volume", "attach", volume, "--host", "host-1")
+	w.io = check.NewLoad(check.Config{Dial: check.NBD("nbd+unix:///"+volume+"?socket="+c.NBD(1), nil), Seed: 1, Blocks: 512, Depth: 8, Rate: 1500})
+	return w
+}
+
+// logs prints the end of every process's log.
+func (w *world) logs() {
+	for _, p := range w.c.procs {
+		b, err := os.ReadFile(w.c.log(p.name))
+		if err != nil {
+			w.t.Log(err)
+		}
+		w.t.Logf("%s: …%s", p.name, b[max(0, len(b)-3000):])
+	}
+}
+
+func (w *world) cairn(args ...string) string {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	out, err := w.c.Cairn(ctx, args...)
+	must(w.t, err)
+	return out
+}
+
+// members is the volume's revision and how many members are in sync.
+func (w *world) members() (revision uint64, inSync int) {
+	w.t.Helper()
+	var v struct {
+		Revision uint64
+		Members  []struct{ InSync bool }
+	}
+	must(w.t, json.Unmarshal([]byte(w.cairn("volume", "show", volume, "-o", "json")), &v))
+	for _, m := range v.Members {
+		if m.InSync {
+			inSync++
+		}
+	}
+	return v.Revision, inSync
+}
+
+// problems is what status says is wrong.
+func (w *world) problems() string {
+	w.t.Helper()
+	var v struct{ Problems []string }
+	must(w.t, json.Unmarshal([]byte(w.cairn("status", "-o", "json")), &v))
+	return strings.Join(v.Problems, "; ")
+}
+
+// answered is how many operations the load has done.
+func (w *world) answered() (n int) {
+	for _, k := range w.io.Stats().Kinds {
+		n += k.Count
+	}
+	return n
+}
+
+// longest is the longest operation of those that began since.
+func (w *world) longest(since int) (d time.Duration) {
+	for _, o := range w.io.History().Ops()[since:] {
+		if !o.Unknown {
+			d = max(d, time.Duration(o.ReturnNs-o.InvokeNs))
+		}
+	}
+	return d
+}
+
+// during runs a load, does something in its midst, and returns the longest
+// operation. Every operation must succeed and every byte be right.
+func (w *world) during(what string, act func()) time.Duration {
+	w.t.Helper()
+	since := len(w.io.History().Ops())
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- w.io.Run(ctx) }()
+	more := func(n int) {
+		at := w.answered() + n
+		await(w.t, "I/O "+what, func() bool { return w.answered() >= at || len(ended) > 0 })
+	}
+	more(500)
+	act()
+	more(3000)
+	cancel()
+	if err := <-ended; err != nil {
+		w.t.Errorf("%s: %v", what, err)
+	}
+	d := w.longest(since)
+	w.t.Logf("%s: longest operation %v", what, d)
+	return d
+}
+
+// Whatever single link or spine is cut, and with whatever protocol: no error,
+// no exclusion, and the cause is told from others. Everything is in sync all the
+// while: what a path loses, another carries.
+func TestStorageRidesOutCuts(t *testing.T) {
+	protocols := []bird.Protocol{bird.BGP, bird.Static}
+	if os.Getenv("CAIRN_NET_LONG") != "" {
+		protocols = []bird.Protocol{bird.BGP, bird.Static, bird.RIP, bird.OSPF}
+	}
+	for _, p := range protocols {
+		t.Run(string(p), func(t *testing.T) {
+			w := newWorld(t, p, 2, 3)
+			w.during("calm", func() {})
+			before, inSync := w.members()
+			if inSync != 3 {
+				t.Fatalf("%d members in sync at the beginning", inSync)
+			}
+			for _, c := range []struct{ do, part, tells string }{
+				{"cut", "host-2:spine-1", "link s1 of host host-2 to spine-1 is"},
+				{"cut", "host-1:spine-2", "link s2 of host host-1 to spine-2 is"},
+				{"silence", "spine-1", "spine spine-1 passes nothing on"},
+				{"silence", "spine-2", "spine spine-2 passes nothing on"},
+				{"drop-data", "spine-1", "spine spine-1 passes nothing on"},
+				{"drop-data", "spine-2", "spine spine-2 passes nothing on"},
+				{"cut", "spine-2", "to spine-2 is"},
+			} {
+				what := c.do + " " + c.part
+				stall := w.during(what, func() { must(t, w.Do(c.do, c.part)) })
+				if stall > maxStall {
+					t.Errorf("%s: an operation took %v, more than %v", what, stall, maxStall)
+				}
+				await(t, what+" told by status", func() bool { return strings.Contains(w.problems(), c.tells) })
+				must(t, w.Do("heal", "all"))
+				await(t, "status well after "+what, func() bool { return w.problems() == "" })
+				if revision, inSync := w.members(); revision != before || inSync != 3 {
+					t.Errorf("%s: members changed from revision %d to %d, %d in sync", what, before, revision, inSync)
+				}
+			}
+			must(t, check.Linearizable(context.Background(), w.io.History()))
+		})
+	}
+}
+
+// maxStall is more than any cut takes (1 s on an idle machine) and less than
+// what a replica's exclusion and return would.
+const maxStall = 5 * time.Second
