@@ -12,10 +12,13 @@ import (
 )
 
 // slowDisk completes operations when the test says, in any order. A sync
-// covers what was complete when it was submitted, and no more.
+// covers what was complete when it was submitted, and no more. What is being
+// read may be neither written nor given back meanwhile.
 type slowDisk struct {
 	*disk.Mem
+	t       *testing.T
 	pending []func()
+	reading map[*disk.Op]bool
 }
 
 // hide keeps the memory disk's ReadNow from the store.
@@ -31,7 +34,27 @@ func (d *slowDisk) Submit(op *disk.Op) {
 		d.pending = append(d.pending, func() { op.Done(err) })
 		return
 	}
-	d.pending = append(d.pending, func() { d.Mem.Submit(op) })
+	from, to := extent(op)
+	for r := range d.reading {
+		if a, b := extent(r); op.Kind != disk.Read && from < b && a < to {
+			d.t.Fatalf("%s of bytes %d to %d while they are being read", op.Kind, max(a, from), min(b, to))
+		}
+	}
+	if op.Kind == disk.Read {
+		if d.reading == nil {
+			d.reading = map[*disk.Op]bool{}
+		}
+		d.reading[op] = true
+	}
+	d.pending = append(d.pending, func() { delete(d.reading, op); d.Mem.Submit(op) })
+}
+
+func extent(op *disk.Op) (from, to int64) {
+	n := op.Len
+	for _, b := range op.Bufs {
+		n += int64(len(b))
+	}
+	return op.Off, op.Off + n
 }
 
 // complete completes one pending operation.
@@ -198,7 +221,7 @@ func bootName(n int) string { return "boot-" + string(rune('a'+n)) }
 // life runs a store for a while and leaves it as it stands. Boots are numbered
 // so that a kill is followed by the same one.
 func (w *swarm) life(m *disk.Mem, n int) {
-	w.d = &slowDisk{Mem: m}
+	w.d = &slowDisk{Mem: m, t: w.t}
 	s := w.open(m, n)
 	s.disk = hide{w.d}
 	if w.rng.IntN(2) == 0 {
@@ -252,4 +275,66 @@ func (w *swarm) afterwards(m *disk.Mem, boot int, least map[blockID]ids.Version)
 		}
 	}
 	w.acked, w.durable = found, clone(found)
+}
+
+// A segment that compaction is reading dies, is given up, and its place is
+// wanted again: not before the read is done.
+func TestVictimIsHeldWhileItIsRead(t *testing.T) {
+	d := &slowDisk{Mem: formatMem(t), t: t}
+	s := open(t, d.Mem, testBoot)
+	for i := range 8 {
+		mustOK(t, ask(s, put(1, ids.Block(i*50), 50, ids.MakeVersion(1, uint64(i+1)), uint64(i*1000))))
+	}
+	for i := range 3 { // most of the first ones
+		mustOK(t, ask(s, put(1, ids.Block(i*50), 48, ids.MakeVersion(1, uint64(9+i)), 1)))
+	}
+	mustOK(t, ask(s, wire.Request{Kind: wire.Flush, Volume: 1}))
+	s.disk, s.now = hide{d}, nil
+	s.Step(time.Second)
+	victim := s.compact.victim
+	if victim == nil || len(d.reading) != 1 {
+		t.Fatalf("compaction reads nothing: %+v", victim)
+	}
+	read := d.pending[0]
+	d.pending = d.pending[1:]
+	drain := func() {
+		for len(d.pending) > 0 {
+			f := d.pending[0]
+			d.pending = d.pending[1:]
+			f()
+		}
+	}
+	if drain(); len(d.reading) != 1 {
+		t.Fatal("that was not the read")
+	}
+	box := newInbox()
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i := range 200 { // the log goes round over all that is free
+		q := put(1, ids.Block(50*rng.IntN(8)), 50, ids.MakeVersion(1, uint64(100+i)), uint64(i))
+		if i < 8 {
+			q = put(1, ids.Block(i*50), 50, ids.MakeVersion(1, uint64(100+i)), uint64(i))
+		}
+		q.ID = uint64(i + 1)
+		s.Submit([]*wire.Request{&q}, box)
+		drain()
+		if i%4 == 0 {
+			s.Step(time.Duration(i+2) * time.Second)
+			drain()
+		}
+	}
+	if victim.live+victim.marks > 0 || victim.state != segLeaving {
+		t.Fatalf("the victim is in state %d with %d live blocks", victim.state, victim.live)
+	}
+	read()
+	drain()
+	for i := range 20 {
+		s.Step(time.Duration(1000+i) * time.Second)
+		drain()
+	}
+	if len(box.got) != 200 || victim.state == segLeaving {
+		t.Fatalf("%d of 200 are answered, the victim is in state %d", len(box.got), victim.state)
+	}
+	if why := figures(s); why != "" {
+		t.Fatal(why)
+	}
 }

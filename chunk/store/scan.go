@@ -9,8 +9,13 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-// scanWindow is how much recovery reads at once.
-const scanWindow = 256 << 10
+// scanWindow is how much recovery reads at once; hopWindow where it hops from
+// one batch to the next and hopBlocks or more of data lie between.
+const (
+	scanWindow = 256 << 10
+	hopWindow  = 8 << 10
+	hopBlocks  = 12
+)
 
 // window reads blocks one after the other with large calls.
 type window struct {
@@ -18,6 +23,7 @@ type window struct {
 	buf   []byte
 	first uint32 // block of the disk in buf[0:]
 	count uint32
+	hops  bool // what comes next is far from what came last
 }
 
 // block returns one block; end is the first block beyond what may be read
@@ -28,6 +34,9 @@ func (w *window) block(at, end uint32) []byte {
 			w.buf = make([]byte, scanWindow)
 		}
 		w.first, w.count = at, min(end-at, scanWindow/blockBytes)
+		if w.hops {
+			w.count = min(w.count, hopWindow/blockBytes)
+		}
 		if disk.ReadAt(w.d, w.buf[:w.count*blockBytes], offset(at)) != nil {
 			w.count = 1
 			if disk.ReadAt(w.d, w.buf[:blockBytes], offset(at)) != nil {
@@ -134,14 +143,16 @@ func empty(b []byte) bool {
 // for the next; LSNs only rise. It stops after the use's last batch.
 func (s *Store) scan(w *window, u use, f func(h *batchHead, at uint32, b []byte) error) error {
 	w.count = 0
+	defer func() { w.hops = false }()
 	lsn := uint64(0)
 	for at := uint32(0); at < s.super.segBlocks; {
 		h, b, ok := s.valid(w, u.seg, at)
 		if !ok || h.gen != u.gen || h.life != u.life || h.lsn <= lsn {
+			w.hops = false // step by step
 			at++
 			continue
 		}
-		lsn = h.lsn
+		lsn, w.hops = h.lsn, h.blocks >= hopBlocks
 		if u.last > 0 && lsn > u.last {
 			return nil
 		}
