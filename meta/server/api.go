@@ -92,7 +92,7 @@ func (s *Server) checkFree(cmd *pb.Command) error {
 	}
 	floor := uint64(freeFloor)
 	switch cmd.Op.(type) {
-	case nil, *pb.Command_ChangeMembers, *pb.Command_Detach, *pb.Command_DeleteVolume, *pb.Command_OpenSession:
+	case nil, *pb.Command_Housekeeping, *pb.Command_PurgeVolume, *pb.Command_DroppedCopies, *pb.Command_ChangeMembers, *pb.Command_Detach, *pb.Command_DeleteVolume, *pb.Command_OpenSession:
 		floor = freeLast
 	}
 	if free < floor {
@@ -275,6 +275,15 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 		rep.Vms = []*pb.VM{vm}
 	case *pb.QueryRequest_Vms:
 		rep.Vms = state.VMs(kv)
+	case *pb.QueryRequest_DeletedVolumes:
+		rep.Volumes = state.DeletedVolumes(kv)
+	case *pb.QueryRequest_Tenants:
+		rep.Tenants, rep.Pool = state.Tenants(kv), state.PoolOf(kv)
+		rep.Pool.CapacityBytes = state.StoreBytes(kv)
+	case *pb.QueryRequest_Tokens:
+		rep.Tokens = state.Tokens(kv)
+	case *pb.QueryRequest_Waste:
+		rep.Waste = state.WasteOf(kv, q.Waste)
 	case *pb.QueryRequest_Cluster:
 	case *pb.QueryRequest_Gone:
 		rep.Gone = state.Gone(kv, q.Gone.GetVolumeIds())

@@ -390,6 +390,7 @@ func (s *Server) start() error {
 		s.raft.Store(r)
 		s.wg.Go(s.watchLeadership)
 		s.wg.Go(s.watchdog)
+		s.wg.Go(s.keepHouse)
 		s.wg.Go(s.scheduleLoop)
 	}
 	s.mu.Unlock()

@@ -32,6 +32,13 @@ func Apply(kv KV, cmd *pb.Command) *pb.Result {
 	kv.Set(key(tMeta, "time"), put64(uint64(now)))
 	expireSessions(kv, now)
 	a := &apply{kv: kv, now: now, who: cmd.Who}
+	if cmd.GetHousekeeping() != nil {
+		res, err := a.housekeeping()
+		if err != nil {
+			return failed(err)
+		}
+		return res
+	}
 	if cmd.Session == "" || len(cmd.Session) > maxNameBytes {
 		return failed(status.Errorf(status.Invalid, "a command needs a session name of 1 to %d bytes", maxNameBytes))
 	}
@@ -194,6 +201,20 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.makeToken(op.MakeToken)
 	case *pb.Command_RevokeToken:
 		return a.revokeToken(op.RevokeToken)
+	case *pb.Command_UndeleteVolume:
+		return a.undeleteVolume(op.UndeleteVolume)
+	case *pb.Command_PurgeVolume:
+		return a.purgeVolume(op.PurgeVolume)
+	case *pb.Command_ShrinkVolume:
+		return a.shrinkVolume(op.ShrinkVolume)
+	case *pb.Command_UndoShrink:
+		return a.undoShrink(op.UndoShrink)
+	case *pb.Command_UpdateVolume:
+		return a.updateVolume(op.UpdateVolume)
+	case *pb.Command_SetTenant:
+		return a.setTenant(op.SetTenant)
+	case *pb.Command_DroppedCopies:
+		return a.dropped(op.DroppedCopies)
 	case *pb.Command_TrustVolume:
 		return a.trustVolume(op.TrustVolume)
 	case *pb.Command_Note:

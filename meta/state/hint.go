@@ -29,6 +29,11 @@ func Hint(k, old, val []byte) *pb.Change {
 			return nil
 		}
 		return &pb.Change{What: &pb.Change_Event{Event: u64(k[1:])}}
+	case tWaste:
+		if gone {
+			return nil
+		}
+		return &pb.Change{What: &pb.Change_Waste{Waste: bytes.Clone(k[1:17])}}
 	case tTenant:
 		return &pb.Change{What: &pb.Change_Tenant{Tenant: string(k[1:])}, Gone: gone}
 	}

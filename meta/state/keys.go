@@ -27,11 +27,12 @@ import (
 //	r session 0 seq(8)   pb.Result
 //	j sha256(32)         pb.JoinToken
 //	q name               pb.Tenant
+//	w store vol(8) ch(8) empty: a copy of a chunk for its store to drop
 //	d time(8) id(8)      empty: what Housekeeping has to do for a volume, by when
 const (
 	tMeta, tVolume, tName, tChunk, tUse, tHost  = 'm', 'v', 'n', 'c', 'u', 'h'
 	tStore, tVM, tEvent, tSession, tAge, tReply = 's', 'k', 'e', 'x', 't', 'r'
-	tToken, tTenant, tDue, tOrigin              = 'j', 'q', 'd', 'o'
+	tToken, tTenant, tDue, tOrigin, tWaste      = 'j', 'q', 'd', 'o', 'w'
 )
 
 func key(table byte, parts ...any) []byte {
@@ -67,6 +68,9 @@ func put(kv KV, k []byte, m proto.Message) {
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
 	if err != nil {
 		panic(fmt.Sprintf("state: encoding %T: %v", m, err)) // only invalid UTF-8, refused at the door
+	}
+	if v, is := m.(*pb.Volume); is && k[0] == tVolume {
+		recount(kv, VolumeByID(kv, v.Id), v)
 	}
 	kv.Set(k, b)
 }
@@ -138,8 +142,10 @@ func VolumeByName(kv KV, name string) *pb.Volume {
 	return VolumeByID(kv, u64(b))
 }
 
-// Volumes returns all volumes by id.
-func Volumes(kv KV) []*pb.Volume { return all[pb.Volume](kv, key(tVolume), nil, 0) }
+// Volumes returns all volumes by id, without deleted ones.
+func Volumes(kv KV) []*pb.Volume {
+	return volumesThat(kv, func(v *pb.Volume) bool { return v.DeletedUnixNs == 0 })
+}
 
 // Chunks returns the chunk map of a volume by index.
 func Chunks(kv KV, volume uint64) []*pb.Chunk {

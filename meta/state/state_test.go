@@ -115,7 +115,7 @@ func TestBadCommandsAreRefusedInASentence(t *testing.T) {
 		{attach("nobody", "host-1", false), status.NotFound, "nobody"},
 		{attach("v", "host-2", false), status.Held, "host-1"},
 		{&pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: "v"}}}, status.Held, "host-1"},
-		{&pb.Command{Op: &pb.Command_ResizeVolume{ResizeVolume: &pb.ResizeVolume{Volume: "v", SizeBytes: 4096}}}, status.Unsupported, "shr"},
+		{&pb.Command{Op: &pb.Command_ResizeVolume{ResizeVolume: &pb.ResizeVolume{Volume: "v", SizeBytes: 4096}}}, status.Invalid, "would be a shrink"},
 		{&pb.Command{}, status.Unsupported, "newer"},
 	} {
 		res := c.do(x.cmd)

@@ -2,6 +2,7 @@ package state
 
 import (
 	"bytes"
+	"cmp"
 	"math/bits"
 	"time"
 
@@ -43,7 +44,12 @@ func member(v *pb.Volume, store []byte) *pb.Member {
 }
 
 func (a *apply) find(name string) (*pb.Volume, error) {
-	if v := VolumeByName(a.kv, name); v != nil {
+	v := VolumeByName(a.kv, name)
+	switch {
+	case v == nil:
+	case v.DeletedUnixNs > 0:
+		return nil, status.Errorf(status.NotFound, "volume %s (id:%d) was deleted: `cairn volume undelete id:%d` brings it back", v.Name, v.Id, v.Id)
+	default:
 		return v, nil
 	}
 	return nil, status.Errorf(status.NotFound, "there is no volume %q", name)
@@ -98,7 +104,14 @@ func (a *apply) createVolume(op *pb.CreateVolume) (*pb.Result, error) {
 	if err := checkSize(op.SizeBytes); err != nil {
 		return nil, err
 	}
-	v := &pb.Volume{Name: op.Name, SizeBytes: op.SizeBytes, ChunkBytes: op.ChunkBytes, Replicas: op.Replicas, Domain: op.Domain}
+	v := &pb.Volume{Name: op.Name, SizeBytes: op.SizeBytes, ChunkBytes: op.ChunkBytes, Replicas: op.Replicas, Domain: op.Domain,
+		Tenant: op.Tenant, Tags: op.Tags, Thick: op.Thick, Qos: op.Qos}
+	if err := cmp.Or(checkTags(op.Tags), checkQos(op.Qos)); err != nil {
+		return nil, err
+	}
+	if op.Tenant != "" && !validName(op.Tenant) {
+		return nil, badName("tenant", op.Tenant)
+	}
 	if v.ChunkBytes == 0 {
 		v.ChunkBytes = ids.DefaultChunkBytes
 	}
@@ -127,6 +140,9 @@ func (a *apply) createVolume(op *pb.CreateVolume) (*pb.Result, error) {
 	}
 	if a.kv.Get(key(tName, op.Name)) != nil {
 		return nil, status.Errorf(status.Exists, "volume %s exists already: choose another name", op.Name)
+	}
+	if err := cmp.Or(a.checkQuota(v.Tenant, v.SizeBytes, 0), a.checkThick(chargeOf(v).thick, 0)); err != nil {
+		return nil, err
 	}
 	v.Id, v.CreatedUnixNs, v.Revision = next(a.kv, "volume"), a.now, 1
 	put(a.kv, key(tVolume, v.Id), v)
@@ -169,38 +185,24 @@ func (a *apply) resizeVolume(op *pb.ResizeVolume) (*pb.Result, error) {
 		return nil, err
 	}
 	if op.SizeBytes < v.SizeBytes {
-		return nil, status.Errorf(status.Unsupported, "volume %s cannot shrink from %d to %d bytes: shrinking is not supported yet; create a smaller volume and copy the data", v.Name, v.SizeBytes, op.SizeBytes)
+		return nil, status.Errorf(status.Invalid, "volume %s has %d bytes: %d would be a shrink, which its gateway does after a look at the data (`cairn volume resize`)", v.Name, v.SizeBytes, op.SizeBytes)
 	}
 	if err := a.pool(v.Domain).checkFits(op.SizeBytes, v.Replicas); err != nil {
 		return nil, err
 	}
+	if op.SizeBytes > v.SizeBytes {
+		more := op.SizeBytes - v.SizeBytes
+		var thick uint64
+		if v.Thick {
+			thick = more * uint64(v.Replicas)
+		}
+		if err := cmp.Or(a.checkGrow(v), a.checkQuota(v.Tenant, more, 0), a.checkThick(thick, 0)); err != nil {
+			return nil, err
+		}
+	}
 	v.SizeBytes = op.SizeBytes
 	put(a.kv, key(tVolume, v.Id), v)
 	a.event("volume %s grown to %d bytes", v.Name, v.SizeBytes)
-	return &pb.Result{Volume: v}, nil
-}
-
-func (a *apply) deleteVolume(op *pb.DeleteVolume) (*pb.Result, error) {
-	v, err := a.find(op.Volume)
-	if err != nil {
-		return nil, err
-	}
-	if v.HolderSession != "" {
-		return nil, status.Errorf(status.Held, "volume %s is attached on host %s: detach it first", v.Name, v.HolderHost)
-	}
-	if err := a.checkNoClones(v); err != nil {
-		return nil, err
-	}
-	a.forgetOrigin(v)
-	for _, c := range Chunks(a.kv, v.Id) {
-		a.kv.Delete(key(tChunk, v.Id, c.Index))
-	}
-	for _, m := range v.Members {
-		a.kv.Delete(key(tUse, m.Store, v.Id))
-	}
-	a.kv.Delete(key(tName, v.Name))
-	a.kv.Delete(key(tVolume, v.Id))
-	a.event("volume %s removed", v.Name)
 	return &pb.Result{Volume: v}, nil
 }
 
@@ -286,6 +288,9 @@ func (a *apply) allocate(op *pb.Allocate) (*pb.Result, error) {
 			}
 		}
 	}
+	if err := a.checkChunkRoom(v, op.Indices); err != nil {
+		return nil, err
+	}
 	res := &pb.Result{}
 	joined := false
 	for _, ix := range op.Indices {
@@ -306,6 +311,24 @@ func (a *apply) allocate(op *pb.Allocate) (*pb.Result, error) {
 	put(a.kv, key(tVolume, v.Id), v)
 	res.Volume = v
 	return res, nil
+}
+
+// checkChunkRoom holds an allocation to quotas, and to what thick volumes keep.
+func (a *apply) checkChunkRoom(v *pb.Volume, indices []uint32) error {
+	var fresh uint64
+	for _, ix := range indices { // one named twice counts twice: nobody does
+		if ChunkAt(a.kv, v.Id, ix) == nil {
+			fresh += v.ChunkBytes * uint64(v.Replicas)
+		}
+	}
+	if fresh == 0 {
+		return nil
+	}
+	thin := fresh
+	if v.Thick {
+		thin = 0
+	}
+	return cmp.Or(a.checkQuota(v.Tenant, 0, fresh), a.checkThick(0, thin))
 }
 
 // join makes a store an in-sync member of a volume that never had it: with no

@@ -123,7 +123,7 @@ func (x ChunkMove_Step) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ChunkMove_Step.Descriptor instead.
 func (ChunkMove_Step) EnumDescriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36, 0}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38, 0}
 }
 
 type Store struct {
@@ -1375,6 +1375,7 @@ type Command struct {
 	//	*Command_UpdateVolume
 	//	*Command_SetTenant
 	//	*Command_TrustVolume
+	//	*Command_DroppedCopies
 	//	*Command_MoveChunks
 	//	*Command_SetReplicas
 	//	*Command_HandOver
@@ -1700,6 +1701,15 @@ func (x *Command) GetTrustVolume() *TrustVolume {
 	return nil
 }
 
+func (x *Command) GetDroppedCopies() *DroppedCopies {
+	if x != nil {
+		if x, ok := x.Op.(*Command_DroppedCopies); ok {
+			return x.DroppedCopies
+		}
+	}
+	return nil
+}
+
 func (x *Command) GetMoveChunks() *MoveChunks {
 	if x != nil {
 		if x, ok := x.Op.(*Command_MoveChunks); ok {
@@ -1920,6 +1930,10 @@ type Command_TrustVolume struct {
 	TrustVolume *TrustVolume `protobuf:"bytes,52,opt,name=trust_volume,json=trustVolume,proto3,oneof"`
 }
 
+type Command_DroppedCopies struct {
+	DroppedCopies *DroppedCopies `protobuf:"bytes,53,opt,name=dropped_copies,json=droppedCopies,proto3,oneof"`
+}
+
 type Command_MoveChunks struct {
 	MoveChunks *MoveChunks `protobuf:"bytes,70,opt,name=move_chunks,json=moveChunks,proto3,oneof"`
 }
@@ -2021,6 +2035,8 @@ func (*Command_UpdateVolume) isCommand_Op() {}
 func (*Command_SetTenant) isCommand_Op() {}
 
 func (*Command_TrustVolume) isCommand_Op() {}
+
+func (*Command_DroppedCopies) isCommand_Op() {}
 
 func (*Command_MoveChunks) isCommand_Op() {}
 
@@ -2523,6 +2539,7 @@ func (x *ShrinkVolume) GetKeepSeconds() int64 {
 type UndoShrink struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Forget        bool                   `protobuf:"varint,2,opt,name=forget,proto3" json:"forget,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2564,6 +2581,119 @@ func (x *UndoShrink) GetVolume() string {
 	return ""
 }
 
+func (x *UndoShrink) GetForget() bool {
+	if x != nil {
+		return x.Forget
+	}
+	return false
+}
+
+// ChunkCopy is a store's copy of a chunk that no map names any more.
+type ChunkCopy struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	ChunkId       uint64                 `protobuf:"varint,2,opt,name=chunk_id,json=chunkId,proto3" json:"chunk_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChunkCopy) Reset() {
+	*x = ChunkCopy{}
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChunkCopy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChunkCopy) ProtoMessage() {}
+
+func (x *ChunkCopy) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChunkCopy.ProtoReflect.Descriptor instead.
+func (*ChunkCopy) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ChunkCopy) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *ChunkCopy) GetChunkId() uint64 {
+	if x != nil {
+		return x.ChunkId
+	}
+	return 0
+}
+
+// DroppedCopies says that a store has dropped copies, durably.
+type DroppedCopies struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	Copies        []*ChunkCopy           `protobuf:"bytes,2,rep,name=copies,proto3" json:"copies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DroppedCopies) Reset() {
+	*x = DroppedCopies{}
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DroppedCopies) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DroppedCopies) ProtoMessage() {}
+
+func (x *DroppedCopies) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DroppedCopies.ProtoReflect.Descriptor instead.
+func (*DroppedCopies) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *DroppedCopies) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+func (x *DroppedCopies) GetCopies() []*ChunkCopy {
+	if x != nil {
+		return x.Copies
+	}
+	return nil
+}
+
 // UpdateVolume changes what is said about a volume.
 type UpdateVolume struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2577,7 +2707,7 @@ type UpdateVolume struct {
 
 func (x *UpdateVolume) Reset() {
 	*x = UpdateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2589,7 +2719,7 @@ func (x *UpdateVolume) String() string {
 func (*UpdateVolume) ProtoMessage() {}
 
 func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2602,7 +2732,7 @@ func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVolume.ProtoReflect.Descriptor instead.
 func (*UpdateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UpdateVolume) GetVolume() string {
@@ -2645,7 +2775,7 @@ type SetTenant struct {
 
 func (x *SetTenant) Reset() {
 	*x = SetTenant{}
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2657,7 +2787,7 @@ func (x *SetTenant) String() string {
 func (*SetTenant) ProtoMessage() {}
 
 func (x *SetTenant) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2670,7 +2800,7 @@ func (x *SetTenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTenant.ProtoReflect.Descriptor instead.
 func (*SetTenant) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SetTenant) GetTenant() string {
@@ -2705,7 +2835,7 @@ type TrustVolume struct {
 
 func (x *TrustVolume) Reset() {
 	*x = TrustVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2717,7 +2847,7 @@ func (x *TrustVolume) String() string {
 func (*TrustVolume) ProtoMessage() {}
 
 func (x *TrustVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2730,7 +2860,7 @@ func (x *TrustVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustVolume.ProtoReflect.Descriptor instead.
 func (*TrustVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TrustVolume) GetVolume() string {
@@ -2750,7 +2880,7 @@ type InitCluster struct {
 
 func (x *InitCluster) Reset() {
 	*x = InitCluster{}
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2762,7 +2892,7 @@ func (x *InitCluster) String() string {
 func (*InitCluster) ProtoMessage() {}
 
 func (x *InitCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2775,7 +2905,7 @@ func (x *InitCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitCluster.ProtoReflect.Descriptor instead.
 func (*InitCluster) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *InitCluster) GetClusterId() string {
@@ -2794,7 +2924,7 @@ type OpenSession struct {
 
 func (x *OpenSession) Reset() {
 	*x = OpenSession{}
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2806,7 +2936,7 @@ func (x *OpenSession) String() string {
 func (*OpenSession) ProtoMessage() {}
 
 func (x *OpenSession) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2819,7 +2949,7 @@ func (x *OpenSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSession.ProtoReflect.Descriptor instead.
 func (*OpenSession) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
 }
 
 // RegisterHost adds or updates a host. Whether it is drained stays as it is.
@@ -2833,7 +2963,7 @@ type RegisterHost struct {
 
 func (x *RegisterHost) Reset() {
 	*x = RegisterHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2845,7 +2975,7 @@ func (x *RegisterHost) String() string {
 func (*RegisterHost) ProtoMessage() {}
 
 func (x *RegisterHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2858,7 +2988,7 @@ func (x *RegisterHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterHost.ProtoReflect.Descriptor instead.
 func (*RegisterHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RegisterHost) GetHost() *Host {
@@ -2886,7 +3016,7 @@ type RegisterStore struct {
 
 func (x *RegisterStore) Reset() {
 	*x = RegisterStore{}
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2898,7 +3028,7 @@ func (x *RegisterStore) String() string {
 func (*RegisterStore) ProtoMessage() {}
 
 func (x *RegisterStore) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2911,7 +3041,7 @@ func (x *RegisterStore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterStore.ProtoReflect.Descriptor instead.
 func (*RegisterStore) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RegisterStore) GetStore() *Store {
@@ -2938,7 +3068,7 @@ type CreateVolume struct {
 
 func (x *CreateVolume) Reset() {
 	*x = CreateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2950,7 +3080,7 @@ func (x *CreateVolume) String() string {
 func (*CreateVolume) ProtoMessage() {}
 
 func (x *CreateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2963,7 +3093,7 @@ func (x *CreateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolume.ProtoReflect.Descriptor instead.
 func (*CreateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CreateVolume) GetName() string {
@@ -3039,7 +3169,7 @@ type RenameVolume struct {
 
 func (x *RenameVolume) Reset() {
 	*x = RenameVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3051,7 +3181,7 @@ func (x *RenameVolume) String() string {
 func (*RenameVolume) ProtoMessage() {}
 
 func (x *RenameVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3064,7 +3194,7 @@ func (x *RenameVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameVolume.ProtoReflect.Descriptor instead.
 func (*RenameVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RenameVolume) GetVolume() string {
@@ -3091,7 +3221,7 @@ type ResizeVolume struct {
 
 func (x *ResizeVolume) Reset() {
 	*x = ResizeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3103,7 +3233,7 @@ func (x *ResizeVolume) String() string {
 func (*ResizeVolume) ProtoMessage() {}
 
 func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3116,7 +3246,7 @@ func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolume.ProtoReflect.Descriptor instead.
 func (*ResizeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ResizeVolume) GetVolume() string {
@@ -3144,7 +3274,7 @@ type DeleteVolume struct {
 
 func (x *DeleteVolume) Reset() {
 	*x = DeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3156,7 +3286,7 @@ func (x *DeleteVolume) String() string {
 func (*DeleteVolume) ProtoMessage() {}
 
 func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3169,7 +3299,7 @@ func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolume.ProtoReflect.Descriptor instead.
 func (*DeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DeleteVolume) GetVolume() string {
@@ -3201,7 +3331,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3213,7 +3343,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3226,7 +3356,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Attach) GetVolume() string {
@@ -3286,7 +3416,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3298,7 +3428,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3311,7 +3441,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *HandOver) GetVolumeId() uint64 {
@@ -3356,7 +3486,7 @@ type ChunkMove struct {
 
 func (x *ChunkMove) Reset() {
 	*x = ChunkMove{}
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3368,7 +3498,7 @@ func (x *ChunkMove) String() string {
 func (*ChunkMove) ProtoMessage() {}
 
 func (x *ChunkMove) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3381,7 +3511,7 @@ func (x *ChunkMove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkMove.ProtoReflect.Descriptor instead.
 func (*ChunkMove) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ChunkMove) GetIndex() uint32 {
@@ -3434,7 +3564,7 @@ type MoveChunks struct {
 
 func (x *MoveChunks) Reset() {
 	*x = MoveChunks{}
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3446,7 +3576,7 @@ func (x *MoveChunks) String() string {
 func (*MoveChunks) ProtoMessage() {}
 
 func (x *MoveChunks) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3459,7 +3589,7 @@ func (x *MoveChunks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveChunks.ProtoReflect.Descriptor instead.
 func (*MoveChunks) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *MoveChunks) GetVolumeId() uint64 {
@@ -3502,7 +3632,7 @@ type SetReplicas struct {
 
 func (x *SetReplicas) Reset() {
 	*x = SetReplicas{}
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3514,7 +3644,7 @@ func (x *SetReplicas) String() string {
 func (*SetReplicas) ProtoMessage() {}
 
 func (x *SetReplicas) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3527,7 +3657,7 @@ func (x *SetReplicas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetReplicas.ProtoReflect.Descriptor instead.
 func (*SetReplicas) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *SetReplicas) GetVolume() string {
@@ -3555,7 +3685,7 @@ type Detach struct {
 
 func (x *Detach) Reset() {
 	*x = Detach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3567,7 +3697,7 @@ func (x *Detach) String() string {
 func (*Detach) ProtoMessage() {}
 
 func (x *Detach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3580,7 +3710,7 @@ func (x *Detach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detach.ProtoReflect.Descriptor instead.
 func (*Detach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Detach) GetVolumeId() uint64 {
@@ -3613,7 +3743,7 @@ type Allocate struct {
 
 func (x *Allocate) Reset() {
 	*x = Allocate{}
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3625,7 +3755,7 @@ func (x *Allocate) String() string {
 func (*Allocate) ProtoMessage() {}
 
 func (x *Allocate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3638,7 +3768,7 @@ func (x *Allocate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocate.ProtoReflect.Descriptor instead.
 func (*Allocate) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Allocate) GetVolumeId() uint64 {
@@ -3698,7 +3828,7 @@ type MemberChange struct {
 
 func (x *MemberChange) Reset() {
 	*x = MemberChange{}
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3710,7 +3840,7 @@ func (x *MemberChange) String() string {
 func (*MemberChange) ProtoMessage() {}
 
 func (x *MemberChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3723,7 +3853,7 @@ func (x *MemberChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberChange.ProtoReflect.Descriptor instead.
 func (*MemberChange) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *MemberChange) GetVolumeId() uint64 {
@@ -3786,7 +3916,7 @@ type ChangeMembers struct {
 
 func (x *ChangeMembers) Reset() {
 	*x = ChangeMembers{}
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3798,7 +3928,7 @@ func (x *ChangeMembers) String() string {
 func (*ChangeMembers) ProtoMessage() {}
 
 func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3811,7 +3941,7 @@ func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembers.ProtoReflect.Descriptor instead.
 func (*ChangeMembers) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ChangeMembers) GetChanges() []*MemberChange {
@@ -3831,7 +3961,7 @@ type PutVM struct {
 
 func (x *PutVM) Reset() {
 	*x = PutVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3843,7 +3973,7 @@ func (x *PutVM) String() string {
 func (*PutVM) ProtoMessage() {}
 
 func (x *PutVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3856,7 +3986,7 @@ func (x *PutVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutVM.ProtoReflect.Descriptor instead.
 func (*PutVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PutVM) GetVm() *VM {
@@ -3882,7 +4012,7 @@ type DeleteVM struct {
 
 func (x *DeleteVM) Reset() {
 	*x = DeleteVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3894,7 +4024,7 @@ func (x *DeleteVM) String() string {
 func (*DeleteVM) ProtoMessage() {}
 
 func (x *DeleteVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3907,7 +4037,7 @@ func (x *DeleteVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVM.ProtoReflect.Descriptor instead.
 func (*DeleteVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DeleteVM) GetName() string {
@@ -3935,7 +4065,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3947,7 +4077,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3960,7 +4090,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Result) GetStatus() uint32 {
@@ -4044,7 +4174,7 @@ type MemberResult struct {
 
 func (x *MemberResult) Reset() {
 	*x = MemberResult{}
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4056,7 +4186,7 @@ func (x *MemberResult) String() string {
 func (*MemberResult) ProtoMessage() {}
 
 func (x *MemberResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4069,7 +4199,7 @@ func (x *MemberResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberResult.ProtoReflect.Descriptor instead.
 func (*MemberResult) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *MemberResult) GetStatus() uint32 {
@@ -4109,6 +4239,7 @@ type QueryRequest struct {
 	//	*QueryRequest_DeletedVolumes
 	//	*QueryRequest_Tenants
 	//	*QueryRequest_Tokens
+	//	*QueryRequest_Waste
 	//	*QueryRequest_LayersOf
 	//	*QueryRequest_Place
 	Q             isQueryRequest_Q `protobuf_oneof:"q"`
@@ -4120,7 +4251,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4132,7 +4263,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4145,7 +4276,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *QueryRequest) GetQ() isQueryRequest_Q {
@@ -4263,6 +4394,15 @@ func (x *QueryRequest) GetTokens() bool {
 	return false
 }
 
+func (x *QueryRequest) GetWaste() []byte {
+	if x != nil {
+		if x, ok := x.Q.(*QueryRequest_Waste); ok {
+			return x.Waste
+		}
+	}
+	return nil
+}
+
 func (x *QueryRequest) GetLayersOf() *LayersOf {
 	if x != nil {
 		if x, ok := x.Q.(*QueryRequest_LayersOf); ok {
@@ -4347,6 +4487,10 @@ type QueryRequest_Tokens struct {
 	Tokens bool `protobuf:"varint,42,opt,name=tokens,proto3,oneof"`
 }
 
+type QueryRequest_Waste struct {
+	Waste []byte `protobuf:"bytes,43,opt,name=waste,proto3,oneof"` // of a store: copies it is to drop
+}
+
 type QueryRequest_LayersOf struct {
 	LayersOf *LayersOf `protobuf:"bytes,60,opt,name=layers_of,json=layersOf,proto3,oneof"`
 }
@@ -4379,6 +4523,8 @@ func (*QueryRequest_Tenants) isQueryRequest_Q() {}
 
 func (*QueryRequest_Tokens) isQueryRequest_Q() {}
 
+func (*QueryRequest_Waste) isQueryRequest_Q() {}
+
 func (*QueryRequest_LayersOf) isQueryRequest_Q() {}
 
 func (*QueryRequest_Place) isQueryRequest_Q() {}
@@ -4393,7 +4539,7 @@ type GoneVolumes struct {
 
 func (x *GoneVolumes) Reset() {
 	*x = GoneVolumes{}
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4405,7 +4551,7 @@ func (x *GoneVolumes) String() string {
 func (*GoneVolumes) ProtoMessage() {}
 
 func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4418,7 +4564,7 @@ func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoneVolumes.ProtoReflect.Descriptor instead.
 func (*GoneVolumes) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GoneVolumes) GetVolumeIds() []uint64 {
@@ -4438,7 +4584,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4450,7 +4596,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4463,7 +4609,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Events) GetAfter() uint64 {
@@ -4491,7 +4637,7 @@ type PlaceVM struct {
 
 func (x *PlaceVM) Reset() {
 	*x = PlaceVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4503,7 +4649,7 @@ func (x *PlaceVM) String() string {
 func (*PlaceVM) ProtoMessage() {}
 
 func (x *PlaceVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4516,7 +4662,7 @@ func (x *PlaceVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceVM.ProtoReflect.Descriptor instead.
 func (*PlaceVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PlaceVM) GetVm() string {
@@ -4552,6 +4698,7 @@ type QueryReply struct {
 	Pool          *Pool                  `protobuf:"bytes,41,opt,name=pool,proto3" json:"pool,omitempty"`
 	Tokens        []*JoinToken           `protobuf:"bytes,42,rep,name=tokens,proto3" json:"tokens,omitempty"`
 	Revision      uint64                 `protobuf:"varint,43,opt,name=revision,proto3" json:"revision,omitempty"` // the state's, for Watch
+	Waste         []*ChunkCopy           `protobuf:"bytes,44,rep,name=waste,proto3" json:"waste,omitempty"`
 	Layers        []*VolumeLayers        `protobuf:"bytes,60,rep,name=layers,proto3" json:"layers,omitempty"`
 	Origins       []*OriginState         `protobuf:"bytes,61,rep,name=origins,proto3" json:"origins,omitempty"` // nearest first
 	Place         *PlaceAnswer           `protobuf:"bytes,80,opt,name=place,proto3" json:"place,omitempty"`
@@ -4561,7 +4708,7 @@ type QueryReply struct {
 
 func (x *QueryReply) Reset() {
 	*x = QueryReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4573,7 +4720,7 @@ func (x *QueryReply) String() string {
 func (*QueryReply) ProtoMessage() {}
 
 func (x *QueryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4586,7 +4733,7 @@ func (x *QueryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryReply.ProtoReflect.Descriptor instead.
 func (*QueryReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *QueryReply) GetStatus() uint32 {
@@ -4708,6 +4855,13 @@ func (x *QueryReply) GetRevision() uint64 {
 	return 0
 }
 
+func (x *QueryReply) GetWaste() []*ChunkCopy {
+	if x != nil {
+		return x.Waste
+	}
+	return nil
+}
+
 func (x *QueryReply) GetLayers() []*VolumeLayers {
 	if x != nil {
 		return x.Layers
@@ -4742,7 +4896,7 @@ type OriginState struct {
 
 func (x *OriginState) Reset() {
 	*x = OriginState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4754,7 +4908,7 @@ func (x *OriginState) String() string {
 func (*OriginState) ProtoMessage() {}
 
 func (x *OriginState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4767,7 +4921,7 @@ func (x *OriginState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OriginState.ProtoReflect.Descriptor instead.
 func (*OriginState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *OriginState) GetVolume() *Volume {
@@ -4811,7 +4965,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4823,7 +4977,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4836,7 +4990,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -4885,7 +5039,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4897,7 +5051,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4910,7 +5064,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -4946,7 +5100,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4958,7 +5112,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4971,7 +5125,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -5012,7 +5166,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5024,7 +5178,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5037,7 +5191,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -5068,7 +5222,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5080,7 +5234,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5093,7 +5247,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -5157,7 +5311,7 @@ type RenewReply struct {
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5169,7 +5323,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5182,7 +5336,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -5270,7 +5424,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5282,7 +5436,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5295,7 +5449,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
 }
 
 type NodeReply struct {
@@ -5322,7 +5476,7 @@ type NodeReply struct {
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5334,7 +5488,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5347,7 +5501,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *NodeReply) GetId() string {
@@ -5472,7 +5626,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5484,7 +5638,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5497,7 +5651,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WatchRequest) GetAfter() uint64 {
@@ -5519,6 +5673,7 @@ type Change struct {
 	//	*Change_Vm
 	//	*Change_Event
 	//	*Change_Tenant
+	//	*Change_Waste
 	What          isChange_What `protobuf_oneof:"what"`
 	Gone          bool          `protobuf:"varint,20,opt,name=gone,proto3" json:"gone,omitempty"` // it was removed
 	unknownFields protoimpl.UnknownFields
@@ -5527,7 +5682,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5539,7 +5694,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5552,7 +5707,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *Change) GetWhat() isChange_What {
@@ -5616,6 +5771,15 @@ func (x *Change) GetTenant() string {
 	return ""
 }
 
+func (x *Change) GetWaste() []byte {
+	if x != nil {
+		if x, ok := x.What.(*Change_Waste); ok {
+			return x.Waste
+		}
+	}
+	return nil
+}
+
 func (x *Change) GetGone() bool {
 	if x != nil {
 		return x.Gone
@@ -5651,6 +5815,10 @@ type Change_Tenant struct {
 	Tenant string `protobuf:"bytes,6,opt,name=tenant,proto3,oneof"`
 }
 
+type Change_Waste struct {
+	Waste []byte `protobuf:"bytes,7,opt,name=waste,proto3,oneof"` // of a store: it has copies to drop
+}
+
 func (*Change_Volume) isChange_What() {}
 
 func (*Change_Host) isChange_What() {}
@@ -5662,6 +5830,8 @@ func (*Change_Vm) isChange_What() {}
 func (*Change_Event) isChange_What() {}
 
 func (*Change_Tenant) isChange_What() {}
+
+func (*Change_Waste) isChange_What() {}
 
 // WatchReply comes with every change and every few seconds.
 type WatchReply struct {
@@ -5676,7 +5846,7 @@ type WatchReply struct {
 
 func (x *WatchReply) Reset() {
 	*x = WatchReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5688,7 +5858,7 @@ func (x *WatchReply) String() string {
 func (*WatchReply) ProtoMessage() {}
 
 func (x *WatchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5701,7 +5871,7 @@ func (x *WatchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
 func (*WatchReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *WatchReply) GetRevision() uint64 {
@@ -5742,7 +5912,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5754,7 +5924,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5767,7 +5937,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *AddNodeRequest) GetApiAddr() string {
@@ -5794,7 +5964,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5806,7 +5976,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5819,7 +5989,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -5848,7 +6018,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5860,7 +6030,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5873,7 +6043,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *NodesReply) GetStatus() uint32 {
@@ -5912,7 +6082,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5924,7 +6094,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5937,7 +6107,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
 }
 
 type BackupPiece struct {
@@ -5952,7 +6122,7 @@ type BackupPiece struct {
 
 func (x *BackupPiece) Reset() {
 	*x = BackupPiece{}
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5964,7 +6134,7 @@ func (x *BackupPiece) String() string {
 func (*BackupPiece) ProtoMessage() {}
 
 func (x *BackupPiece) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5977,7 +6147,7 @@ func (x *BackupPiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
 func (*BackupPiece) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *BackupPiece) GetStatus() uint32 {
@@ -6138,7 +6308,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18( \x01(\tR\aoutcome\"\xd5\x12\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\x97\x13\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -6176,7 +6346,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\rupdate_volume\x182 \x01(\v2\x16.cairn.v1.UpdateVolumeH\x00R\fupdateVolume\x124\n" +
 	"\n" +
 	"set_tenant\x183 \x01(\v2\x13.cairn.v1.SetTenantH\x00R\tsetTenant\x12:\n" +
-	"\ftrust_volume\x184 \x01(\v2\x15.cairn.v1.TrustVolumeH\x00R\vtrustVolume\x127\n" +
+	"\ftrust_volume\x184 \x01(\v2\x15.cairn.v1.TrustVolumeH\x00R\vtrustVolume\x12@\n" +
+	"\x0edropped_copies\x185 \x01(\v2\x17.cairn.v1.DroppedCopiesH\x00R\rdroppedCopies\x127\n" +
 	"\vmove_chunks\x18F \x01(\v2\x14.cairn.v1.MoveChunksH\x00R\n" +
 	"moveChunks\x12:\n" +
 	"\fset_replicas\x18G \x01(\v2\x15.cairn.v1.SetReplicasH\x00R\vsetReplicas\x121\n" +
@@ -6219,10 +6390,17 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\x12!\n" +
 	"\fdiscard_tail\x18\x04 \x01(\bR\vdiscardTail\x12!\n" +
-	"\fkeep_seconds\x18\x05 \x01(\x03R\vkeepSeconds\"$\n" +
+	"\fkeep_seconds\x18\x05 \x01(\x03R\vkeepSeconds\"<\n" +
 	"\n" +
 	"UndoShrink\x12\x16\n" +
-	"\x06volume\x18\x01 \x01(\tR\x06volume\"\xe4\x01\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x16\n" +
+	"\x06forget\x18\x02 \x01(\bR\x06forget\"C\n" +
+	"\tChunkCopy\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x19\n" +
+	"\bchunk_id\x18\x02 \x01(\x04R\achunkId\"R\n" +
+	"\rDroppedCopies\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\fR\x05store\x12+\n" +
+	"\x06copies\x18\x02 \x03(\v2\x13.cairn.v1.ChunkCopyR\x06copies\"\xe4\x01\n" +
 	"\fUpdateVolume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12>\n" +
 	"\bset_tags\x18\x02 \x03(\v2#.cairn.v1.UpdateVolume.SetTagsEntryR\asetTags\x12\x1f\n" +
@@ -6346,7 +6524,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\fMemberResult\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"\xb5\x04\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"\xcd\x04\n" +
 	"\fQueryRequest\x12\x18\n" +
 	"\x06volume\x18\x01 \x01(\tH\x00R\x06volume\x12\x1a\n" +
 	"\avolumes\x18\x02 \x01(\bH\x00R\avolumes\x12\x16\n" +
@@ -6359,7 +6537,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\bplace_vm\x18\t \x01(\v2\x11.cairn.v1.PlaceVMH\x00R\aplaceVm\x12)\n" +
 	"\x0fdeleted_volumes\x18( \x01(\bH\x00R\x0edeletedVolumes\x12\x1a\n" +
 	"\atenants\x18) \x01(\bH\x00R\atenants\x12\x18\n" +
-	"\x06tokens\x18* \x01(\bH\x00R\x06tokens\x121\n" +
+	"\x06tokens\x18* \x01(\bH\x00R\x06tokens\x12\x16\n" +
+	"\x05waste\x18+ \x01(\fH\x00R\x05waste\x121\n" +
 	"\tlayers_of\x18< \x01(\v2\x12.cairn.v1.LayersOfH\x00R\blayersOf\x12/\n" +
 	"\x05place\x18P \x01(\v2\x17.cairn.v1.PlaceQuestionH\x00R\x05place\x12\x1f\n" +
 	"\vwith_chunks\x18\x14 \x01(\bR\n" +
@@ -6374,7 +6553,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"<\n" +
 	"\aPlaceVM\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12!\n" +
-	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xe4\x05\n" +
+	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\x8f\x06\n" +
 	"\n" +
 	"QueryReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -6396,7 +6575,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\atenants\x18( \x03(\v2\x10.cairn.v1.TenantR\atenants\x12\"\n" +
 	"\x04pool\x18) \x01(\v2\x0e.cairn.v1.PoolR\x04pool\x12+\n" +
 	"\x06tokens\x18* \x03(\v2\x13.cairn.v1.JoinTokenR\x06tokens\x12\x1a\n" +
-	"\brevision\x18+ \x01(\x04R\brevision\x12.\n" +
+	"\brevision\x18+ \x01(\x04R\brevision\x12)\n" +
+	"\x05waste\x18, \x03(\v2\x13.cairn.v1.ChunkCopyR\x05waste\x12.\n" +
 	"\x06layers\x18< \x03(\v2\x16.cairn.v1.VolumeLayersR\x06layers\x12/\n" +
 	"\aorigins\x18= \x03(\v2\x15.cairn.v1.OriginStateR\aorigins\x12+\n" +
 	"\x05place\x18P \x01(\v2\x15.cairn.v1.PlaceAnswerR\x05place\"\x95\x01\n" +
@@ -6473,14 +6653,15 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06format\x18- \x01(\rR\x06format\x12\x16\n" +
 	"\x06detail\x18. \x01(\tR\x06detail\"$\n" +
 	"\fWatchRequest\x12\x14\n" +
-	"\x05after\x18\x01 \x01(\x04R\x05after\"\xb0\x01\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\"\xc8\x01\n" +
 	"\x06Change\x12\x18\n" +
 	"\x06volume\x18\x01 \x01(\x04H\x00R\x06volume\x12\x14\n" +
 	"\x04host\x18\x02 \x01(\tH\x00R\x04host\x12\x16\n" +
 	"\x05store\x18\x03 \x01(\fH\x00R\x05store\x12\x10\n" +
 	"\x02vm\x18\x04 \x01(\tH\x00R\x02vm\x12\x16\n" +
 	"\x05event\x18\x05 \x01(\x04H\x00R\x05event\x12\x18\n" +
-	"\x06tenant\x18\x06 \x01(\tH\x00R\x06tenant\x12\x12\n" +
+	"\x06tenant\x18\x06 \x01(\tH\x00R\x06tenant\x12\x16\n" +
+	"\x05waste\x18\a \x01(\fH\x00R\x05waste\x12\x12\n" +
 	"\x04gone\x18\x14 \x01(\bR\x04goneB\x06\n" +
 	"\x04what\"\x84\x01\n" +
 	"\n" +
@@ -6536,7 +6717,7 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 73)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
 var file_proto_pb_meta_proto_goTypes = []any{
 	(ChunkState)(0),           // 0: cairn.v1.ChunkState
 	(ChunkMove_Step)(0),       // 1: cairn.v1.ChunkMove.Step
@@ -6563,102 +6744,104 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	(*PurgeVolume)(nil),       // 22: cairn.v1.PurgeVolume
 	(*ShrinkVolume)(nil),      // 23: cairn.v1.ShrinkVolume
 	(*UndoShrink)(nil),        // 24: cairn.v1.UndoShrink
-	(*UpdateVolume)(nil),      // 25: cairn.v1.UpdateVolume
-	(*SetTenant)(nil),         // 26: cairn.v1.SetTenant
-	(*TrustVolume)(nil),       // 27: cairn.v1.TrustVolume
-	(*InitCluster)(nil),       // 28: cairn.v1.InitCluster
-	(*OpenSession)(nil),       // 29: cairn.v1.OpenSession
-	(*RegisterHost)(nil),      // 30: cairn.v1.RegisterHost
-	(*RegisterStore)(nil),     // 31: cairn.v1.RegisterStore
-	(*CreateVolume)(nil),      // 32: cairn.v1.CreateVolume
-	(*RenameVolume)(nil),      // 33: cairn.v1.RenameVolume
-	(*ResizeVolume)(nil),      // 34: cairn.v1.ResizeVolume
-	(*DeleteVolume)(nil),      // 35: cairn.v1.DeleteVolume
-	(*Attach)(nil),            // 36: cairn.v1.Attach
-	(*HandOver)(nil),          // 37: cairn.v1.HandOver
-	(*ChunkMove)(nil),         // 38: cairn.v1.ChunkMove
-	(*MoveChunks)(nil),        // 39: cairn.v1.MoveChunks
-	(*SetReplicas)(nil),       // 40: cairn.v1.SetReplicas
-	(*Detach)(nil),            // 41: cairn.v1.Detach
-	(*Allocate)(nil),          // 42: cairn.v1.Allocate
-	(*MemberChange)(nil),      // 43: cairn.v1.MemberChange
-	(*ChangeMembers)(nil),     // 44: cairn.v1.ChangeMembers
-	(*PutVM)(nil),             // 45: cairn.v1.PutVM
-	(*DeleteVM)(nil),          // 46: cairn.v1.DeleteVM
-	(*Result)(nil),            // 47: cairn.v1.Result
-	(*MemberResult)(nil),      // 48: cairn.v1.MemberResult
-	(*QueryRequest)(nil),      // 49: cairn.v1.QueryRequest
-	(*GoneVolumes)(nil),       // 50: cairn.v1.GoneVolumes
-	(*Events)(nil),            // 51: cairn.v1.Events
-	(*PlaceVM)(nil),           // 52: cairn.v1.PlaceVM
-	(*QueryReply)(nil),        // 53: cairn.v1.QueryReply
-	(*OriginState)(nil),       // 54: cairn.v1.OriginState
-	(*StoreUsage)(nil),        // 55: cairn.v1.StoreUsage
-	(*StoreState)(nil),        // 56: cairn.v1.StoreState
-	(*HostState)(nil),         // 57: cairn.v1.HostState
-	(*Lease)(nil),             // 58: cairn.v1.Lease
-	(*RenewRequest)(nil),      // 59: cairn.v1.RenewRequest
-	(*RenewReply)(nil),        // 60: cairn.v1.RenewReply
-	(*NodeRequest)(nil),       // 61: cairn.v1.NodeRequest
-	(*NodeReply)(nil),         // 62: cairn.v1.NodeReply
-	(*WatchRequest)(nil),      // 63: cairn.v1.WatchRequest
-	(*Change)(nil),            // 64: cairn.v1.Change
-	(*WatchReply)(nil),        // 65: cairn.v1.WatchReply
-	(*AddNodeRequest)(nil),    // 66: cairn.v1.AddNodeRequest
-	(*RemoveNodeRequest)(nil), // 67: cairn.v1.RemoveNodeRequest
-	(*NodesReply)(nil),        // 68: cairn.v1.NodesReply
-	(*BackupRequest)(nil),     // 69: cairn.v1.BackupRequest
-	(*BackupPiece)(nil),       // 70: cairn.v1.BackupPiece
-	nil,                       // 71: cairn.v1.Host.LabelsEntry
-	nil,                       // 72: cairn.v1.Volume.TagsEntry
-	nil,                       // 73: cairn.v1.UpdateVolume.SetTagsEntry
-	nil,                       // 74: cairn.v1.CreateVolume.TagsEntry
-	(*HostPromise)(nil),       // 75: cairn.v1.HostPromise
-	(*Layer)(nil),             // 76: cairn.v1.Layer
-	(*Origin)(nil),            // 77: cairn.v1.Origin
-	(*VMNeeds)(nil),           // 78: cairn.v1.VMNeeds
-	(*VMQueue)(nil),           // 79: cairn.v1.VMQueue
-	(*PrepareSnapshot)(nil),   // 80: cairn.v1.PrepareSnapshot
-	(*NameSnapshots)(nil),     // 81: cairn.v1.NameSnapshots
-	(*DeleteSnapshot)(nil),    // 82: cairn.v1.DeleteSnapshot
-	(*CloneVolume)(nil),       // 83: cairn.v1.CloneVolume
-	(*RollbackVolume)(nil),    // 84: cairn.v1.RollbackVolume
-	(*FlattenVolume)(nil),     // 85: cairn.v1.FlattenVolume
-	(*PruneLayer)(nil),        // 86: cairn.v1.PruneLayer
-	(*BindVM)(nil),            // 87: cairn.v1.BindVM
-	(*SetPlacement)(nil),      // 88: cairn.v1.SetPlacement
-	(*LayersOf)(nil),          // 89: cairn.v1.LayersOf
-	(*PlaceQuestion)(nil),     // 90: cairn.v1.PlaceQuestion
-	(*VolumeLayers)(nil),      // 91: cairn.v1.VolumeLayers
-	(*PlaceAnswer)(nil),       // 92: cairn.v1.PlaceAnswer
-	(*VolumeHeat)(nil),        // 93: cairn.v1.VolumeHeat
+	(*ChunkCopy)(nil),         // 25: cairn.v1.ChunkCopy
+	(*DroppedCopies)(nil),     // 26: cairn.v1.DroppedCopies
+	(*UpdateVolume)(nil),      // 27: cairn.v1.UpdateVolume
+	(*SetTenant)(nil),         // 28: cairn.v1.SetTenant
+	(*TrustVolume)(nil),       // 29: cairn.v1.TrustVolume
+	(*InitCluster)(nil),       // 30: cairn.v1.InitCluster
+	(*OpenSession)(nil),       // 31: cairn.v1.OpenSession
+	(*RegisterHost)(nil),      // 32: cairn.v1.RegisterHost
+	(*RegisterStore)(nil),     // 33: cairn.v1.RegisterStore
+	(*CreateVolume)(nil),      // 34: cairn.v1.CreateVolume
+	(*RenameVolume)(nil),      // 35: cairn.v1.RenameVolume
+	(*ResizeVolume)(nil),      // 36: cairn.v1.ResizeVolume
+	(*DeleteVolume)(nil),      // 37: cairn.v1.DeleteVolume
+	(*Attach)(nil),            // 38: cairn.v1.Attach
+	(*HandOver)(nil),          // 39: cairn.v1.HandOver
+	(*ChunkMove)(nil),         // 40: cairn.v1.ChunkMove
+	(*MoveChunks)(nil),        // 41: cairn.v1.MoveChunks
+	(*SetReplicas)(nil),       // 42: cairn.v1.SetReplicas
+	(*Detach)(nil),            // 43: cairn.v1.Detach
+	(*Allocate)(nil),          // 44: cairn.v1.Allocate
+	(*MemberChange)(nil),      // 45: cairn.v1.MemberChange
+	(*ChangeMembers)(nil),     // 46: cairn.v1.ChangeMembers
+	(*PutVM)(nil),             // 47: cairn.v1.PutVM
+	(*DeleteVM)(nil),          // 48: cairn.v1.DeleteVM
+	(*Result)(nil),            // 49: cairn.v1.Result
+	(*MemberResult)(nil),      // 50: cairn.v1.MemberResult
+	(*QueryRequest)(nil),      // 51: cairn.v1.QueryRequest
+	(*GoneVolumes)(nil),       // 52: cairn.v1.GoneVolumes
+	(*Events)(nil),            // 53: cairn.v1.Events
+	(*PlaceVM)(nil),           // 54: cairn.v1.PlaceVM
+	(*QueryReply)(nil),        // 55: cairn.v1.QueryReply
+	(*OriginState)(nil),       // 56: cairn.v1.OriginState
+	(*StoreUsage)(nil),        // 57: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 58: cairn.v1.StoreState
+	(*HostState)(nil),         // 59: cairn.v1.HostState
+	(*Lease)(nil),             // 60: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 61: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 62: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 63: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 64: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 65: cairn.v1.WatchRequest
+	(*Change)(nil),            // 66: cairn.v1.Change
+	(*WatchReply)(nil),        // 67: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 68: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 69: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 70: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 71: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 72: cairn.v1.BackupPiece
+	nil,                       // 73: cairn.v1.Host.LabelsEntry
+	nil,                       // 74: cairn.v1.Volume.TagsEntry
+	nil,                       // 75: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 76: cairn.v1.CreateVolume.TagsEntry
+	(*HostPromise)(nil),       // 77: cairn.v1.HostPromise
+	(*Layer)(nil),             // 78: cairn.v1.Layer
+	(*Origin)(nil),            // 79: cairn.v1.Origin
+	(*VMNeeds)(nil),           // 80: cairn.v1.VMNeeds
+	(*VMQueue)(nil),           // 81: cairn.v1.VMQueue
+	(*PrepareSnapshot)(nil),   // 82: cairn.v1.PrepareSnapshot
+	(*NameSnapshots)(nil),     // 83: cairn.v1.NameSnapshots
+	(*DeleteSnapshot)(nil),    // 84: cairn.v1.DeleteSnapshot
+	(*CloneVolume)(nil),       // 85: cairn.v1.CloneVolume
+	(*RollbackVolume)(nil),    // 86: cairn.v1.RollbackVolume
+	(*FlattenVolume)(nil),     // 87: cairn.v1.FlattenVolume
+	(*PruneLayer)(nil),        // 88: cairn.v1.PruneLayer
+	(*BindVM)(nil),            // 89: cairn.v1.BindVM
+	(*SetPlacement)(nil),      // 90: cairn.v1.SetPlacement
+	(*LayersOf)(nil),          // 91: cairn.v1.LayersOf
+	(*PlaceQuestion)(nil),     // 92: cairn.v1.PlaceQuestion
+	(*VolumeLayers)(nil),      // 93: cairn.v1.VolumeLayers
+	(*PlaceAnswer)(nil),       // 94: cairn.v1.PlaceAnswer
+	(*VolumeHeat)(nil),        // 95: cairn.v1.VolumeHeat
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	71,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
-	75,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
+	73,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	77,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
 	0,   // 2: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
 	6,   // 3: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
 	4,   // 4: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	72,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	74,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
 	8,   // 6: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	76,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
-	77,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
-	78,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
-	79,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
-	29,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
-	30,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
-	31,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
-	32,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	33,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	34,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	35,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	36,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	41,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	42,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	44,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	45,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	46,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
-	28,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
+	78,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
+	79,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
+	80,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
+	81,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
+	31,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
+	32,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
+	33,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
+	34,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
+	35,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	36,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	37,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	38,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	43,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	44,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	46,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	47,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	48,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	30,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
 	15,  // 25: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
 	16,  // 26: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
 	17,  // 27: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
@@ -6669,90 +6852,93 @@ var file_proto_pb_meta_proto_depIdxs = []int32{
 	22,  // 32: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
 	23,  // 33: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
 	24,  // 34: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
-	25,  // 35: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
-	26,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
-	27,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
-	39,  // 38: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
-	40,  // 39: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
-	37,  // 40: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
-	80,  // 41: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
-	81,  // 42: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
-	82,  // 43: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
-	83,  // 44: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
-	84,  // 45: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
-	85,  // 46: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
-	86,  // 47: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
-	87,  // 48: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
-	88,  // 49: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
-	73,  // 50: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
-	8,   // 51: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
-	3,   // 52: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	2,   // 53: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	74,  // 54: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
-	8,   // 55: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	1,   // 56: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
-	38,  // 57: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
-	5,   // 58: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	43,  // 59: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	12,  // 60: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	7,   // 61: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	5,   // 62: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	48,  // 63: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	12,  // 64: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	7,   // 65: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
-	50,  // 66: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	51,  // 67: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	52,  // 68: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	89,  // 69: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
-	90,  // 70: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
-	7,   // 71: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	5,   // 72: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	57,  // 73: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	12,  // 74: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	13,  // 75: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	62,  // 76: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	9,   // 77: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	10,  // 78: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	11,  // 79: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	91,  // 80: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
-	54,  // 81: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
-	92,  // 82: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
-	7,   // 83: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
-	5,   // 84: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
-	2,   // 85: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	55,  // 86: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,   // 87: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	56,  // 88: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	58,  // 89: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	58,  // 90: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	55,  // 91: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	93,  // 92: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
-	58,  // 93: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,   // 94: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	12,  // 95: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
-	64,  // 96: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	62,  // 97: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14,  // 98: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	49,  // 99: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	59,  // 100: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	61,  // 101: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	63,  // 102: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	66,  // 103: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	67,  // 104: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	69,  // 105: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	47,  // 106: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	53,  // 107: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	60,  // 108: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	62,  // 109: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	65,  // 110: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	68,  // 111: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	68,  // 112: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	70,  // 113: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	106, // [106:114] is the sub-list for method output_type
-	98,  // [98:106] is the sub-list for method input_type
-	98,  // [98:98] is the sub-list for extension type_name
-	98,  // [98:98] is the sub-list for extension extendee
-	0,   // [0:98] is the sub-list for field type_name
+	27,  // 35: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
+	28,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
+	29,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
+	26,  // 38: cairn.v1.Command.dropped_copies:type_name -> cairn.v1.DroppedCopies
+	41,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
+	42,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
+	39,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
+	82,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
+	83,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
+	84,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
+	85,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
+	86,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
+	87,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
+	88,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
+	89,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
+	90,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
+	25,  // 51: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
+	75,  // 52: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	8,   // 53: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	3,   // 54: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	2,   // 55: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	76,  // 56: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	8,   // 57: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	1,   // 58: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	40,  // 59: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,   // 60: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	45,  // 61: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12,  // 62: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,   // 63: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,   // 64: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	50,  // 65: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12,  // 66: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	7,   // 67: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
+	52,  // 68: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	53,  // 69: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	54,  // 70: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	91,  // 71: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	92,  // 72: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
+	7,   // 73: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,   // 74: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	59,  // 75: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12,  // 76: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13,  // 77: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	64,  // 78: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,   // 79: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10,  // 80: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11,  // 81: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	25,  // 82: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
+	93,  // 83: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	56,  // 84: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	94,  // 85: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
+	7,   // 86: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,   // 87: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,   // 88: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	57,  // 89: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,   // 90: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	58,  // 91: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	60,  // 92: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	60,  // 93: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	57,  // 94: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	95,  // 95: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
+	60,  // 96: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,   // 97: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	12,  // 98: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
+	66,  // 99: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	64,  // 100: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 101: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	51,  // 102: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	61,  // 103: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	63,  // 104: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	65,  // 105: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	68,  // 106: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	69,  // 107: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	71,  // 108: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	49,  // 109: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	55,  // 110: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	62,  // 111: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	64,  // 112: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	67,  // 113: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	70,  // 114: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	70,  // 115: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	72,  // 116: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	109, // [109:117] is the sub-list for method output_type
+	101, // [101:109] is the sub-list for method input_type
+	101, // [101:101] is the sub-list for extension type_name
+	101, // [101:101] is the sub-list for extension extendee
+	0,   // [0:101] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -6790,6 +6976,7 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_UpdateVolume)(nil),
 		(*Command_SetTenant)(nil),
 		(*Command_TrustVolume)(nil),
+		(*Command_DroppedCopies)(nil),
 		(*Command_MoveChunks)(nil),
 		(*Command_SetReplicas)(nil),
 		(*Command_HandOver)(nil),
@@ -6803,7 +6990,7 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_BindVm)(nil),
 		(*Command_SetPlacement)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[47].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[49].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
 		(*QueryRequest_Volumes)(nil),
 		(*QueryRequest_Hosts)(nil),
@@ -6816,16 +7003,18 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_DeletedVolumes)(nil),
 		(*QueryRequest_Tenants)(nil),
 		(*QueryRequest_Tokens)(nil),
+		(*QueryRequest_Waste)(nil),
 		(*QueryRequest_LayersOf)(nil),
 		(*QueryRequest_Place)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[62].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[64].OneofWrappers = []any{
 		(*Change_Volume)(nil),
 		(*Change_Host)(nil),
 		(*Change_Store)(nil),
 		(*Change_Vm)(nil),
 		(*Change_Event)(nil),
 		(*Change_Tenant)(nil),
+		(*Change_Waste)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -6833,7 +7022,7 @@ func file_proto_pb_meta_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   73,
+			NumMessages:   75,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
