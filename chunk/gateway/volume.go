@@ -27,6 +27,8 @@ type Volume struct {
 	ended  chan struct{} // closed when the engine has ended
 	wg     sync.WaitGroup
 
+	shrinking sync.Mutex // held by the one shrink there may be
+
 	size  atomic.Uint64
 	state atomic.Uint32 // volume.State
 
@@ -184,16 +186,28 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 	}
 }
 
-// refresh brings the volume as metadata knows it.
+// refresh brings the volume as metadata knows it, with its map if chunks were
+// cut out of it.
 func (v *Volume) refresh(ctx context.Context) error {
-	rep, err := v.g.cfg.Meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volume{Volume: fmt.Sprintf("id:%d", v.id)}})
-	if err != nil {
-		return err
+	q := &pb.QueryRequest{Q: &pb.QueryRequest_Volume{Volume: fmt.Sprintf("id:%d", v.id)}}
+	for {
+		rep, err := v.g.cfg.Meta.Query(ctx, q)
+		if err != nil {
+			return err
+		}
+		if len(rep.Volumes) != 1 {
+			return status.Errorf(status.NotFound, "metadata does not know volume %s any more", v.name)
+		}
+		v.mu.Lock()
+		cut := rep.Volumes[0].Cuts != v.engine.Cuts()
+		v.mu.Unlock()
+		if cut && !q.WithChunks {
+			q.WithChunks = true
+			continue
+		}
+		v.step(&volume.Refresh{Volume: rep.Volumes[0], Chunks: rep.Chunks, Whole: q.WithChunks})
+		return nil
 	}
-	for _, pv := range rep.Volumes {
-		v.step(&volume.Refresh{Volume: pv})
-	}
-	return nil
 }
 
 // Name returns the volume's name when it was attached.

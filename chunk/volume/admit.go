@@ -44,7 +44,7 @@ func (e *Engine) admit(op *Op) {
 		e.flush.next = append(e.flush.next, op)
 		return
 	}
-	if op.Off > e.size || op.Len > e.size-op.Off {
+	if end := e.bound(op); op.Off > end || op.Len > end-op.Off {
 		e.done(op, status.Invalid)
 		return
 	}

@@ -76,6 +76,8 @@ type Engine struct {
 	epoch    ids.Epoch
 	revision uint64
 	size     uint64 // bytes
+	limit    uint64 // bytes; > 0: operations end here, below the size
+	cuts     uint32 // of the map, up to this one
 	perChunk uint32 // blocks
 	replicas []*replica
 	byStore  map[ids.StoreID]*replica
@@ -105,6 +107,9 @@ type Engine struct {
 	lastTick time.Duration
 	// until then nobody made progress, or this process did not run
 	stillUntil time.Duration
+
+	sizeRevision uint64 // of the news the size is from
+	throttle     throttle
 
 	stats Stats
 	slow  slowLog
@@ -163,6 +168,8 @@ func New(now time.Duration, cfg Config, out *Out) (*Engine, error) {
 			return nil, err
 		}
 	}
+	e.cuts, e.sizeRevision = v.Cuts, v.Revision
+	e.setQos(v.Qos)
 	e.beginAttach()
 	e.settle()
 	return e, nil
@@ -191,7 +198,14 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 	case *Lease:
 		e.leased(ev.Until)
 	case *Refresh:
-		e.refresh(ev.Volume)
+		e.refresh(ev)
+	case *Limit:
+		e.limit = ev.Bytes
+	case *Share:
+		if e.throttle.share != *ev {
+			e.throttle.share = *ev
+			e.setBuckets()
+		}
 	case *Tick:
 		e.tick()
 	case *Detach:
@@ -208,6 +222,7 @@ func (e *Engine) settle() {
 		return
 	}
 	e.stepAttach()
+	e.releaseHeld()
 	e.startAllocate()
 	e.startFlush()
 	e.stepJoins()
@@ -233,7 +248,9 @@ func (e *Engine) submit(op *Op) {
 	case Attaching:
 		e.waiting.push(op)
 	case Serving:
-		e.admit(op)
+		if !e.hold(op) {
+			e.admit(op)
+		}
 	default:
 		e.done(op, status.Shutdown)
 	}
@@ -261,6 +278,8 @@ func (e *Engine) end(why string) {
 		e.done(op, status.Shutdown)
 	}
 	e.waiting.takeAll()
+	e.throttle.held.takeAll()
+	e.throttle.heldOps = 0
 	for _, r := range e.replicas {
 		e.out.Links = append(e.out.Links, LinkAction{r.index, false})
 	}
@@ -277,6 +296,9 @@ func (e *Engine) unfinished() []*Op {
 		}
 	}
 	for op := e.waiting.head; op != nil; op = op.next {
+		add(op)
+	}
+	for op := e.throttle.held.head; op != nil; op = op.next {
 		add(op)
 	}
 	for _, c := range e.sortedChunks() {
@@ -355,7 +377,8 @@ func (e *Engine) leased(until time.Duration) {
 }
 
 // refresh takes the volume as metadata knows it. Older news is ignored.
-func (e *Engine) refresh(v *pb.Volume) {
+func (e *Engine) refresh(ev *Refresh) {
+	v := ev.Volume
 	if e.state == Ended || v == nil {
 		return
 	}
@@ -366,7 +389,8 @@ func (e *Engine) refresh(v *pb.Volume) {
 	if ids.Epoch(v.Epoch) < e.epoch || v.Revision < e.revision {
 		return
 	}
-	e.size = max(e.size, v.SizeBytes)
+	e.takeSize(v, ev.Chunks, ev.Whole)
+	e.setQos(v.Qos)
 	e.member.news = v
 	e.takeNews()
 }

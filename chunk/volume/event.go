@@ -25,6 +25,7 @@ const (
 type Op struct {
 	Kind OpKind
 	FUA  bool   // durable before it is done
+	Tail bool   // it looks beyond the limit of a shrink
 	Off  uint64 // bytes
 	Len  uint64 // bytes
 	Data []byte // Write: payload. Read: Len bytes to fill
@@ -128,8 +129,13 @@ type (
 	}
 	// Lease extends the right to serve reads until a moment of the engine's clock.
 	Lease struct{ Until time.Duration }
-	// Refresh brings the volume as metadata knows it: size, members.
-	Refresh struct{ Volume *pb.Volume }
+	// Refresh brings the volume as metadata knows it: size, members, and
+	// with Whole its chunk map too, read at the same moment.
+	Refresh struct {
+		Volume *pb.Volume
+		Chunks []*pb.Chunk
+		Whole  bool
+	}
 	// Tick lets time pass; at least every 100 ms.
 	Tick struct{}
 	// Detach asks to drain, flush and let go.

@@ -299,7 +299,7 @@ func TestAVolumeGrowsWhileAMemberJoins(t *testing.T) {
 	for seed := range uint64(50) {
 		w := joining(t, seed)
 		w.vol.SizeBytes += testChunk
-		w.step(&Refresh{w.known()})
+		w.step(&Refresh{Volume: w.known()})
 		op := &Op{Kind: OpWrite, Off: testSize + 5, Len: 2 * ids.BlockSize, Data: bytes.Repeat([]byte{7}, 2*ids.BlockSize)}
 		w.do(op, w.ok("write beyond the old end"))
 		w.until("written", w.idle)
@@ -329,7 +329,7 @@ func TestAConflictWaitsForNews(t *testing.T) {
 			w.fail("metadata was asked %d times without news", calls)
 		}
 		w.hold = nil
-		w.step(&Refresh{w.known()})
+		w.step(&Refresh{Volume: w.known()})
 		w.until("excluded", func() bool { return !w.vol.Members[2].InSync })
 	}
 }

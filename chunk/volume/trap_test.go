@@ -393,7 +393,7 @@ func TestAMemberAddedUnknownToTheEngineIsExcluded(t *testing.T) {
 		w.until("excluded", func() bool { return !w.vol.Members[0].InSync && w.idle() })
 		w.until("quiet", func() bool { return !w.e.metaBusy() })
 		w.change(&pb.MemberChange{Epoch: w.vol.Epoch, Revision: w.vol.Revision, Add: w.stores[0].id[:], AddIncarnation: 1})
-		w.step(&Refresh{w.known()})
+		w.step(&Refresh{Volume: w.known()})
 		w.write(2, 60) // checks that in-sync members have it
 		w.until("written", w.idle)
 		w.fall(0)

@@ -118,7 +118,8 @@ func (w *world) serving() {
 
 // known is the volume as metadata knows it.
 func (w *world) known() *pb.Volume {
-	v := &pb.Volume{Id: 1, Name: "v", SizeBytes: w.vol.SizeBytes, ChunkBytes: testChunk, Epoch: w.vol.Epoch, Revision: w.vol.Revision}
+	v := &pb.Volume{Id: 1, Name: "v", SizeBytes: w.vol.SizeBytes, ChunkBytes: testChunk, Epoch: w.vol.Epoch, Revision: w.vol.Revision,
+		Qos: w.vol.Qos, ShrunkFrom: w.vol.ShrunkFrom, Cuts: w.vol.Cuts, CutUpto: w.vol.CutUpto}
 	for _, m := range w.vol.Members {
 		v.Members = append(v.Members, &pb.Member{Store: m.Store, Incarnation: m.Incarnation, Host: m.Host, InSync: m.InSync})
 	}
@@ -230,7 +231,7 @@ func (w *world) meta(m *MetaCall) {
 		conflict = conflict || status.Kind(r.Status) == status.Conflict
 	}
 	if conflict {
-		w.toEngine(func() { w.step(&Refresh{w.known()}) })
+		w.toEngine(func() { w.step(&Refresh{Volume: w.known()}) })
 	}
 	w.step(&MetaDone{Call: m, Result: res, Err: err})
 }

@@ -111,7 +111,9 @@ func (a *apply) cutSome(v *pb.Volume, due []byte) {
 	if len(cut) < purgeChunks {
 		a.kv.Delete(due)
 		v.ShrunkFrom, v.UndoUnixNs = 0, 0
-		v.Revision++ // its holder forgets the chunks before it hears of a new size
+		v.Cuts++ // its holder forgets the chunks before it takes a new size
+		v.CutUpto = u64(a.kv.Get(key(tMeta, "chunk")))
+		v.Revision++
 		a.event("volume %s: its shrink to %d bytes is final", v.Name, v.SizeBytes)
 	}
 	put(a.kv, key(tVolume, v.Id), v)

@@ -550,6 +550,8 @@ type Volume struct {
 	PurgeUnixNs    int64                  `protobuf:"varint,45,opt,name=purge_unix_ns,json=purgeUnixNs,proto3" json:"purge_unix_ns,omitempty"`          // when a deleted one goes for good
 	ShrunkFrom     uint64                 `protobuf:"varint,46,opt,name=shrunk_from,json=shrunkFrom,proto3" json:"shrunk_from,omitempty"`               // bytes; > 0: a shrink can be undone
 	UndoUnixNs     int64                  `protobuf:"varint,47,opt,name=undo_unix_ns,json=undoUnixNs,proto3" json:"undo_unix_ns,omitempty"`             // until then
+	Cuts           uint32                 `protobuf:"varint,49,opt,name=cuts,proto3" json:"cuts,omitempty"`                                             // shrinks that have become final
+	CutUpto        uint64                 `protobuf:"varint,50,opt,name=cut_upto,json=cutUpto,proto3" json:"cut_upto,omitempty"`                        // chunks the last one took out of the map have ids up to this one
 	RestoredUnixNs int64                  `protobuf:"varint,48,opt,name=restored_unix_ns,json=restoredUnixNs,proto3" json:"restored_unix_ns,omitempty"` // it came out of a metadata backup of then and nobody has vouched for it
 	Layers         []*Layer               `protobuf:"bytes,60,rep,name=layers,proto3" json:"layers,omitempty"`                                          // empty: only layer 0, the top
 	Top            uint32                 `protobuf:"varint,61,opt,name=top,proto3" json:"top,omitempty"`                                               // the layer a new writer writes to
@@ -753,6 +755,20 @@ func (x *Volume) GetShrunkFrom() uint64 {
 func (x *Volume) GetUndoUnixNs() int64 {
 	if x != nil {
 		return x.UndoUnixNs
+	}
+	return 0
+}
+
+func (x *Volume) GetCuts() uint32 {
+	if x != nil {
+		return x.Cuts
+	}
+	return 0
+}
+
+func (x *Volume) GetCutUpto() uint64 {
+	if x != nil {
+		return x.CutUpto
 	}
 	return 0
 }
@@ -6217,7 +6233,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\afilling\x18\x14 \x03(\v2\x11.cairn.v1.FillingR\afilling\";\n" +
 	"\aFilling\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x1a\n" +
-	"\breplaces\x18\x02 \x01(\fR\breplaces\"\xe6\a\n" +
+	"\breplaces\x18\x02 \x01(\fR\breplaces\"\x95\b\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -6249,7 +6265,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\vshrunk_from\x18. \x01(\x04R\n" +
 	"shrunkFrom\x12 \n" +
 	"\fundo_unix_ns\x18/ \x01(\x03R\n" +
-	"undoUnixNs\x12(\n" +
+	"undoUnixNs\x12\x12\n" +
+	"\x04cuts\x181 \x01(\rR\x04cuts\x12\x19\n" +
+	"\bcut_upto\x182 \x01(\x04R\acutUpto\x12(\n" +
 	"\x10restored_unix_ns\x180 \x01(\x03R\x0erestoredUnixNs\x12'\n" +
 	"\x06layers\x18< \x03(\v2\x0f.cairn.v1.LayerR\x06layers\x12\x10\n" +
 	"\x03top\x18= \x01(\rR\x03top\x12\x1d\n" +
