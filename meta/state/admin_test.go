@@ -16,7 +16,7 @@ const day = int64(86400) * 1e9
 // at gives a command the leader's time.
 func at(cmd *pb.Command, ns int64) *pb.Command { cmd.TimeUnixNs = ns; return cmd }
 
-func remove(name string, keepSeconds int64) *pb.Command {
+func removeVolume(name string, keepSeconds int64) *pb.Command {
 	return &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: name, KeepSeconds: keepSeconds}}}
 }
 
@@ -113,12 +113,12 @@ func (c *cluster) audit() {
 func TestADeletedVolumeComesBackUntilItsTimeIsOver(t *testing.T) {
 	c := newCluster(t)
 	v := c.filled("v", 3)
-	c.refused(status.Held, "detach", remove("v", 60))
+	c.refused(status.Held, "detach", removeVolume("v", 60))
 	c.ok(detach(v))
 	c.ok(&pb.Command{Op: &pb.Command_PutVm{PutVm: &pb.PutVM{Create: true, Vm: &pb.VM{Name: "m", Volume: "x", Disks: []string{"v"}, Desired: "stopped"}}}})
-	c.refused(status.Held, "disk of VM m", remove("v", 60))
+	c.refused(status.Held, "disk of VM m", removeVolume("v", 60))
 	c.ok(&pb.Command{Op: &pb.Command_DeleteVm{DeleteVm: &pb.DeleteVM{Name: "m"}}})
-	c.ok(remove("v", 3600))
+	c.ok(removeVolume("v", 3600))
 	c.audit()
 	if c.volume("v") != nil || len(Volumes(c.kv)) != 0 || len(DeletedVolumes(c.kv)) != 1 || len(Gone(c.kv, []uint64{v.Id})) != 0 {
 		t.Fatal("a deleted volume is there, or gone")
@@ -132,8 +132,8 @@ func TestADeletedVolumeComesBackUntilItsTimeIsOver(t *testing.T) {
 		t.Fatalf("came back as %v", back)
 	}
 	c.tick(2 * 3600e9) // its old time means nothing any more
-	c.ok(remove("w", 60))
-	c.ok(remove("v", 60))
+	c.ok(removeVolume("w", 60))
+	c.ok(removeVolume("v", 60))
 	c.refused(status.NotFound, "cannot be had back", at(undelete("id:2", "x"), 2*3600e9+61e9)) // although nothing was purged yet
 	c.audit()
 }
@@ -149,7 +149,7 @@ func TestPurgingGoesInPieces(t *testing.T) {
 	put(c.kv, key(tVolume, v.Id), v)
 	c.audit()
 	c.ok(detach(v))
-	c.ok(at(remove("v", 3600), 5e9))
+	c.ok(at(removeVolume("v", 3600), 5e9))
 	if n := c.tick(3600e9 + 4e9); n != 0 {
 		t.Fatalf("%d steps before its time", n)
 	}
@@ -165,7 +165,7 @@ func TestPurgingGoesInPieces(t *testing.T) {
 	}
 	w := c.filled("w", 1)
 	c.ok(detach(w))
-	c.ok(remove("w", 3600))
+	c.ok(removeVolume("w", 3600))
 	c.ok(&pb.Command{Op: &pb.Command_PurgeVolume{PurgeVolume: &pb.PurgeVolume{Volume: "w"}}})
 	c.refused(status.NotFound, "no deleted volume", undelete("w", ""))
 	c.audit()
@@ -261,7 +261,7 @@ func TestQuotasAndThickVolumes(t *testing.T) {
 	c.ok(tenant(3<<30, 0))
 	c.ok(allocate(v, v.Epoch, 2))
 	c.ok(detach(v))
-	c.ok(remove("a", 60))
+	c.ok(removeVolume("a", 60))
 	c.refused(status.NoSpace, "2147483648 of them are deleted", of("b", 2<<30))
 	c.audit()
 
@@ -327,7 +327,7 @@ func TestCountsAddUp(t *testing.T) {
 			case k < 8 && v.HolderSession != "":
 				cmd = detach(v)
 			default:
-				cmd = remove(v.Name, rng.Int64N(4))
+				cmd = removeVolume(v.Name, rng.Int64N(4))
 			}
 			c.do(at(cmd, now))
 			if rng.IntN(8) == 0 {
