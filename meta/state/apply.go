@@ -233,6 +233,8 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.flattenVolume(op.FlattenVolume)
 	case *pb.Command_PruneLayer:
 		return a.pruneLayer(op.PruneLayer)
+	case *pb.Command_RetireStore:
+		return a.retireStore(op.RetireStore)
 	case *pb.Command_BindVm:
 		return a.bindVM(op.BindVm)
 	case *pb.Command_SetPlacement:
@@ -281,6 +283,9 @@ func (a *apply) registerStore(s *pb.Store) (*pb.Result, error) {
 		return nil, status.Errorf(status.NotFound, "host %q is not registered: register the host before its stores", s.Host)
 	}
 	old := StoreByID(a.kv, s.Id)
+	if err := maybeOlder(old, s); err != nil {
+		return nil, err
+	}
 	s = proto.Clone(s).(*pb.Store)
 	s.Retired = old.GetRetired() // an operator's word, not the host's
 	put(a.kv, key(tStore, s.Id), s)

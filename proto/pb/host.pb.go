@@ -23,6 +23,451 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type StoreRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreRef) Reset() {
+	*x = StoreRef{}
+	mi := &file_proto_pb_host_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreRef) ProtoMessage() {}
+
+func (x *StoreRef) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreRef.ProtoReflect.Descriptor instead.
+func (*StoreRef) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *StoreRef) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+type ScrubStoreRequest struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Store          []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	BytesPerSecond uint64                 `protobuf:"varint,2,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ScrubStoreRequest) Reset() {
+	*x = ScrubStoreRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScrubStoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScrubStoreRequest) ProtoMessage() {}
+
+func (x *ScrubStoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScrubStoreRequest.ProtoReflect.Descriptor instead.
+func (*ScrubStoreRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ScrubStoreRequest) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+func (x *ScrubStoreRequest) GetBytesPerSecond() uint64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+type StoreReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Store         []byte                 `protobuf:"bytes,3,opt,name=store,proto3" json:"store,omitempty"`
+	Path          string                 `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`
+	Kind          string                 `protobuf:"bytes,5,opt,name=kind,proto3" json:"kind,omitempty"` // file, thin file, device
+	Incarnation   uint64                 `protobuf:"varint,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Life          uint64                 `protobuf:"varint,7,opt,name=life,proto3" json:"life,omitempty"`
+	Usage         *StoreUsage            `protobuf:"bytes,8,opt,name=usage,proto3" json:"usage,omitempty"`
+	Note          string                 `protobuf:"bytes,9,opt,name=note,proto3" json:"note,omitempty"` // what the last opening found
+	SizeBytes     uint64                 `protobuf:"varint,10,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Scrub         *ScrubState            `protobuf:"bytes,11,opt,name=scrub,proto3" json:"scrub,omitempty"`
+	Bad           []*BadBlock            `protobuf:"bytes,12,rep,name=bad,proto3" json:"bad,omitempty"` // known to be unreadable, at most 1,000
+	Volumes       []*VolumeUsage         `protobuf:"bytes,13,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreReply) Reset() {
+	*x = StoreReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreReply) ProtoMessage() {}
+
+func (x *StoreReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreReply.ProtoReflect.Descriptor instead.
+func (*StoreReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *StoreReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *StoreReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *StoreReply) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+func (x *StoreReply) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *StoreReply) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *StoreReply) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *StoreReply) GetLife() uint64 {
+	if x != nil {
+		return x.Life
+	}
+	return 0
+}
+
+func (x *StoreReply) GetUsage() *StoreUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *StoreReply) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
+func (x *StoreReply) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *StoreReply) GetScrub() *ScrubState {
+	if x != nil {
+		return x.Scrub
+	}
+	return nil
+}
+
+func (x *StoreReply) GetBad() []*BadBlock {
+	if x != nil {
+		return x.Bad
+	}
+	return nil
+}
+
+func (x *StoreReply) GetVolumes() []*VolumeUsage {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+// ScrubState is the pass that runs, or the last one.
+type ScrubState struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Running        bool                   `protobuf:"varint,1,opt,name=running,proto3" json:"running,omitempty"`
+	Segment        uint32                 `protobuf:"varint,2,opt,name=segment,proto3" json:"segment,omitempty"` // the next to be read
+	Segments       uint32                 `protobuf:"varint,3,opt,name=segments,proto3" json:"segments,omitempty"`
+	ReadBytes      uint64                 `protobuf:"varint,4,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`
+	Blocks         uint64                 `protobuf:"varint,5,opt,name=blocks,proto3" json:"blocks,omitempty"` // of data, verified
+	BadBlocks      uint64                 `protobuf:"varint,6,opt,name=bad_blocks,json=badBlocks,proto3" json:"bad_blocks,omitempty"`
+	BadHeads       uint64                 `protobuf:"varint,7,opt,name=bad_heads,json=badHeads,proto3" json:"bad_heads,omitempty"` // damaged records that were written anew
+	Unrescued      uint64                 `protobuf:"varint,8,opt,name=unrescued,proto3" json:"unrescued,omitempty"`
+	Superblocks    uint64                 `protobuf:"varint,9,opt,name=superblocks,proto3" json:"superblocks,omitempty"` // copies that were written anew
+	StartedUnixNs  int64                  `protobuf:"varint,10,opt,name=started_unix_ns,json=startedUnixNs,proto3" json:"started_unix_ns,omitempty"`
+	FinishedUnixNs int64                  `protobuf:"varint,11,opt,name=finished_unix_ns,json=finishedUnixNs,proto3" json:"finished_unix_ns,omitempty"` // of the last whole pass; 0: never
+	BytesPerSecond uint64                 `protobuf:"varint,12,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ScrubState) Reset() {
+	*x = ScrubState{}
+	mi := &file_proto_pb_host_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScrubState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScrubState) ProtoMessage() {}
+
+func (x *ScrubState) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScrubState.ProtoReflect.Descriptor instead.
+func (*ScrubState) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ScrubState) GetRunning() bool {
+	if x != nil {
+		return x.Running
+	}
+	return false
+}
+
+func (x *ScrubState) GetSegment() uint32 {
+	if x != nil {
+		return x.Segment
+	}
+	return 0
+}
+
+func (x *ScrubState) GetSegments() uint32 {
+	if x != nil {
+		return x.Segments
+	}
+	return 0
+}
+
+func (x *ScrubState) GetReadBytes() uint64 {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return 0
+}
+
+func (x *ScrubState) GetBlocks() uint64 {
+	if x != nil {
+		return x.Blocks
+	}
+	return 0
+}
+
+func (x *ScrubState) GetBadBlocks() uint64 {
+	if x != nil {
+		return x.BadBlocks
+	}
+	return 0
+}
+
+func (x *ScrubState) GetBadHeads() uint64 {
+	if x != nil {
+		return x.BadHeads
+	}
+	return 0
+}
+
+func (x *ScrubState) GetUnrescued() uint64 {
+	if x != nil {
+		return x.Unrescued
+	}
+	return 0
+}
+
+func (x *ScrubState) GetSuperblocks() uint64 {
+	if x != nil {
+		return x.Superblocks
+	}
+	return 0
+}
+
+func (x *ScrubState) GetStartedUnixNs() int64 {
+	if x != nil {
+		return x.StartedUnixNs
+	}
+	return 0
+}
+
+func (x *ScrubState) GetFinishedUnixNs() int64 {
+	if x != nil {
+		return x.FinishedUnixNs
+	}
+	return 0
+}
+
+func (x *ScrubState) GetBytesPerSecond() uint64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+type BadBlock struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	ChunkId       uint64                 `protobuf:"varint,2,opt,name=chunk_id,json=chunkId,proto3" json:"chunk_id,omitempty"`
+	Layer         uint32                 `protobuf:"varint,3,opt,name=layer,proto3" json:"layer,omitempty"`
+	Block         uint32                 `protobuf:"varint,4,opt,name=block,proto3" json:"block,omitempty"`
+	Version       uint64                 `protobuf:"varint,5,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BadBlock) Reset() {
+	*x = BadBlock{}
+	mi := &file_proto_pb_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BadBlock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BadBlock) ProtoMessage() {}
+
+func (x *BadBlock) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BadBlock.ProtoReflect.Descriptor instead.
+func (*BadBlock) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *BadBlock) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *BadBlock) GetChunkId() uint64 {
+	if x != nil {
+		return x.ChunkId
+	}
+	return 0
+}
+
+func (x *BadBlock) GetLayer() uint32 {
+	if x != nil {
+		return x.Layer
+	}
+	return 0
+}
+
+func (x *BadBlock) GetBlock() uint32 {
+	if x != nil {
+		return x.Block
+	}
+	return 0
+}
+
+func (x *BadBlock) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
 type VolumeRef struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -32,7 +477,7 @@ type VolumeRef struct {
 
 func (x *VolumeRef) Reset() {
 	*x = VolumeRef{}
-	mi := &file_proto_pb_host_proto_msgTypes[0]
+	mi := &file_proto_pb_host_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -44,7 +489,7 @@ func (x *VolumeRef) String() string {
 func (*VolumeRef) ProtoMessage() {}
 
 func (x *VolumeRef) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[0]
+	mi := &file_proto_pb_host_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -57,7 +502,7 @@ func (x *VolumeRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRef.ProtoReflect.Descriptor instead.
 func (*VolumeRef) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{0}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *VolumeRef) GetVolume() string {
@@ -77,7 +522,7 @@ type VMRef struct {
 
 func (x *VMRef) Reset() {
 	*x = VMRef{}
-	mi := &file_proto_pb_host_proto_msgTypes[1]
+	mi := &file_proto_pb_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -89,7 +534,7 @@ func (x *VMRef) String() string {
 func (*VMRef) ProtoMessage() {}
 
 func (x *VMRef) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[1]
+	mi := &file_proto_pb_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -102,7 +547,7 @@ func (x *VMRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMRef.ProtoReflect.Descriptor instead.
 func (*VMRef) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{1}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *VMRef) GetVm() string {
@@ -129,7 +574,7 @@ type HostReply struct {
 
 func (x *HostReply) Reset() {
 	*x = HostReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[2]
+	mi := &file_proto_pb_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -141,7 +586,7 @@ func (x *HostReply) String() string {
 func (*HostReply) ProtoMessage() {}
 
 func (x *HostReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[2]
+	mi := &file_proto_pb_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -154,7 +599,7 @@ func (x *HostReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostReply.ProtoReflect.Descriptor instead.
 func (*HostReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{2}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *HostReply) GetStatus() uint32 {
@@ -181,7 +626,7 @@ type AttachVolumeRequest struct {
 
 func (x *AttachVolumeRequest) Reset() {
 	*x = AttachVolumeRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[3]
+	mi := &file_proto_pb_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -193,7 +638,7 @@ func (x *AttachVolumeRequest) String() string {
 func (*AttachVolumeRequest) ProtoMessage() {}
 
 func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[3]
+	mi := &file_proto_pb_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -206,7 +651,7 @@ func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*AttachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{3}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AttachVolumeRequest) GetVolume() string {
@@ -235,7 +680,7 @@ type AttachVolumeReply struct {
 
 func (x *AttachVolumeReply) Reset() {
 	*x = AttachVolumeReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[4]
+	mi := &file_proto_pb_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -247,7 +692,7 @@ func (x *AttachVolumeReply) String() string {
 func (*AttachVolumeReply) ProtoMessage() {}
 
 func (x *AttachVolumeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[4]
+	mi := &file_proto_pb_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -260,7 +705,7 @@ func (x *AttachVolumeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeReply.ProtoReflect.Descriptor instead.
 func (*AttachVolumeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{4}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AttachVolumeReply) GetStatus() uint32 {
@@ -308,7 +753,7 @@ type VMReply struct {
 
 func (x *VMReply) Reset() {
 	*x = VMReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[5]
+	mi := &file_proto_pb_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -320,7 +765,7 @@ func (x *VMReply) String() string {
 func (*VMReply) ProtoMessage() {}
 
 func (x *VMReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[5]
+	mi := &file_proto_pb_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -333,7 +778,7 @@ func (x *VMReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMReply.ProtoReflect.Descriptor instead.
 func (*VMReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{5}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *VMReply) GetStatus() uint32 {
@@ -407,7 +852,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[6]
+	mi := &file_proto_pb_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +864,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[6]
+	mi := &file_proto_pb_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +877,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{6}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{11}
 }
 
 type ReplicaStatus struct {
@@ -447,7 +892,7 @@ type ReplicaStatus struct {
 
 func (x *ReplicaStatus) Reset() {
 	*x = ReplicaStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[7]
+	mi := &file_proto_pb_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -459,7 +904,7 @@ func (x *ReplicaStatus) String() string {
 func (*ReplicaStatus) ProtoMessage() {}
 
 func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[7]
+	mi := &file_proto_pb_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -472,7 +917,7 @@ func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaStatus.ProtoReflect.Descriptor instead.
 func (*ReplicaStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{7}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReplicaStatus) GetStore() []byte {
@@ -523,7 +968,7 @@ type AttachmentStatus struct {
 
 func (x *AttachmentStatus) Reset() {
 	*x = AttachmentStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[8]
+	mi := &file_proto_pb_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +980,7 @@ func (x *AttachmentStatus) String() string {
 func (*AttachmentStatus) ProtoMessage() {}
 
 func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[8]
+	mi := &file_proto_pb_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +993,7 @@ func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachmentStatus.ProtoReflect.Descriptor instead.
 func (*AttachmentStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{8}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *AttachmentStatus) GetVolumeId() uint64 {
@@ -645,7 +1090,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_proto_pb_host_proto_msgTypes[9]
+	mi := &file_proto_pb_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -657,7 +1102,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[9]
+	mi := &file_proto_pb_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -670,7 +1115,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{9}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *VolumeUsage) GetVolumeId() uint64 {
@@ -701,7 +1146,7 @@ type HostStatusReply struct {
 
 func (x *HostStatusReply) Reset() {
 	*x = HostStatusReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[10]
+	mi := &file_proto_pb_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -713,7 +1158,7 @@ func (x *HostStatusReply) String() string {
 func (*HostStatusReply) ProtoMessage() {}
 
 func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[10]
+	mi := &file_proto_pb_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -726,7 +1171,7 @@ func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusReply.ProtoReflect.Descriptor instead.
 func (*HostStatusReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{10}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HostStatusReply) GetStatus() uint32 {
@@ -781,7 +1226,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[11]
+	mi := &file_proto_pb_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +1238,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[11]
+	mi := &file_proto_pb_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +1251,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{11}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CutRequest) GetVolume() string {
@@ -838,7 +1283,7 @@ type CutReply struct {
 
 func (x *CutReply) Reset() {
 	*x = CutReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +1295,7 @@ func (x *CutReply) String() string {
 func (*CutReply) ProtoMessage() {}
 
 func (x *CutReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +1308,7 @@ func (x *CutReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutReply.ProtoReflect.Descriptor instead.
 func (*CutReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CutReply) GetStatus() uint32 {
@@ -926,7 +1371,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -938,7 +1383,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -951,7 +1396,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DiffRequest) GetVolume() string {
@@ -987,7 +1432,7 @@ type DiffReply struct {
 
 func (x *DiffReply) Reset() {
 	*x = DiffReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -999,7 +1444,7 @@ func (x *DiffReply) String() string {
 func (*DiffReply) ProtoMessage() {}
 
 func (x *DiffReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1012,7 +1457,7 @@ func (x *DiffReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffReply.ProtoReflect.Descriptor instead.
 func (*DiffReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DiffReply) GetStatus() uint32 {
@@ -1047,7 +1492,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1059,7 +1504,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1072,7 +1517,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Range) GetOffset() uint64 {
@@ -1107,7 +1552,7 @@ type LatencyBucket struct {
 
 func (x *LatencyBucket) Reset() {
 	*x = LatencyBucket{}
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1119,7 +1564,7 @@ func (x *LatencyBucket) String() string {
 func (*LatencyBucket) ProtoMessage() {}
 
 func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1132,7 +1577,7 @@ func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
 func (*LatencyBucket) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *LatencyBucket) GetMaxUs() uint64 {
@@ -1167,7 +1612,7 @@ type OpStats struct {
 
 func (x *OpStats) Reset() {
 	*x = OpStats{}
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +1624,7 @@ func (x *OpStats) String() string {
 func (*OpStats) ProtoMessage() {}
 
 func (x *OpStats) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +1637,7 @@ func (x *OpStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpStats.ProtoReflect.Descriptor instead.
 func (*OpStats) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *OpStats) GetOp() string {
@@ -1279,7 +1724,7 @@ type VolumeStatsReply struct {
 
 func (x *VolumeStatsReply) Reset() {
 	*x = VolumeStatsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1291,7 +1736,7 @@ func (x *VolumeStatsReply) String() string {
 func (*VolumeStatsReply) ProtoMessage() {}
 
 func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1304,7 +1749,7 @@ func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatsReply.ProtoReflect.Descriptor instead.
 func (*VolumeStatsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *VolumeStatsReply) GetStatus() uint32 {
@@ -1363,7 +1808,7 @@ type SlowLeg struct {
 
 func (x *SlowLeg) Reset() {
 	*x = SlowLeg{}
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1375,7 +1820,7 @@ func (x *SlowLeg) String() string {
 func (*SlowLeg) ProtoMessage() {}
 
 func (x *SlowLeg) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1388,7 +1833,7 @@ func (x *SlowLeg) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowLeg.ProtoReflect.Descriptor instead.
 func (*SlowLeg) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SlowLeg) GetHost() string {
@@ -1446,7 +1891,7 @@ type SlowRequest struct {
 
 func (x *SlowRequest) Reset() {
 	*x = SlowRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1903,7 @@ func (x *SlowRequest) String() string {
 func (*SlowRequest) ProtoMessage() {}
 
 func (x *SlowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1916,7 @@ func (x *SlowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequest.ProtoReflect.Descriptor instead.
 func (*SlowRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SlowRequest) GetOp() string {
@@ -1562,7 +2007,7 @@ type SlowRequestsReply struct {
 
 func (x *SlowRequestsReply) Reset() {
 	*x = SlowRequestsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1574,7 +2019,7 @@ func (x *SlowRequestsReply) String() string {
 func (*SlowRequestsReply) ProtoMessage() {}
 
 func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1587,7 +2032,7 @@ func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequestsReply.ProtoReflect.Descriptor instead.
 func (*SlowRequestsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SlowRequestsReply) GetStatus() uint32 {
@@ -1620,7 +2065,7 @@ type NetRequest struct {
 
 func (x *NetRequest) Reset() {
 	*x = NetRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +2077,7 @@ func (x *NetRequest) String() string {
 func (*NetRequest) ProtoMessage() {}
 
 func (x *NetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +2090,7 @@ func (x *NetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetRequest.ProtoReflect.Descriptor instead.
 func (*NetRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *NetRequest) GetAfter() uint64 {
@@ -1666,7 +2111,7 @@ type NetReply struct {
 
 func (x *NetReply) Reset() {
 	*x = NetReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1678,7 +2123,7 @@ func (x *NetReply) String() string {
 func (*NetReply) ProtoMessage() {}
 
 func (x *NetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1691,7 +2136,7 @@ func (x *NetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetReply.ProtoReflect.Descriptor instead.
 func (*NetReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *NetReply) GetStatus() uint32 {
@@ -1724,7 +2169,7 @@ type RouteRequest struct {
 
 func (x *RouteRequest) Reset() {
 	*x = RouteRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +2181,7 @@ func (x *RouteRequest) String() string {
 func (*RouteRequest) ProtoMessage() {}
 
 func (x *RouteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +2194,7 @@ func (x *RouteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteRequest.ProtoReflect.Descriptor instead.
 func (*RouteRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RouteRequest) GetRoute() string {
@@ -1763,7 +2208,52 @@ var File_proto_pb_host_proto protoreflect.FileDescriptor
 
 const file_proto_pb_host_proto_rawDesc = "" +
 	"\n" +
-	"\x13proto/pb/host.proto\x12\bcairn.v1\x1a\x13proto/pb/meta.proto\"#\n" +
+	"\x13proto/pb/host.proto\x12\bcairn.v1\x1a\x13proto/pb/meta.proto\" \n" +
+	"\bStoreRef\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\fR\x05store\"S\n" +
+	"\x11ScrubStoreRequest\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\fR\x05store\x12(\n" +
+	"\x10bytes_per_second\x18\x02 \x01(\x04R\x0ebytesPerSecond\"\x92\x03\n" +
+	"\n" +
+	"StoreReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x14\n" +
+	"\x05store\x18\x03 \x01(\fR\x05store\x12\x12\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\x12\x12\n" +
+	"\x04kind\x18\x05 \x01(\tR\x04kind\x12 \n" +
+	"\vincarnation\x18\x06 \x01(\x04R\vincarnation\x12\x12\n" +
+	"\x04life\x18\a \x01(\x04R\x04life\x12*\n" +
+	"\x05usage\x18\b \x01(\v2\x14.cairn.v1.StoreUsageR\x05usage\x12\x12\n" +
+	"\x04note\x18\t \x01(\tR\x04note\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\n" +
+	" \x01(\x04R\tsizeBytes\x12*\n" +
+	"\x05scrub\x18\v \x01(\v2\x14.cairn.v1.ScrubStateR\x05scrub\x12$\n" +
+	"\x03bad\x18\f \x03(\v2\x12.cairn.v1.BadBlockR\x03bad\x12/\n" +
+	"\avolumes\x18\r \x03(\v2\x15.cairn.v1.VolumeUsageR\avolumes\"\x8b\x03\n" +
+	"\n" +
+	"ScrubState\x12\x18\n" +
+	"\arunning\x18\x01 \x01(\bR\arunning\x12\x18\n" +
+	"\asegment\x18\x02 \x01(\rR\asegment\x12\x1a\n" +
+	"\bsegments\x18\x03 \x01(\rR\bsegments\x12\x1d\n" +
+	"\n" +
+	"read_bytes\x18\x04 \x01(\x04R\treadBytes\x12\x16\n" +
+	"\x06blocks\x18\x05 \x01(\x04R\x06blocks\x12\x1d\n" +
+	"\n" +
+	"bad_blocks\x18\x06 \x01(\x04R\tbadBlocks\x12\x1b\n" +
+	"\tbad_heads\x18\a \x01(\x04R\bbadHeads\x12\x1c\n" +
+	"\tunrescued\x18\b \x01(\x04R\tunrescued\x12 \n" +
+	"\vsuperblocks\x18\t \x01(\x04R\vsuperblocks\x12&\n" +
+	"\x0fstarted_unix_ns\x18\n" +
+	" \x01(\x03R\rstartedUnixNs\x12(\n" +
+	"\x10finished_unix_ns\x18\v \x01(\x03R\x0efinishedUnixNs\x12(\n" +
+	"\x10bytes_per_second\x18\f \x01(\x04R\x0ebytesPerSecond\"\x88\x01\n" +
+	"\bBadBlock\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x19\n" +
+	"\bchunk_id\x18\x02 \x01(\x04R\achunkId\x12\x14\n" +
+	"\x05layer\x18\x03 \x01(\rR\x05layer\x12\x14\n" +
+	"\x05block\x18\x04 \x01(\rR\x05block\x12\x18\n" +
+	"\aversion\x18\x05 \x01(\x04R\aversion\"#\n" +
 	"\tVolumeRef\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\"-\n" +
 	"\x05VMRef\x12\x0e\n" +
@@ -1899,7 +2389,8 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
 	"\x04json\x18\x03 \x01(\fR\x04json\"$\n" +
 	"\fRouteRequest\x12\x14\n" +
-	"\x05route\x18\x01 \x01(\tR\x05route2\xc2\t\n" +
+	"\x05route\x18\x01 \x01(\tR\x05route2\xb9\n" +
+	"\n" +
 	"\vHostControl\x12J\n" +
 	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x128\n" +
 	"\fDetachVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
@@ -1925,7 +2416,10 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\n" +
 	"DiffVolume\x12\x15.cairn.v1.DiffRequest\x1a\x13.cairn.v1.DiffReply0\x01\x12>\n" +
 	"\vVolumeStats\x12\x13.cairn.v1.VolumeRef\x1a\x1a.cairn.v1.VolumeStatsReply\x12@\n" +
-	"\fSlowRequests\x12\x13.cairn.v1.VolumeRef\x1a\x1b.cairn.v1.SlowRequestsReplyB&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
+	"\fSlowRequests\x12\x13.cairn.v1.VolumeRef\x1a\x1b.cairn.v1.SlowRequestsReply\x125\n" +
+	"\tShowStore\x12\x12.cairn.v1.StoreRef\x1a\x14.cairn.v1.StoreReply\x12>\n" +
+	"\n" +
+	"ScrubStore\x12\x1b.cairn.v1.ScrubStoreRequest\x1a\x13.cairn.v1.HostReplyB&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
 
 var (
 	file_proto_pb_host_proto_rawDescOnce sync.Once
@@ -1939,92 +2433,105 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_proto_pb_host_proto_goTypes = []any{
-	(*VolumeRef)(nil),           // 0: cairn.v1.VolumeRef
-	(*VMRef)(nil),               // 1: cairn.v1.VMRef
-	(*HostReply)(nil),           // 2: cairn.v1.HostReply
-	(*AttachVolumeRequest)(nil), // 3: cairn.v1.AttachVolumeRequest
-	(*AttachVolumeReply)(nil),   // 4: cairn.v1.AttachVolumeReply
-	(*VMReply)(nil),             // 5: cairn.v1.VMReply
-	(*HostStatusRequest)(nil),   // 6: cairn.v1.HostStatusRequest
-	(*ReplicaStatus)(nil),       // 7: cairn.v1.ReplicaStatus
-	(*AttachmentStatus)(nil),    // 8: cairn.v1.AttachmentStatus
-	(*VolumeUsage)(nil),         // 9: cairn.v1.VolumeUsage
-	(*HostStatusReply)(nil),     // 10: cairn.v1.HostStatusReply
-	(*CutRequest)(nil),          // 11: cairn.v1.CutRequest
-	(*CutReply)(nil),            // 12: cairn.v1.CutReply
-	(*DiffRequest)(nil),         // 13: cairn.v1.DiffRequest
-	(*DiffReply)(nil),           // 14: cairn.v1.DiffReply
-	(*Range)(nil),               // 15: cairn.v1.Range
-	(*LatencyBucket)(nil),       // 16: cairn.v1.LatencyBucket
-	(*OpStats)(nil),             // 17: cairn.v1.OpStats
-	(*VolumeStatsReply)(nil),    // 18: cairn.v1.VolumeStatsReply
-	(*SlowLeg)(nil),             // 19: cairn.v1.SlowLeg
-	(*SlowRequest)(nil),         // 20: cairn.v1.SlowRequest
-	(*SlowRequestsReply)(nil),   // 21: cairn.v1.SlowRequestsReply
-	(*NetRequest)(nil),          // 22: cairn.v1.NetRequest
-	(*NetReply)(nil),            // 23: cairn.v1.NetReply
-	(*RouteRequest)(nil),        // 24: cairn.v1.RouteRequest
-	(*StoreUsage)(nil),          // 25: cairn.v1.StoreUsage
+	(*StoreRef)(nil),            // 0: cairn.v1.StoreRef
+	(*ScrubStoreRequest)(nil),   // 1: cairn.v1.ScrubStoreRequest
+	(*StoreReply)(nil),          // 2: cairn.v1.StoreReply
+	(*ScrubState)(nil),          // 3: cairn.v1.ScrubState
+	(*BadBlock)(nil),            // 4: cairn.v1.BadBlock
+	(*VolumeRef)(nil),           // 5: cairn.v1.VolumeRef
+	(*VMRef)(nil),               // 6: cairn.v1.VMRef
+	(*HostReply)(nil),           // 7: cairn.v1.HostReply
+	(*AttachVolumeRequest)(nil), // 8: cairn.v1.AttachVolumeRequest
+	(*AttachVolumeReply)(nil),   // 9: cairn.v1.AttachVolumeReply
+	(*VMReply)(nil),             // 10: cairn.v1.VMReply
+	(*HostStatusRequest)(nil),   // 11: cairn.v1.HostStatusRequest
+	(*ReplicaStatus)(nil),       // 12: cairn.v1.ReplicaStatus
+	(*AttachmentStatus)(nil),    // 13: cairn.v1.AttachmentStatus
+	(*VolumeUsage)(nil),         // 14: cairn.v1.VolumeUsage
+	(*HostStatusReply)(nil),     // 15: cairn.v1.HostStatusReply
+	(*CutRequest)(nil),          // 16: cairn.v1.CutRequest
+	(*CutReply)(nil),            // 17: cairn.v1.CutReply
+	(*DiffRequest)(nil),         // 18: cairn.v1.DiffRequest
+	(*DiffReply)(nil),           // 19: cairn.v1.DiffReply
+	(*Range)(nil),               // 20: cairn.v1.Range
+	(*LatencyBucket)(nil),       // 21: cairn.v1.LatencyBucket
+	(*OpStats)(nil),             // 22: cairn.v1.OpStats
+	(*VolumeStatsReply)(nil),    // 23: cairn.v1.VolumeStatsReply
+	(*SlowLeg)(nil),             // 24: cairn.v1.SlowLeg
+	(*SlowRequest)(nil),         // 25: cairn.v1.SlowRequest
+	(*SlowRequestsReply)(nil),   // 26: cairn.v1.SlowRequestsReply
+	(*NetRequest)(nil),          // 27: cairn.v1.NetRequest
+	(*NetReply)(nil),            // 28: cairn.v1.NetReply
+	(*RouteRequest)(nil),        // 29: cairn.v1.RouteRequest
+	(*StoreUsage)(nil),          // 30: cairn.v1.StoreUsage
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
-	7,  // 0: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
-	8,  // 1: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	25, // 2: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
-	9,  // 3: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
-	15, // 4: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
-	16, // 5: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
-	17, // 6: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
-	19, // 7: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
-	20, // 8: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
-	3,  // 9: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
-	0,  // 10: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
-	0,  // 11: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
-	1,  // 12: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
-	1,  // 13: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
-	1,  // 14: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
-	1,  // 15: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
-	1,  // 16: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
-	6,  // 17: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	22, // 18: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
-	22, // 19: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
-	24, // 20: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
-	24, // 21: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
-	11, // 22: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
-	11, // 23: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
-	11, // 24: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
-	0,  // 25: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
-	0,  // 26: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
-	13, // 27: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
-	0,  // 28: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
-	0,  // 29: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
-	4,  // 30: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	2,  // 31: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	2,  // 32: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	2,  // 33: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	2,  // 34: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	2,  // 35: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	2,  // 36: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	5,  // 37: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	10, // 38: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	23, // 39: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
-	23, // 40: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
-	2,  // 41: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
-	2,  // 42: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
-	12, // 43: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
-	12, // 44: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
-	12, // 45: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
-	2,  // 46: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
-	2,  // 47: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
-	14, // 48: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
-	18, // 49: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
-	21, // 50: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
-	30, // [30:51] is the sub-list for method output_type
-	9,  // [9:30] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	30, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
+	3,  // 1: cairn.v1.StoreReply.scrub:type_name -> cairn.v1.ScrubState
+	4,  // 2: cairn.v1.StoreReply.bad:type_name -> cairn.v1.BadBlock
+	14, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
+	12, // 4: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
+	13, // 5: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
+	30, // 6: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	14, // 7: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
+	20, // 8: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
+	21, // 9: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
+	22, // 10: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
+	24, // 11: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
+	25, // 12: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
+	8,  // 13: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
+	5,  // 14: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
+	5,  // 15: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
+	6,  // 16: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
+	6,  // 17: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
+	6,  // 18: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
+	6,  // 19: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
+	6,  // 20: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
+	11, // 21: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
+	27, // 22: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
+	27, // 23: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
+	29, // 24: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
+	29, // 25: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
+	16, // 26: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	16, // 27: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	16, // 28: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	5,  // 29: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
+	5,  // 30: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
+	18, // 31: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	5,  // 32: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
+	5,  // 33: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
+	0,  // 34: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
+	1,  // 35: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
+	9,  // 36: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	7,  // 37: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	7,  // 38: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	7,  // 39: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	7,  // 40: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	7,  // 41: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	7,  // 42: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	10, // 43: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	15, // 44: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	28, // 45: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
+	28, // 46: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
+	7,  // 47: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
+	7,  // 48: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
+	17, // 49: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	17, // 50: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	17, // 51: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	7,  // 52: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	7,  // 53: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	19, // 54: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	23, // 55: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
+	26, // 56: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
+	2,  // 57: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
+	7,  // 58: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
+	36, // [36:59] is the sub-list for method output_type
+	13, // [13:36] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_host_proto_init() }
@@ -2039,7 +2546,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

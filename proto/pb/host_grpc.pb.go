@@ -42,6 +42,8 @@ const (
 	HostControl_DiffVolume_FullMethodName    = "/cairn.v1.HostControl/DiffVolume"
 	HostControl_VolumeStats_FullMethodName   = "/cairn.v1.HostControl/VolumeStats"
 	HostControl_SlowRequests_FullMethodName  = "/cairn.v1.HostControl/SlowRequests"
+	HostControl_ShowStore_FullMethodName     = "/cairn.v1.HostControl/ShowStore"
+	HostControl_ScrubStore_FullMethodName    = "/cairn.v1.HostControl/ScrubStore"
 )
 
 // HostControlClient is the client API for HostControl service.
@@ -82,6 +84,10 @@ type HostControlClient interface {
 	VolumeStats(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*VolumeStatsReply, error)
 	// SlowRequests lists the slowest requests of the last minute or two.
 	SlowRequests(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*SlowRequestsReply, error)
+	// ShowStore tells about one store of this host.
+	ShowStore(ctx context.Context, in *StoreRef, opts ...grpc.CallOption) (*StoreReply, error)
+	// ScrubStore begins to verify everything a store holds, or changes the pace.
+	ScrubStore(ctx context.Context, in *ScrubStoreRequest, opts ...grpc.CallOption) (*HostReply, error)
 }
 
 type hostControlClient struct {
@@ -311,6 +317,26 @@ func (c *hostControlClient) SlowRequests(ctx context.Context, in *VolumeRef, opt
 	return out, nil
 }
 
+func (c *hostControlClient) ShowStore(ctx context.Context, in *StoreRef, opts ...grpc.CallOption) (*StoreReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StoreReply)
+	err := c.cc.Invoke(ctx, HostControl_ShowStore_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) ScrubStore(ctx context.Context, in *ScrubStoreRequest, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_ScrubStore_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // HostControlServer is the server API for HostControl service.
 // All implementations must embed UnimplementedHostControlServer
 // for forward compatibility.
@@ -349,6 +375,10 @@ type HostControlServer interface {
 	VolumeStats(context.Context, *VolumeRef) (*VolumeStatsReply, error)
 	// SlowRequests lists the slowest requests of the last minute or two.
 	SlowRequests(context.Context, *VolumeRef) (*SlowRequestsReply, error)
+	// ShowStore tells about one store of this host.
+	ShowStore(context.Context, *StoreRef) (*StoreReply, error)
+	// ScrubStore begins to verify everything a store holds, or changes the pace.
+	ScrubStore(context.Context, *ScrubStoreRequest) (*HostReply, error)
 	mustEmbedUnimplementedHostControlServer()
 }
 
@@ -421,6 +451,12 @@ func (UnimplementedHostControlServer) VolumeStats(context.Context, *VolumeRef) (
 }
 func (UnimplementedHostControlServer) SlowRequests(context.Context, *VolumeRef) (*SlowRequestsReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method SlowRequests not implemented")
+}
+func (UnimplementedHostControlServer) ShowStore(context.Context, *StoreRef) (*StoreReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShowStore not implemented")
+}
+func (UnimplementedHostControlServer) ScrubStore(context.Context, *ScrubStoreRequest) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ScrubStore not implemented")
 }
 func (UnimplementedHostControlServer) mustEmbedUnimplementedHostControlServer() {}
 func (UnimplementedHostControlServer) testEmbeddedByValue()                     {}
@@ -814,6 +850,42 @@ func _HostControl_SlowRequests_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _HostControl_ShowStore_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StoreRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ShowStore(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ShowStore_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ShowStore(ctx, req.(*StoreRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_ScrubStore_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ScrubStoreRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ScrubStore(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ScrubStore_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ScrubStore(ctx, req.(*ScrubStoreRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // HostControl_ServiceDesc is the grpc.ServiceDesc for HostControl service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -900,6 +972,14 @@ var HostControl_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SlowRequests",
 			Handler:    _HostControl_SlowRequests_Handler,
+		},
+		{
+			MethodName: "ShowStore",
+			Handler:    _HostControl_ShowStore_Handler,
+		},
+		{
+			MethodName: "ScrubStore",
+			Handler:    _HostControl_ScrubStore_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -123,7 +123,7 @@ func (x ChunkMove_Step) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ChunkMove_Step.Descriptor instead.
 func (ChunkMove_Step) EnumDescriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38, 0}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39, 0}
 }
 
 type Store struct {
@@ -133,6 +133,10 @@ type Store struct {
 	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
 	CapacityBytes uint64                 `protobuf:"varint,4,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"`
 	Retired       bool                   `protobuf:"varint,5,opt,name=retired,proto3" json:"retired,omitempty"`
+	// life counts the store's openings. It is registered before the store serves:
+	// one that comes with no higher number than before is an older copy, and one
+	// that comes from another host may be (0: not told).
+	Life          uint64 `protobuf:"varint,90,opt,name=life,proto3" json:"life,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -200,6 +204,13 @@ func (x *Store) GetRetired() bool {
 		return x.Retired
 	}
 	return false
+}
+
+func (x *Store) GetLife() uint64 {
+	if x != nil {
+		return x.Life
+	}
+	return 0
 }
 
 type Host struct {
@@ -1404,6 +1415,7 @@ type Command struct {
 	//	*Command_PruneLayer
 	//	*Command_BindVm
 	//	*Command_SetPlacement
+	//	*Command_RetireStore
 	Op            isCommand_Op `protobuf_oneof:"op"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1834,6 +1846,15 @@ func (x *Command) GetSetPlacement() *SetPlacement {
 	return nil
 }
 
+func (x *Command) GetRetireStore() *RetireStore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_RetireStore); ok {
+			return x.RetireStore
+		}
+	}
+	return nil
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -1998,6 +2019,10 @@ type Command_SetPlacement struct {
 	SetPlacement *SetPlacement `protobuf:"bytes,81,opt,name=set_placement,json=setPlacement,proto3,oneof"`
 }
 
+type Command_RetireStore struct {
+	RetireStore *RetireStore `protobuf:"bytes,90,opt,name=retire_store,json=retireStore,proto3,oneof"`
+}
+
 func (*Command_OpenSession) isCommand_Op() {}
 
 func (*Command_RegisterHost) isCommand_Op() {}
@@ -2078,6 +2103,62 @@ func (*Command_BindVm) isCommand_Op() {}
 
 func (*Command_SetPlacement) isCommand_Op() {}
 
+func (*Command_RetireStore) isCommand_Op() {}
+
+// RetireStore takes a store out of service, or back: a retired one gets no new
+// chunks, and those it has are to go elsewhere.
+type RetireStore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	Retired       bool                   `protobuf:"varint,2,opt,name=retired,proto3" json:"retired,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetireStore) Reset() {
+	*x = RetireStore{}
+	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetireStore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetireStore) ProtoMessage() {}
+
+func (x *RetireStore) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetireStore.ProtoReflect.Descriptor instead.
+func (*RetireStore) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RetireStore) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+func (x *RetireStore) GetRetired() bool {
+	if x != nil {
+		return x.Retired
+	}
+	return false
+}
+
 // SetHost drains a host or lets it take part again: a drained one gets no new
 // chunks, VMs or attachments.
 type SetHost struct {
@@ -2090,7 +2171,7 @@ type SetHost struct {
 
 func (x *SetHost) Reset() {
 	*x = SetHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2102,7 +2183,7 @@ func (x *SetHost) String() string {
 func (*SetHost) ProtoMessage() {}
 
 func (x *SetHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[13]
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2115,7 +2196,7 @@ func (x *SetHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetHost.ProtoReflect.Descriptor instead.
 func (*SetHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{13}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SetHost) GetHost() string {
@@ -2143,7 +2224,7 @@ type RemoveHost struct {
 
 func (x *RemoveHost) Reset() {
 	*x = RemoveHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2236,7 @@ func (x *RemoveHost) String() string {
 func (*RemoveHost) ProtoMessage() {}
 
 func (x *RemoveHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2249,7 @@ func (x *RemoveHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveHost.ProtoReflect.Descriptor instead.
 func (*RemoveHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RemoveHost) GetHost() string {
@@ -2191,7 +2272,7 @@ type MakeToken struct {
 
 func (x *MakeToken) Reset() {
 	*x = MakeToken{}
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2284,7 @@ func (x *MakeToken) String() string {
 func (*MakeToken) ProtoMessage() {}
 
 func (x *MakeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2297,7 @@ func (x *MakeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeToken.ProtoReflect.Descriptor instead.
 func (*MakeToken) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MakeToken) GetSecretSha256() []byte {
@@ -2249,7 +2330,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2342,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2355,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RevokeToken) GetSecretSha256() []byte {
@@ -2295,7 +2376,7 @@ type Note struct {
 
 func (x *Note) Reset() {
 	*x = Note{}
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2307,7 +2388,7 @@ func (x *Note) String() string {
 func (*Note) ProtoMessage() {}
 
 func (x *Note) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2320,7 +2401,7 @@ func (x *Note) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Note.ProtoReflect.Descriptor instead.
 func (*Note) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Note) GetWhat() string {
@@ -2347,7 +2428,7 @@ type Housekeeping struct {
 
 func (x *Housekeeping) Reset() {
 	*x = Housekeeping{}
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2359,7 +2440,7 @@ func (x *Housekeeping) String() string {
 func (*Housekeeping) ProtoMessage() {}
 
 func (x *Housekeeping) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2372,7 +2453,7 @@ func (x *Housekeeping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Housekeeping.ProtoReflect.Descriptor instead.
 func (*Housekeeping) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
 }
 
 // UndeleteVolume brings a deleted volume back, under its old name or another.
@@ -2386,7 +2467,7 @@ type UndeleteVolume struct {
 
 func (x *UndeleteVolume) Reset() {
 	*x = UndeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +2479,7 @@ func (x *UndeleteVolume) String() string {
 func (*UndeleteVolume) ProtoMessage() {}
 
 func (x *UndeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2492,7 @@ func (x *UndeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndeleteVolume.ProtoReflect.Descriptor instead.
 func (*UndeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *UndeleteVolume) GetVolume() string {
@@ -2438,7 +2519,7 @@ type PurgeVolume struct {
 
 func (x *PurgeVolume) Reset() {
 	*x = PurgeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2450,7 +2531,7 @@ func (x *PurgeVolume) String() string {
 func (*PurgeVolume) ProtoMessage() {}
 
 func (x *PurgeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2463,7 +2544,7 @@ func (x *PurgeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeVolume.ProtoReflect.Descriptor instead.
 func (*PurgeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PurgeVolume) GetVolume() string {
@@ -2489,7 +2570,7 @@ type ShrinkVolume struct {
 
 func (x *ShrinkVolume) Reset() {
 	*x = ShrinkVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2582,7 @@ func (x *ShrinkVolume) String() string {
 func (*ShrinkVolume) ProtoMessage() {}
 
 func (x *ShrinkVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2595,7 @@ func (x *ShrinkVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShrinkVolume.ProtoReflect.Descriptor instead.
 func (*ShrinkVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ShrinkVolume) GetVolumeId() uint64 {
@@ -2562,7 +2643,7 @@ type UndoShrink struct {
 
 func (x *UndoShrink) Reset() {
 	*x = UndoShrink{}
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2574,7 +2655,7 @@ func (x *UndoShrink) String() string {
 func (*UndoShrink) ProtoMessage() {}
 
 func (x *UndoShrink) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2587,7 +2668,7 @@ func (x *UndoShrink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoShrink.ProtoReflect.Descriptor instead.
 func (*UndoShrink) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UndoShrink) GetVolume() string {
@@ -2615,7 +2696,7 @@ type ChunkCopy struct {
 
 func (x *ChunkCopy) Reset() {
 	*x = ChunkCopy{}
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2708,7 @@ func (x *ChunkCopy) String() string {
 func (*ChunkCopy) ProtoMessage() {}
 
 func (x *ChunkCopy) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2721,7 @@ func (x *ChunkCopy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkCopy.ProtoReflect.Descriptor instead.
 func (*ChunkCopy) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ChunkCopy) GetVolumeId() uint64 {
@@ -2668,7 +2749,7 @@ type DroppedCopies struct {
 
 func (x *DroppedCopies) Reset() {
 	*x = DroppedCopies{}
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2680,7 +2761,7 @@ func (x *DroppedCopies) String() string {
 func (*DroppedCopies) ProtoMessage() {}
 
 func (x *DroppedCopies) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2693,7 +2774,7 @@ func (x *DroppedCopies) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedCopies.ProtoReflect.Descriptor instead.
 func (*DroppedCopies) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DroppedCopies) GetStore() []byte {
@@ -2723,7 +2804,7 @@ type UpdateVolume struct {
 
 func (x *UpdateVolume) Reset() {
 	*x = UpdateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2735,7 +2816,7 @@ func (x *UpdateVolume) String() string {
 func (*UpdateVolume) ProtoMessage() {}
 
 func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2748,7 +2829,7 @@ func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVolume.ProtoReflect.Descriptor instead.
 func (*UpdateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UpdateVolume) GetVolume() string {
@@ -2791,7 +2872,7 @@ type SetTenant struct {
 
 func (x *SetTenant) Reset() {
 	*x = SetTenant{}
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2803,7 +2884,7 @@ func (x *SetTenant) String() string {
 func (*SetTenant) ProtoMessage() {}
 
 func (x *SetTenant) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2816,7 +2897,7 @@ func (x *SetTenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTenant.ProtoReflect.Descriptor instead.
 func (*SetTenant) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetTenant) GetTenant() string {
@@ -2851,7 +2932,7 @@ type TrustVolume struct {
 
 func (x *TrustVolume) Reset() {
 	*x = TrustVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2863,7 +2944,7 @@ func (x *TrustVolume) String() string {
 func (*TrustVolume) ProtoMessage() {}
 
 func (x *TrustVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2876,7 +2957,7 @@ func (x *TrustVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustVolume.ProtoReflect.Descriptor instead.
 func (*TrustVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TrustVolume) GetVolume() string {
@@ -2896,7 +2977,7 @@ type InitCluster struct {
 
 func (x *InitCluster) Reset() {
 	*x = InitCluster{}
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2908,7 +2989,7 @@ func (x *InitCluster) String() string {
 func (*InitCluster) ProtoMessage() {}
 
 func (x *InitCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2921,7 +3002,7 @@ func (x *InitCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitCluster.ProtoReflect.Descriptor instead.
 func (*InitCluster) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *InitCluster) GetClusterId() string {
@@ -2940,7 +3021,7 @@ type OpenSession struct {
 
 func (x *OpenSession) Reset() {
 	*x = OpenSession{}
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2952,7 +3033,7 @@ func (x *OpenSession) String() string {
 func (*OpenSession) ProtoMessage() {}
 
 func (x *OpenSession) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2965,7 +3046,7 @@ func (x *OpenSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSession.ProtoReflect.Descriptor instead.
 func (*OpenSession) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
 }
 
 // RegisterHost adds or updates a host. Whether it is drained stays as it is.
@@ -2979,7 +3060,7 @@ type RegisterHost struct {
 
 func (x *RegisterHost) Reset() {
 	*x = RegisterHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2991,7 +3072,7 @@ func (x *RegisterHost) String() string {
 func (*RegisterHost) ProtoMessage() {}
 
 func (x *RegisterHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3004,7 +3085,7 @@ func (x *RegisterHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterHost.ProtoReflect.Descriptor instead.
 func (*RegisterHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RegisterHost) GetHost() *Host {
@@ -3022,7 +3103,9 @@ func (x *RegisterHost) GetJoinToken() string {
 }
 
 // RegisterStore adds a store, or updates its host, capacity and incarnation.
-// A store that comes with another incarnation is out of sync everywhere.
+// A store that comes with another incarnation is out of sync everywhere. With
+// the same incarnation and a life that is no higher, or from another host, it
+// may be an older copy: CONFLICT, until it comes with another incarnation.
 type RegisterStore struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Store         *Store                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
@@ -3032,7 +3115,7 @@ type RegisterStore struct {
 
 func (x *RegisterStore) Reset() {
 	*x = RegisterStore{}
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3044,7 +3127,7 @@ func (x *RegisterStore) String() string {
 func (*RegisterStore) ProtoMessage() {}
 
 func (x *RegisterStore) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3057,7 +3140,7 @@ func (x *RegisterStore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterStore.ProtoReflect.Descriptor instead.
 func (*RegisterStore) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RegisterStore) GetStore() *Store {
@@ -3084,7 +3167,7 @@ type CreateVolume struct {
 
 func (x *CreateVolume) Reset() {
 	*x = CreateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3179,7 @@ func (x *CreateVolume) String() string {
 func (*CreateVolume) ProtoMessage() {}
 
 func (x *CreateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3192,7 @@ func (x *CreateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolume.ProtoReflect.Descriptor instead.
 func (*CreateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateVolume) GetName() string {
@@ -3185,7 +3268,7 @@ type RenameVolume struct {
 
 func (x *RenameVolume) Reset() {
 	*x = RenameVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3197,7 +3280,7 @@ func (x *RenameVolume) String() string {
 func (*RenameVolume) ProtoMessage() {}
 
 func (x *RenameVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3210,7 +3293,7 @@ func (x *RenameVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameVolume.ProtoReflect.Descriptor instead.
 func (*RenameVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RenameVolume) GetVolume() string {
@@ -3237,7 +3320,7 @@ type ResizeVolume struct {
 
 func (x *ResizeVolume) Reset() {
 	*x = ResizeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3249,7 +3332,7 @@ func (x *ResizeVolume) String() string {
 func (*ResizeVolume) ProtoMessage() {}
 
 func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3262,7 +3345,7 @@ func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolume.ProtoReflect.Descriptor instead.
 func (*ResizeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ResizeVolume) GetVolume() string {
@@ -3290,7 +3373,7 @@ type DeleteVolume struct {
 
 func (x *DeleteVolume) Reset() {
 	*x = DeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3302,7 +3385,7 @@ func (x *DeleteVolume) String() string {
 func (*DeleteVolume) ProtoMessage() {}
 
 func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3315,7 +3398,7 @@ func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolume.ProtoReflect.Descriptor instead.
 func (*DeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DeleteVolume) GetVolume() string {
@@ -3347,7 +3430,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3359,7 +3442,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3372,7 +3455,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Attach) GetVolume() string {
@@ -3432,7 +3515,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3444,7 +3527,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3457,7 +3540,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *HandOver) GetVolumeId() uint64 {
@@ -3502,7 +3585,7 @@ type ChunkMove struct {
 
 func (x *ChunkMove) Reset() {
 	*x = ChunkMove{}
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3514,7 +3597,7 @@ func (x *ChunkMove) String() string {
 func (*ChunkMove) ProtoMessage() {}
 
 func (x *ChunkMove) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3527,7 +3610,7 @@ func (x *ChunkMove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkMove.ProtoReflect.Descriptor instead.
 func (*ChunkMove) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ChunkMove) GetIndex() uint32 {
@@ -3580,7 +3663,7 @@ type MoveChunks struct {
 
 func (x *MoveChunks) Reset() {
 	*x = MoveChunks{}
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3592,7 +3675,7 @@ func (x *MoveChunks) String() string {
 func (*MoveChunks) ProtoMessage() {}
 
 func (x *MoveChunks) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3605,7 +3688,7 @@ func (x *MoveChunks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveChunks.ProtoReflect.Descriptor instead.
 func (*MoveChunks) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *MoveChunks) GetVolumeId() uint64 {
@@ -3648,7 +3731,7 @@ type SetReplicas struct {
 
 func (x *SetReplicas) Reset() {
 	*x = SetReplicas{}
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3660,7 +3743,7 @@ func (x *SetReplicas) String() string {
 func (*SetReplicas) ProtoMessage() {}
 
 func (x *SetReplicas) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3673,7 +3756,7 @@ func (x *SetReplicas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetReplicas.ProtoReflect.Descriptor instead.
 func (*SetReplicas) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *SetReplicas) GetVolume() string {
@@ -3701,7 +3784,7 @@ type Detach struct {
 
 func (x *Detach) Reset() {
 	*x = Detach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3713,7 +3796,7 @@ func (x *Detach) String() string {
 func (*Detach) ProtoMessage() {}
 
 func (x *Detach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3726,7 +3809,7 @@ func (x *Detach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detach.ProtoReflect.Descriptor instead.
 func (*Detach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Detach) GetVolumeId() uint64 {
@@ -3759,7 +3842,7 @@ type Allocate struct {
 
 func (x *Allocate) Reset() {
 	*x = Allocate{}
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3771,7 +3854,7 @@ func (x *Allocate) String() string {
 func (*Allocate) ProtoMessage() {}
 
 func (x *Allocate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3784,7 +3867,7 @@ func (x *Allocate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocate.ProtoReflect.Descriptor instead.
 func (*Allocate) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Allocate) GetVolumeId() uint64 {
@@ -3844,7 +3927,7 @@ type MemberChange struct {
 
 func (x *MemberChange) Reset() {
 	*x = MemberChange{}
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3856,7 +3939,7 @@ func (x *MemberChange) String() string {
 func (*MemberChange) ProtoMessage() {}
 
 func (x *MemberChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3869,7 +3952,7 @@ func (x *MemberChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberChange.ProtoReflect.Descriptor instead.
 func (*MemberChange) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *MemberChange) GetVolumeId() uint64 {
@@ -3932,7 +4015,7 @@ type ChangeMembers struct {
 
 func (x *ChangeMembers) Reset() {
 	*x = ChangeMembers{}
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3944,7 +4027,7 @@ func (x *ChangeMembers) String() string {
 func (*ChangeMembers) ProtoMessage() {}
 
 func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3957,7 +4040,7 @@ func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembers.ProtoReflect.Descriptor instead.
 func (*ChangeMembers) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ChangeMembers) GetChanges() []*MemberChange {
@@ -3977,7 +4060,7 @@ type PutVM struct {
 
 func (x *PutVM) Reset() {
 	*x = PutVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3989,7 +4072,7 @@ func (x *PutVM) String() string {
 func (*PutVM) ProtoMessage() {}
 
 func (x *PutVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4002,7 +4085,7 @@ func (x *PutVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutVM.ProtoReflect.Descriptor instead.
 func (*PutVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PutVM) GetVm() *VM {
@@ -4028,7 +4111,7 @@ type DeleteVM struct {
 
 func (x *DeleteVM) Reset() {
 	*x = DeleteVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4040,7 +4123,7 @@ func (x *DeleteVM) String() string {
 func (*DeleteVM) ProtoMessage() {}
 
 func (x *DeleteVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4053,7 +4136,7 @@ func (x *DeleteVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVM.ProtoReflect.Descriptor instead.
 func (*DeleteVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DeleteVM) GetName() string {
@@ -4081,7 +4164,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4093,7 +4176,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4106,7 +4189,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Result) GetStatus() uint32 {
@@ -4190,7 +4273,7 @@ type MemberResult struct {
 
 func (x *MemberResult) Reset() {
 	*x = MemberResult{}
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4202,7 +4285,7 @@ func (x *MemberResult) String() string {
 func (*MemberResult) ProtoMessage() {}
 
 func (x *MemberResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4215,7 +4298,7 @@ func (x *MemberResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberResult.ProtoReflect.Descriptor instead.
 func (*MemberResult) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *MemberResult) GetStatus() uint32 {
@@ -4267,7 +4350,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4279,7 +4362,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4292,7 +4375,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *QueryRequest) GetQ() isQueryRequest_Q {
@@ -4555,7 +4638,7 @@ type GoneVolumes struct {
 
 func (x *GoneVolumes) Reset() {
 	*x = GoneVolumes{}
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4567,7 +4650,7 @@ func (x *GoneVolumes) String() string {
 func (*GoneVolumes) ProtoMessage() {}
 
 func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4580,7 +4663,7 @@ func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoneVolumes.ProtoReflect.Descriptor instead.
 func (*GoneVolumes) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GoneVolumes) GetVolumeIds() []uint64 {
@@ -4600,7 +4683,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4612,7 +4695,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4625,7 +4708,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Events) GetAfter() uint64 {
@@ -4653,7 +4736,7 @@ type PlaceVM struct {
 
 func (x *PlaceVM) Reset() {
 	*x = PlaceVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4665,7 +4748,7 @@ func (x *PlaceVM) String() string {
 func (*PlaceVM) ProtoMessage() {}
 
 func (x *PlaceVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4678,7 +4761,7 @@ func (x *PlaceVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceVM.ProtoReflect.Descriptor instead.
 func (*PlaceVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *PlaceVM) GetVm() string {
@@ -4724,7 +4807,7 @@ type QueryReply struct {
 
 func (x *QueryReply) Reset() {
 	*x = QueryReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4736,7 +4819,7 @@ func (x *QueryReply) String() string {
 func (*QueryReply) ProtoMessage() {}
 
 func (x *QueryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4749,7 +4832,7 @@ func (x *QueryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryReply.ProtoReflect.Descriptor instead.
 func (*QueryReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *QueryReply) GetStatus() uint32 {
@@ -4912,7 +4995,7 @@ type OriginState struct {
 
 func (x *OriginState) Reset() {
 	*x = OriginState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4924,7 +5007,7 @@ func (x *OriginState) String() string {
 func (*OriginState) ProtoMessage() {}
 
 func (x *OriginState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4937,7 +5020,7 @@ func (x *OriginState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OriginState.ProtoReflect.Descriptor instead.
 func (*OriginState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *OriginState) GetVolume() *Volume {
@@ -4981,7 +5064,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4993,7 +5076,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5006,7 +5089,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -5055,7 +5138,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5067,7 +5150,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5080,7 +5163,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -5116,7 +5199,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5128,7 +5211,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5141,7 +5224,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -5182,7 +5265,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5194,7 +5277,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5207,7 +5290,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -5238,7 +5321,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5250,7 +5333,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5263,7 +5346,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -5327,7 +5410,7 @@ type RenewReply struct {
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5339,7 +5422,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5352,7 +5435,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -5440,7 +5523,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5452,7 +5535,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5465,7 +5548,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
 type NodeReply struct {
@@ -5492,7 +5575,7 @@ type NodeReply struct {
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5504,7 +5587,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5517,7 +5600,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *NodeReply) GetId() string {
@@ -5642,7 +5725,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5654,7 +5737,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5667,7 +5750,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *WatchRequest) GetAfter() uint64 {
@@ -5698,7 +5781,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5710,7 +5793,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5723,7 +5806,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Change) GetWhat() isChange_What {
@@ -5862,7 +5945,7 @@ type WatchReply struct {
 
 func (x *WatchReply) Reset() {
 	*x = WatchReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5874,7 +5957,7 @@ func (x *WatchReply) String() string {
 func (*WatchReply) ProtoMessage() {}
 
 func (x *WatchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5887,7 +5970,7 @@ func (x *WatchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
 func (*WatchReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *WatchReply) GetRevision() uint64 {
@@ -5928,7 +6011,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5940,7 +6023,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5953,7 +6036,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *AddNodeRequest) GetApiAddr() string {
@@ -5980,7 +6063,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5992,7 +6075,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6005,7 +6088,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -6034,7 +6117,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6046,7 +6129,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6059,7 +6142,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *NodesReply) GetStatus() uint32 {
@@ -6098,7 +6181,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6110,7 +6193,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6123,7 +6206,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
 }
 
 type BackupPiece struct {
@@ -6138,7 +6221,7 @@ type BackupPiece struct {
 
 func (x *BackupPiece) Reset() {
 	*x = BackupPiece{}
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6150,7 +6233,7 @@ func (x *BackupPiece) String() string {
 func (*BackupPiece) ProtoMessage() {}
 
 func (x *BackupPiece) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6163,7 +6246,7 @@ func (x *BackupPiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
 func (*BackupPiece) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *BackupPiece) GetStatus() uint32 {
@@ -6198,13 +6281,14 @@ var File_proto_pb_meta_proto protoreflect.FileDescriptor
 
 const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
-	"\x13proto/pb/meta.proto\x12\bcairn.v1\x1a\x17proto/pb/snapshot.proto\x1a\x14proto/pb/place.proto\"\x8e\x01\n" +
+	"\x13proto/pb/meta.proto\x12\bcairn.v1\x1a\x17proto/pb/snapshot.proto\x1a\x14proto/pb/place.proto\"\xa2\x01\n" +
 	"\x05Store\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12%\n" +
 	"\x0ecapacity_bytes\x18\x04 \x01(\x04R\rcapacityBytes\x12\x18\n" +
-	"\aretired\x18\x05 \x01(\bR\aretired\"\xcb\x02\n" +
+	"\aretired\x18\x05 \x01(\bR\aretired\x12\x12\n" +
+	"\x04life\x18Z \x01(\x04R\x04life\"\xcb\x02\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tdata_addr\x18\x02 \x01(\tR\bdataAddr\x12!\n" +
@@ -6326,7 +6410,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18( \x01(\tR\aoutcome\"\x97\x13\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\xd3\x13\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -6379,8 +6463,12 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\vprune_layer\x18B \x01(\v2\x14.cairn.v1.PruneLayerH\x00R\n" +
 	"pruneLayer\x12+\n" +
 	"\abind_vm\x18P \x01(\v2\x10.cairn.v1.BindVMH\x00R\x06bindVm\x12=\n" +
-	"\rset_placement\x18Q \x01(\v2\x16.cairn.v1.SetPlacementH\x00R\fsetPlacementB\x04\n" +
-	"\x02op\"7\n" +
+	"\rset_placement\x18Q \x01(\v2\x16.cairn.v1.SetPlacementH\x00R\fsetPlacement\x12:\n" +
+	"\fretire_store\x18Z \x01(\v2\x15.cairn.v1.RetireStoreH\x00R\vretireStoreB\x04\n" +
+	"\x02op\"=\n" +
+	"\vRetireStore\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\fR\x05store\x12\x18\n" +
+	"\aretired\x18\x02 \x01(\bR\aretired\"7\n" +
 	"\aSetHost\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
 	"\adrained\x18\x02 \x01(\bR\adrained\" \n" +
@@ -6735,7 +6823,7 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
 var file_proto_pb_meta_proto_goTypes = []any{
 	(ChunkState)(0),           // 0: cairn.v1.ChunkState
 	(ChunkMove_Step)(0),       // 1: cairn.v1.ChunkMove.Step
@@ -6752,211 +6840,213 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	(*VM)(nil),                // 12: cairn.v1.VM
 	(*Event)(nil),             // 13: cairn.v1.Event
 	(*Command)(nil),           // 14: cairn.v1.Command
-	(*SetHost)(nil),           // 15: cairn.v1.SetHost
-	(*RemoveHost)(nil),        // 16: cairn.v1.RemoveHost
-	(*MakeToken)(nil),         // 17: cairn.v1.MakeToken
-	(*RevokeToken)(nil),       // 18: cairn.v1.RevokeToken
-	(*Note)(nil),              // 19: cairn.v1.Note
-	(*Housekeeping)(nil),      // 20: cairn.v1.Housekeeping
-	(*UndeleteVolume)(nil),    // 21: cairn.v1.UndeleteVolume
-	(*PurgeVolume)(nil),       // 22: cairn.v1.PurgeVolume
-	(*ShrinkVolume)(nil),      // 23: cairn.v1.ShrinkVolume
-	(*UndoShrink)(nil),        // 24: cairn.v1.UndoShrink
-	(*ChunkCopy)(nil),         // 25: cairn.v1.ChunkCopy
-	(*DroppedCopies)(nil),     // 26: cairn.v1.DroppedCopies
-	(*UpdateVolume)(nil),      // 27: cairn.v1.UpdateVolume
-	(*SetTenant)(nil),         // 28: cairn.v1.SetTenant
-	(*TrustVolume)(nil),       // 29: cairn.v1.TrustVolume
-	(*InitCluster)(nil),       // 30: cairn.v1.InitCluster
-	(*OpenSession)(nil),       // 31: cairn.v1.OpenSession
-	(*RegisterHost)(nil),      // 32: cairn.v1.RegisterHost
-	(*RegisterStore)(nil),     // 33: cairn.v1.RegisterStore
-	(*CreateVolume)(nil),      // 34: cairn.v1.CreateVolume
-	(*RenameVolume)(nil),      // 35: cairn.v1.RenameVolume
-	(*ResizeVolume)(nil),      // 36: cairn.v1.ResizeVolume
-	(*DeleteVolume)(nil),      // 37: cairn.v1.DeleteVolume
-	(*Attach)(nil),            // 38: cairn.v1.Attach
-	(*HandOver)(nil),          // 39: cairn.v1.HandOver
-	(*ChunkMove)(nil),         // 40: cairn.v1.ChunkMove
-	(*MoveChunks)(nil),        // 41: cairn.v1.MoveChunks
-	(*SetReplicas)(nil),       // 42: cairn.v1.SetReplicas
-	(*Detach)(nil),            // 43: cairn.v1.Detach
-	(*Allocate)(nil),          // 44: cairn.v1.Allocate
-	(*MemberChange)(nil),      // 45: cairn.v1.MemberChange
-	(*ChangeMembers)(nil),     // 46: cairn.v1.ChangeMembers
-	(*PutVM)(nil),             // 47: cairn.v1.PutVM
-	(*DeleteVM)(nil),          // 48: cairn.v1.DeleteVM
-	(*Result)(nil),            // 49: cairn.v1.Result
-	(*MemberResult)(nil),      // 50: cairn.v1.MemberResult
-	(*QueryRequest)(nil),      // 51: cairn.v1.QueryRequest
-	(*GoneVolumes)(nil),       // 52: cairn.v1.GoneVolumes
-	(*Events)(nil),            // 53: cairn.v1.Events
-	(*PlaceVM)(nil),           // 54: cairn.v1.PlaceVM
-	(*QueryReply)(nil),        // 55: cairn.v1.QueryReply
-	(*OriginState)(nil),       // 56: cairn.v1.OriginState
-	(*StoreUsage)(nil),        // 57: cairn.v1.StoreUsage
-	(*StoreState)(nil),        // 58: cairn.v1.StoreState
-	(*HostState)(nil),         // 59: cairn.v1.HostState
-	(*Lease)(nil),             // 60: cairn.v1.Lease
-	(*RenewRequest)(nil),      // 61: cairn.v1.RenewRequest
-	(*RenewReply)(nil),        // 62: cairn.v1.RenewReply
-	(*NodeRequest)(nil),       // 63: cairn.v1.NodeRequest
-	(*NodeReply)(nil),         // 64: cairn.v1.NodeReply
-	(*WatchRequest)(nil),      // 65: cairn.v1.WatchRequest
-	(*Change)(nil),            // 66: cairn.v1.Change
-	(*WatchReply)(nil),        // 67: cairn.v1.WatchReply
-	(*AddNodeRequest)(nil),    // 68: cairn.v1.AddNodeRequest
-	(*RemoveNodeRequest)(nil), // 69: cairn.v1.RemoveNodeRequest
-	(*NodesReply)(nil),        // 70: cairn.v1.NodesReply
-	(*BackupRequest)(nil),     // 71: cairn.v1.BackupRequest
-	(*BackupPiece)(nil),       // 72: cairn.v1.BackupPiece
-	nil,                       // 73: cairn.v1.Host.LabelsEntry
-	nil,                       // 74: cairn.v1.Volume.TagsEntry
-	nil,                       // 75: cairn.v1.UpdateVolume.SetTagsEntry
-	nil,                       // 76: cairn.v1.CreateVolume.TagsEntry
-	(*HostPromise)(nil),       // 77: cairn.v1.HostPromise
-	(*Layer)(nil),             // 78: cairn.v1.Layer
-	(*Origin)(nil),            // 79: cairn.v1.Origin
-	(*VMNeeds)(nil),           // 80: cairn.v1.VMNeeds
-	(*VMQueue)(nil),           // 81: cairn.v1.VMQueue
-	(*PrepareSnapshot)(nil),   // 82: cairn.v1.PrepareSnapshot
-	(*NameSnapshots)(nil),     // 83: cairn.v1.NameSnapshots
-	(*DeleteSnapshot)(nil),    // 84: cairn.v1.DeleteSnapshot
-	(*CloneVolume)(nil),       // 85: cairn.v1.CloneVolume
-	(*RollbackVolume)(nil),    // 86: cairn.v1.RollbackVolume
-	(*FlattenVolume)(nil),     // 87: cairn.v1.FlattenVolume
-	(*PruneLayer)(nil),        // 88: cairn.v1.PruneLayer
-	(*BindVM)(nil),            // 89: cairn.v1.BindVM
-	(*SetPlacement)(nil),      // 90: cairn.v1.SetPlacement
-	(*LayersOf)(nil),          // 91: cairn.v1.LayersOf
-	(*PlaceQuestion)(nil),     // 92: cairn.v1.PlaceQuestion
-	(*VolumeLayers)(nil),      // 93: cairn.v1.VolumeLayers
-	(*PlaceAnswer)(nil),       // 94: cairn.v1.PlaceAnswer
-	(*VolumeHeat)(nil),        // 95: cairn.v1.VolumeHeat
+	(*RetireStore)(nil),       // 15: cairn.v1.RetireStore
+	(*SetHost)(nil),           // 16: cairn.v1.SetHost
+	(*RemoveHost)(nil),        // 17: cairn.v1.RemoveHost
+	(*MakeToken)(nil),         // 18: cairn.v1.MakeToken
+	(*RevokeToken)(nil),       // 19: cairn.v1.RevokeToken
+	(*Note)(nil),              // 20: cairn.v1.Note
+	(*Housekeeping)(nil),      // 21: cairn.v1.Housekeeping
+	(*UndeleteVolume)(nil),    // 22: cairn.v1.UndeleteVolume
+	(*PurgeVolume)(nil),       // 23: cairn.v1.PurgeVolume
+	(*ShrinkVolume)(nil),      // 24: cairn.v1.ShrinkVolume
+	(*UndoShrink)(nil),        // 25: cairn.v1.UndoShrink
+	(*ChunkCopy)(nil),         // 26: cairn.v1.ChunkCopy
+	(*DroppedCopies)(nil),     // 27: cairn.v1.DroppedCopies
+	(*UpdateVolume)(nil),      // 28: cairn.v1.UpdateVolume
+	(*SetTenant)(nil),         // 29: cairn.v1.SetTenant
+	(*TrustVolume)(nil),       // 30: cairn.v1.TrustVolume
+	(*InitCluster)(nil),       // 31: cairn.v1.InitCluster
+	(*OpenSession)(nil),       // 32: cairn.v1.OpenSession
+	(*RegisterHost)(nil),      // 33: cairn.v1.RegisterHost
+	(*RegisterStore)(nil),     // 34: cairn.v1.RegisterStore
+	(*CreateVolume)(nil),      // 35: cairn.v1.CreateVolume
+	(*RenameVolume)(nil),      // 36: cairn.v1.RenameVolume
+	(*ResizeVolume)(nil),      // 37: cairn.v1.ResizeVolume
+	(*DeleteVolume)(nil),      // 38: cairn.v1.DeleteVolume
+	(*Attach)(nil),            // 39: cairn.v1.Attach
+	(*HandOver)(nil),          // 40: cairn.v1.HandOver
+	(*ChunkMove)(nil),         // 41: cairn.v1.ChunkMove
+	(*MoveChunks)(nil),        // 42: cairn.v1.MoveChunks
+	(*SetReplicas)(nil),       // 43: cairn.v1.SetReplicas
+	(*Detach)(nil),            // 44: cairn.v1.Detach
+	(*Allocate)(nil),          // 45: cairn.v1.Allocate
+	(*MemberChange)(nil),      // 46: cairn.v1.MemberChange
+	(*ChangeMembers)(nil),     // 47: cairn.v1.ChangeMembers
+	(*PutVM)(nil),             // 48: cairn.v1.PutVM
+	(*DeleteVM)(nil),          // 49: cairn.v1.DeleteVM
+	(*Result)(nil),            // 50: cairn.v1.Result
+	(*MemberResult)(nil),      // 51: cairn.v1.MemberResult
+	(*QueryRequest)(nil),      // 52: cairn.v1.QueryRequest
+	(*GoneVolumes)(nil),       // 53: cairn.v1.GoneVolumes
+	(*Events)(nil),            // 54: cairn.v1.Events
+	(*PlaceVM)(nil),           // 55: cairn.v1.PlaceVM
+	(*QueryReply)(nil),        // 56: cairn.v1.QueryReply
+	(*OriginState)(nil),       // 57: cairn.v1.OriginState
+	(*StoreUsage)(nil),        // 58: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 59: cairn.v1.StoreState
+	(*HostState)(nil),         // 60: cairn.v1.HostState
+	(*Lease)(nil),             // 61: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 62: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 63: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 64: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 65: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 66: cairn.v1.WatchRequest
+	(*Change)(nil),            // 67: cairn.v1.Change
+	(*WatchReply)(nil),        // 68: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 69: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 70: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 71: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 72: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 73: cairn.v1.BackupPiece
+	nil,                       // 74: cairn.v1.Host.LabelsEntry
+	nil,                       // 75: cairn.v1.Volume.TagsEntry
+	nil,                       // 76: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 77: cairn.v1.CreateVolume.TagsEntry
+	(*HostPromise)(nil),       // 78: cairn.v1.HostPromise
+	(*Layer)(nil),             // 79: cairn.v1.Layer
+	(*Origin)(nil),            // 80: cairn.v1.Origin
+	(*VMNeeds)(nil),           // 81: cairn.v1.VMNeeds
+	(*VMQueue)(nil),           // 82: cairn.v1.VMQueue
+	(*PrepareSnapshot)(nil),   // 83: cairn.v1.PrepareSnapshot
+	(*NameSnapshots)(nil),     // 84: cairn.v1.NameSnapshots
+	(*DeleteSnapshot)(nil),    // 85: cairn.v1.DeleteSnapshot
+	(*CloneVolume)(nil),       // 86: cairn.v1.CloneVolume
+	(*RollbackVolume)(nil),    // 87: cairn.v1.RollbackVolume
+	(*FlattenVolume)(nil),     // 88: cairn.v1.FlattenVolume
+	(*PruneLayer)(nil),        // 89: cairn.v1.PruneLayer
+	(*BindVM)(nil),            // 90: cairn.v1.BindVM
+	(*SetPlacement)(nil),      // 91: cairn.v1.SetPlacement
+	(*LayersOf)(nil),          // 92: cairn.v1.LayersOf
+	(*PlaceQuestion)(nil),     // 93: cairn.v1.PlaceQuestion
+	(*VolumeLayers)(nil),      // 94: cairn.v1.VolumeLayers
+	(*PlaceAnswer)(nil),       // 95: cairn.v1.PlaceAnswer
+	(*VolumeHeat)(nil),        // 96: cairn.v1.VolumeHeat
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	73,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
-	77,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
+	74,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	78,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
 	0,   // 2: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
 	6,   // 3: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
 	4,   // 4: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	74,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	75,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
 	8,   // 6: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	78,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
-	79,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
-	80,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
-	81,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
-	31,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
-	32,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
-	33,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
-	34,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	35,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	36,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	37,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	38,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	43,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	44,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	46,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	47,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	48,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
-	30,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
-	15,  // 25: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
-	16,  // 26: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
-	17,  // 27: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
-	18,  // 28: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
-	19,  // 29: cairn.v1.Command.note:type_name -> cairn.v1.Note
-	20,  // 30: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
-	21,  // 31: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
-	22,  // 32: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
-	23,  // 33: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
-	24,  // 34: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
-	27,  // 35: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
-	28,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
-	29,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
-	26,  // 38: cairn.v1.Command.dropped_copies:type_name -> cairn.v1.DroppedCopies
-	41,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
-	42,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
-	39,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
-	82,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
-	83,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
-	84,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
-	85,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
-	86,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
-	87,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
-	88,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
-	89,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
-	90,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
-	25,  // 51: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
-	75,  // 52: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
-	8,   // 53: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
-	3,   // 54: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	2,   // 55: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	76,  // 56: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
-	8,   // 57: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	1,   // 58: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
-	40,  // 59: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
-	5,   // 60: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	45,  // 61: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	12,  // 62: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	7,   // 63: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	5,   // 64: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	50,  // 65: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	12,  // 66: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	7,   // 67: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
-	52,  // 68: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	53,  // 69: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	54,  // 70: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	91,  // 71: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
-	92,  // 72: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
-	7,   // 73: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	5,   // 74: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	59,  // 75: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	12,  // 76: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	13,  // 77: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	64,  // 78: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	9,   // 79: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	10,  // 80: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	11,  // 81: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	25,  // 82: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
-	93,  // 83: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
-	56,  // 84: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
-	94,  // 85: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
-	7,   // 86: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
-	5,   // 87: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
-	2,   // 88: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	57,  // 89: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,   // 90: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	58,  // 91: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	60,  // 92: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	60,  // 93: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	57,  // 94: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	95,  // 95: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
-	60,  // 96: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,   // 97: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	12,  // 98: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
-	66,  // 99: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	64,  // 100: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14,  // 101: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	51,  // 102: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	61,  // 103: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	63,  // 104: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	65,  // 105: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	68,  // 106: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	69,  // 107: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	71,  // 108: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	49,  // 109: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	55,  // 110: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	62,  // 111: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	64,  // 112: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	67,  // 113: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	70,  // 114: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	70,  // 115: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	72,  // 116: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	109, // [109:117] is the sub-list for method output_type
-	101, // [101:109] is the sub-list for method input_type
-	101, // [101:101] is the sub-list for extension type_name
-	101, // [101:101] is the sub-list for extension extendee
-	0,   // [0:101] is the sub-list for field type_name
+	79,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
+	80,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
+	81,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
+	82,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
+	32,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
+	33,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
+	34,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
+	35,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
+	36,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	37,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	38,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	39,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	44,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	45,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	47,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	48,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	49,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	31,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
+	16,  // 25: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
+	17,  // 26: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
+	18,  // 27: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
+	19,  // 28: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
+	20,  // 29: cairn.v1.Command.note:type_name -> cairn.v1.Note
+	21,  // 30: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
+	22,  // 31: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
+	23,  // 32: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
+	24,  // 33: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
+	25,  // 34: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
+	28,  // 35: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
+	29,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
+	30,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
+	27,  // 38: cairn.v1.Command.dropped_copies:type_name -> cairn.v1.DroppedCopies
+	42,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
+	43,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
+	40,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
+	83,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
+	84,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
+	85,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
+	86,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
+	87,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
+	88,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
+	89,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
+	90,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
+	91,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
+	15,  // 51: cairn.v1.Command.retire_store:type_name -> cairn.v1.RetireStore
+	26,  // 52: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
+	76,  // 53: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	8,   // 54: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	3,   // 55: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	2,   // 56: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	77,  // 57: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	8,   // 58: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	1,   // 59: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	41,  // 60: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,   // 61: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	46,  // 62: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12,  // 63: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,   // 64: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,   // 65: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	51,  // 66: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12,  // 67: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	7,   // 68: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
+	53,  // 69: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	54,  // 70: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	55,  // 71: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	92,  // 72: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	93,  // 73: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
+	7,   // 74: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,   // 75: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	60,  // 76: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12,  // 77: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13,  // 78: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	65,  // 79: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,   // 80: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10,  // 81: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11,  // 82: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	26,  // 83: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
+	94,  // 84: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	57,  // 85: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	95,  // 86: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
+	7,   // 87: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,   // 88: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,   // 89: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	58,  // 90: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,   // 91: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	59,  // 92: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	61,  // 93: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	61,  // 94: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	58,  // 95: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	96,  // 96: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
+	61,  // 97: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,   // 98: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	12,  // 99: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
+	67,  // 100: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	65,  // 101: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 102: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	52,  // 103: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	62,  // 104: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	64,  // 105: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	66,  // 106: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	69,  // 107: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	70,  // 108: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	72,  // 109: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	50,  // 110: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	56,  // 111: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	63,  // 112: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	65,  // 113: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	68,  // 114: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	71,  // 115: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	71,  // 116: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	73,  // 117: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	110, // [110:118] is the sub-list for method output_type
+	102, // [102:110] is the sub-list for method input_type
+	102, // [102:102] is the sub-list for extension type_name
+	102, // [102:102] is the sub-list for extension extendee
+	0,   // [0:102] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -7007,8 +7097,9 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_PruneLayer)(nil),
 		(*Command_BindVm)(nil),
 		(*Command_SetPlacement)(nil),
+		(*Command_RetireStore)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[49].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[50].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
 		(*QueryRequest_Volumes)(nil),
 		(*QueryRequest_Hosts)(nil),
@@ -7025,7 +7116,7 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_LayersOf)(nil),
 		(*QueryRequest_Place)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[64].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[65].OneofWrappers = []any{
 		(*Change_Volume)(nil),
 		(*Change_Host)(nil),
 		(*Change_Store)(nil),
@@ -7040,7 +7131,7 @@ func file_proto_pb_meta_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   75,
+			NumMessages:   76,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
