@@ -11,7 +11,7 @@ CAIRN := bin/cairn
 # Packages whose tests start processes, guests or network namespaces. They run
 # one package at a time and without the race detector, which would slow the
 # guests and the load below what the tests are about.
-INT_DIRS := chaos/cluster chaos/bench chaos/guest vmhook/machine netplane/kernel netplane/bird chaos/netlab cmd/cairn
+INT_DIRS := chaos/cluster chaos/outage chaos/bench chaos/guest vmhook/machine netplane/kernel netplane/bird chaos/netlab cmd/cairn
 INT_PKGS  = $(foreach d,$(INT_DIRS),$(if $(wildcard $(d)/*_test.go),./$(d)))
 UNIT_PKGS = $$($(GO) list ./... $(foreach d,$(INT_DIRS),| grep -v '/$(d)$$'))
 FUZZ_SECONDS ?= 10

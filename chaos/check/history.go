@@ -51,11 +51,11 @@ func (v Value) String() string {
 	case Torn:
 		return "torn bytes"
 	}
-	return fmt.Sprintf("%d.%d", uint64(v)>>valueClientShift, uint64(v)&(1<<valueClientShift-1))
+	return fmt.Sprintf("%d.%d", uint64(v)>>ValueClientShift, uint64(v)&(1<<ValueClientShift-1))
 }
 
-// valueClientShift leaves each client 2^40 values of its own.
-const valueClientShift = 40
+// ValueClientShift is where a Value has its client; it leaves each client 2^40 values of its own.
+const ValueClientShift = 40
 
 // Op is one operation on one register: a whole block, or a part of one
 // (RegisterName tells). Times are monotonic nanoseconds since the
@@ -184,4 +184,34 @@ func firstError(errs ...error) error {
 		}
 	}
 	return nil
+}
+
+// NowNs is the history's clock.
+func (h *History) NowNs() int64 { return time.Since(h.start).Nanoseconds() }
+
+// Longest is the longest time an answered operation took of those that were in
+// flight at some moment from fromNs to toNs.
+func (h *History) Longest(fromNs, toNs int64) time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	longest := int64(0)
+	for _, op := range h.ops {
+		if !op.Unknown && op.InvokeNs <= toNs && op.ReturnNs >= fromNs {
+			longest = max(longest, op.ReturnNs-op.InvokeNs)
+		}
+	}
+	return time.Duration(longest)
+}
+
+// FirstAnswer is the earliest answer, at or after fromNs, to an operation begun
+// then; ok is false when there is none yet.
+func (h *History) FirstAnswer(fromNs int64) (atNs int64, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, op := range h.ops {
+		if !op.Unknown && op.InvokeNs >= fromNs && (!ok || op.ReturnNs < atNs) {
+			atNs, ok = op.ReturnNs, true
+		}
+	}
+	return atNs, ok
 }

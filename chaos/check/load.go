@@ -47,6 +47,9 @@ type Config struct {
 	Ops     int           // stop after so many operations; 0: when the context ends
 	Patient time.Duration // an operation, or a reconnect, that takes longer fails the run (60 s)
 	History *History      // goes on with this one; nil: a new one
+	// FirstClient numbers the clients, Conns × Depth of them, from here on: loads
+	// that share a history, and so a seed, must not share clients.
+	FirstClient int
 	// Tolerate says which error answers do not fail the run: what was asked for
 	// then counts as unknown. nil: none.
 	Tolerate func(error) bool
@@ -113,8 +116,8 @@ func NewLoad(cfg Config) *Load {
 	}
 	l := &Load{cfg: cfg, history: cfg.History}
 	for i := range cfg.Conns * cfg.Depth {
-		l.workers = append(l.workers, &worker{load: l, id: i,
-			rng: rand.New(rand.NewPCG(cfg.Seed, uint64(i))), buf: make([]byte, maxBlocks*BlockBytes)})
+		l.workers = append(l.workers, &worker{load: l, id: cfg.FirstClient + i,
+			rng: rand.New(rand.NewPCG(cfg.Seed, uint64(cfg.FirstClient+i))), buf: make([]byte, maxBlocks*BlockBytes)})
 	}
 	for a := range l.stats {
 		l.stats[a].Kind = action(a).String()
@@ -185,7 +188,7 @@ func (l *Load) Run(ctx context.Context) error {
 func (l *Load) AfterPowerLoss(held map[uint64]Value) {
 	l.history = NewHistory()
 	for register, v := range held {
-		l.history.Add(Op{Client: len(l.workers), Kind: Write, Block: register, Value: v, Durable: true})
+		l.history.Add(Op{Client: l.cfg.FirstClient + len(l.workers), Kind: Write, Block: register, Value: v, Durable: true})
 	}
 }
 

@@ -350,7 +350,7 @@ func TestDurable(t *testing.T) {
 func TestContent(t *testing.T) {
 	p := make([]byte, BlockBytes)
 	for part, s := range append(spansOf(request{off: 7 * BlockBytes, n: BlockBytes}), span{register: 3, n: BlockBytes}) {
-		v := Value(2<<valueClientShift | 99)
+		v := Value(2<<ValueClientShift | 99)
 		q := p[:s.n]
 		fill(q, 5, s.register, v)
 		if got := identify(q, 5, s.register); got != v {

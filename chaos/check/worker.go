@@ -181,7 +181,7 @@ func (w *worker) prepare(r request, spans []span) []Value {
 	}
 	for i, s := range spans {
 		w.seq++
-		values[i] = Value(uint64(w.id)<<valueClientShift | w.seq)
+		values[i] = Value(uint64(w.id)<<ValueClientShift | w.seq)
 		fill(w.buf[s.off-r.off:][:s.n], w.load.cfg.Seed, s.register, values[i])
 	}
 	return values

@@ -103,6 +103,8 @@ type Member struct {
 	Host   string `json:"host"`
 	InSync bool   `json:"inSync"` // as metadata has it
 	State  string `json:"state"`  // as the gateway has it, while there is one
+
+	JoinedBytes uint64 `json:"joinedBytes"` // sent to it by the running or last catch-up
 }
 
 // ShowVolume tells a volume's state.
@@ -119,8 +121,9 @@ func (c *Cluster) Volumes(ctx context.Context) ([]Volume, error) {
 
 // Host is a row of `cairn host ls`.
 type Host struct {
-	Name string `json:"name"`
-	Up   bool   `json:"up"`
+	Name     string `json:"name"`
+	Up       bool   `json:"up"`
+	DataAddr string `json:"dataAddr"`
 }
 
 // Hosts lists the hosts.

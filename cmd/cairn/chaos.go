@@ -44,7 +44,7 @@ func benchCommand() *cobra.Command {
 		},
 	}
 	out.register(cmd)
-	cmd.AddCommand(benchNBDCommand())
+	cmd.AddCommand(benchNBDCommand(), benchOutageCommand())
 	return cmd
 }
 
