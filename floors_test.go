@@ -44,6 +44,7 @@ var floors = map[string]int{
 	"meta/client":             3,
 	"chunk/server":            3,
 	"chunk/server/checkpoint": 3,
+	"chunk/server/identity":   3,
 	"chunk/client":            3,
 	"nbd/server":              3,
 	"netplane/bird":           3,

@@ -338,7 +338,7 @@ func (s *Store) adopt(c *course) {
 	if c.from == 0 { // a checkpoint would have been of use
 		s.ckpt.loggedBefore = -s.cfg.CheckpointBytes
 	}
-	s.lsn = max(c.top, c.bound, c.cut-1)
+	s.lsn, s.recovered = max(c.top, c.bound, c.cut-1), c.cut-1
 	s.written, s.durable = c.cut-1, c.cut-1 // and not lsn: what says that there is a gap is not durable yet
 	s.life = c.life + 1
 	lost := !c.sameRun && !c.clean

@@ -65,6 +65,7 @@ type Store struct {
 	super       super
 	incarnation ids.Incarnation
 	life        uint32
+	recovered   uint64 // highest LSN the opening found
 	note        string
 	capacity    uint64 // blocks
 
