@@ -31,6 +31,7 @@ type localCluster struct {
 	Version   int         `json:"version"`
 	ID        string      `json:"id"`
 	StoreSize uint64      `json:"storeSizeBytes"`
+	Stores    int         `json:"storesPerHost,omitempty"` // 0: one
 	Meta      []localMeta `json:"meta"`
 	Hosts     []localHost `json:"hosts"`
 	dir       string
@@ -84,7 +85,7 @@ func openCluster(dir string) (*localCluster, error) {
 
 // createCluster makes the description of a new cluster with free ports of this
 // machine.
-func createCluster(dir string, hosts, metas int, storeSize uint64) (*localCluster, error) {
+func createCluster(dir string, hosts, metas, stores int, storeSize uint64) (*localCluster, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "run"), 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the cluster's directory: %w", err)
 	}
@@ -99,7 +100,7 @@ func createCluster(dir string, hosts, metas int, storeSize uint64) (*localCluste
 	}
 	var id [8]byte
 	_, _ = rand.Read(id[:]) // never fails
-	l := &localCluster{Version: clusterVersion, ID: hex.EncodeToString(id[:]), StoreSize: storeSize, dir: dir}
+	l := &localCluster{Version: clusterVersion, ID: hex.EncodeToString(id[:]), StoreSize: storeSize, Stores: stores, dir: dir}
 	ports, err := freePorts(2*metas + 2*hosts)
 	if err != nil {
 		return nil, err
@@ -196,8 +197,12 @@ func (l *localCluster) metaConfig(i int) *metaConfig {
 // hostConfig is the configuration of host i.
 func (l *localCluster) hostConfig(i int) *hostConfig {
 	h := l.Hosts[i]
-	return &hostConfig{Name: h.Name, Dir: l.path(h.Name), Cluster: l.ID, Meta: l.metaAddrs(), Data: h.Data, Control: h.Control,
-		NBD: l.path(h.Name, "nbd.sock"), Stores: []storeConfig{{Path: l.path(h.Name, "store-1"), Size: strconv.FormatUint(l.StoreSize, 10)}}}
+	c := &hostConfig{Name: h.Name, Dir: l.path(h.Name), Cluster: l.ID, Meta: l.metaAddrs(), Data: h.Data, Control: h.Control,
+		NBD: l.path(h.Name, "nbd.sock")}
+	for n := range max(1, l.Stores) {
+		c.Stores = append(c.Stores, storeConfig{Path: l.path(h.Name, fmt.Sprintf("store-%d", n+1)), Size: strconv.FormatUint(l.StoreSize, 10), Thin: true})
+	}
+	return c
 }
 
 func pidFile(dir, name string) string { return filepath.Join(dir, "run", name+".pid") }

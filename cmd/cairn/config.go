@@ -62,8 +62,13 @@ type hostConfig struct {
 type storeConfig struct {
 	Path string `toml:"path"`
 	Size string `toml:"size"` // of a store file that does not exist yet
+	// Thin: the file takes up what is written only, and others may fill the file
+	// system under it; else its whole space is reserved. Devices are what they are.
+	Thin  bool   `toml:"thin,omitempty"`
+	Scrub string `toml:"scrub,omitempty"` // bytes per second read to verify everything, once a week; "0": only when asked (16M)
 
-	size uint64
+	size  uint64
+	scrub int64
 }
 
 func loadFile(path string, into any) error {
@@ -197,6 +202,14 @@ func (c *hostConfig) check() (err error) {
 			if s.size, err = parseSize(s.Size); err != nil {
 				return err
 			}
+		}
+		s.scrub = defaultScrubPace
+		if s.Scrub != "" {
+			n, err := parseSize(s.Scrub)
+			if err != nil {
+				return err
+			}
+			s.scrub = int64(n)
 		}
 	}
 	return nil

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,11 +17,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/cairnstore/cairn/chunk/client"
-	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/chunk/gateway"
 	chunkserver "github.com/cairnstore/cairn/chunk/server"
-	"github.com/cairnstore/cairn/chunk/server/checkpoint"
-	"github.com/cairnstore/cairn/chunk/store"
 	metaclient "github.com/cairnstore/cairn/meta/client"
 	nbdserver "github.com/cairnstore/cairn/nbd/server"
 	agentnet "github.com/cairnstore/cairn/netplane/agent"
@@ -35,12 +31,10 @@ import (
 )
 
 const (
-	defaultStoreSize = 64 << 30 // of a store file whose size nobody gave; sparse
-	stepEvery        = 100 * time.Millisecond
-	sweepPause       = time.Second // removals that come together are swept together
-	sweepRetry       = 5 * time.Second
-	closeWait        = 20 * time.Second
-	chunksWait       = 2 * time.Second
+	sweepPause = time.Second // removals that come together are swept together
+	sweepRetry = 5 * time.Second
+	closeWait  = 20 * time.Second
+	chunksWait = 2 * time.Second
 )
 
 // hostd is one running host: stores and chunk server, gateway and NBD server,
@@ -62,17 +56,6 @@ type hostd struct {
 	gone    chan struct{}  // sweep has something to do
 	adopted chan struct{}  // closed when VMs of the last process are known again
 	undo    []func() error // what close has to do, last first
-}
-
-// hostStore is an open store with its disk and its index pages.
-type hostStore struct {
-	*store.Store
-	disk  *disk.File
-	pages *checkpoint.Pages
-}
-
-func (s *hostStore) close() error {
-	return errors.Join(s.Store.Close(), s.disk.Close(), s.pages.Close())
 }
 
 // gcPercent lets a host's heap grow to five times what lives on it, some tens of
@@ -109,6 +92,9 @@ func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd
 	if err != nil {
 		return h, err
 	}
+	if err := h.identify(ctx); err != nil {
+		return h, errors.Join(err, dataL.Close())
+	}
 	if err := h.serveChunks(dataL); err != nil {
 		return h, err
 	}
@@ -121,66 +107,6 @@ func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd
 	return h, h.serveControl(ctx)
 }
 
-// openStores opens every store, making those that do not exist.
-func (h *hostd) openStores() error {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return fmt.Errorf("cannot tell whether the machine lost power: %w", err)
-	}
-	for i, sc := range h.cfg.Stores {
-		s, err := openStore(sc, h.cfg.Cluster, string(bytes.TrimSpace(boot)), filepath.Join(h.cfg.Dir, fmt.Sprintf("pages-%d", i+1)))
-		if err != nil {
-			return fmt.Errorf("store %s: %w", sc.Path, err)
-		}
-		h.stores = append(h.stores, s)
-		h.undo = append(h.undo, s.close)
-	}
-	return nil
-}
-
-func openStore(sc storeConfig, cluster, boot, pages string) (*hostStore, error) {
-	d, err := disk.Open(sc.Path)
-	if errors.Is(err, os.ErrNotExist) {
-		d, err = createStore(sc, cluster)
-	}
-	if err != nil {
-		return nil, err
-	}
-	p, err := checkpoint.Open(pages)
-	if err != nil {
-		return nil, errors.Join(err, d.Close())
-	}
-	s, err := store.Open(store.Config{Disk: d, Cluster: cluster, BootID: boot, Pages: p})
-	if err != nil {
-		return nil, errors.Join(err, d.Close(), p.Close())
-	}
-	return &hostStore{s, d, p}, nil
-}
-
-// createStore makes a store file under another name first: a crash leaves no
-// half-made store behind.
-func createStore(sc storeConfig, cluster string) (*disk.File, error) {
-	size := sc.size
-	if size == 0 {
-		size = defaultStoreSize
-	}
-	tmp := sc.Path + ".new"
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	d, err := disk.Create(tmp, int64(size))
-	if err != nil {
-		return nil, err
-	}
-	if err := store.Make(d, store.Format{ID: ids.NewStoreID(), Incarnation: 1, Cluster: cluster}); err != nil {
-		return nil, errors.Join(err, d.Close())
-	}
-	if err := rename(tmp, sc.Path); err != nil {
-		return nil, errors.Join(err, d.Close())
-	}
-	return d, nil
-}
-
 func (h *hostd) serveChunks(l net.Listener) error {
 	sc := chunkserver.Config{Cluster: h.cfg.Cluster, Log: h.log}
 	for _, s := range h.stores {
@@ -188,21 +114,7 @@ func (h *hostd) serveChunks(l net.Listener) error {
 	}
 	h.chunks = chunkserver.New(sc)
 	h.undo = append(h.undo, h.closeChunks)
-	h.background(func(ctx context.Context) { // compaction and the like
-		t := time.NewTicker(stepEvery)
-		defer t.Stop()
-		start := time.Now()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-t.C:
-				for _, s := range h.stores {
-					s.Step(time.Since(start))
-				}
-			}
-		}
-	})
+	h.background(h.stepStores) // compaction and the like
 	go h.served("chunk server", func() error { return h.chunks.Serve(l) })
 	return nil
 }
@@ -266,14 +178,7 @@ func (h *hostd) register(ctx context.Context) error {
 	if _, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_RegisterHost{RegisterHost: &pb.RegisterHost{Host: host, JoinToken: h.cfg.JoinToken}}}); err != nil {
 		return err
 	}
-	for _, s := range h.stores {
-		id := s.ID()
-		st := &pb.Store{Id: id[:], Incarnation: uint64(s.Incarnation()), Host: h.cfg.Name, CapacityBytes: s.Usage().CapacityBytes}
-		if _, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: st}}}); err != nil {
-			return err
-		}
-	}
-	return nil
+	return h.registerStores(ctx)
 }
 
 func (h *hostd) startGateway() error {

@@ -23,6 +23,7 @@ import (
 type upFlags struct {
 	hosts     int
 	metas     int
+	stores    int
 	storeSize string
 	processes bool
 }
@@ -43,7 +44,8 @@ one process each. It keeps its data in one directory; the next up finds it again
 	fl := cmd.Flags()
 	fl.IntVar(&f.hosts, "hosts", 3, "hosts of a new cluster")
 	fl.IntVar(&f.metas, "meta-nodes", 3, "metadata nodes of a new cluster: 1, 3 or 5")
-	fl.StringVar(&f.storeSize, "store-size", "64G", "capacity of each host's store in a new cluster; it takes up what is written only")
+	fl.IntVar(&f.stores, "stores", 1, "stores of each host of a new cluster, 1 to 64")
+	fl.StringVar(&f.storeSize, "store-size", "64G", "size of each store in a new cluster; it takes up what is written only")
 	fl.BoolVar(&f.processes, "processes", false, "one process per metadata node and host, restarted when it dies")
 	return cmd
 }
@@ -61,6 +63,9 @@ func up(ctx context.Context, dir string, f upFlags) (err error) {
 	if f.metas != 1 && f.metas != 3 && f.metas != 5 {
 		return usagef("--meta-nodes %d: 1, 3 or 5", f.metas)
 	}
+	if f.stores < 1 || f.stores > 64 {
+		return usagef("--stores %d: a host has 1 to 64 stores", f.stores)
+	}
 	if dir, err = filepath.Abs(dir); err != nil {
 		return err
 	}
@@ -76,7 +81,7 @@ func up(ctx context.Context, dir string, f upFlags) (err error) {
 		if serr != nil {
 			return serr
 		}
-		l, err = createCluster(dir, f.hosts, f.metas, size)
+		l, err = createCluster(dir, f.hosts, f.metas, f.stores, size)
 	}
 	if err != nil {
 		return err
