@@ -52,6 +52,9 @@ type Link struct {
 type Route struct {
 	To   netip.Prefix
 	Hops []Hop // more than one: the kernel spreads connections over those that are up
+	// Refuse makes it the way to nowhere: what no narrower route leads on is
+	// refused at once, instead of leaving by the default route. It has no hops.
+	Refuse bool
 	// Src is the address our own connections along the route come from.
 	// Config: leave it out, it is our storage address of the family.
 	Src netip.Addr
@@ -167,6 +170,13 @@ func (c Config) normalRoute(r Route) (Route, error) {
 		if a.Is4() == r.To.Addr().Is4() {
 			r.Src = a
 		}
+	}
+	if r.Refuse {
+		if len(r.Hops) > 0 {
+			return Route{}, invalid("the route to %v refuses what it is given, and has hops: it can do one of both", r.To)
+		}
+		r.Src, r.Hops = netip.Addr{}, nil
+		return r, nil
 	}
 	if len(r.Hops) == 0 || len(r.Hops) > MaxHops {
 		return Route{}, invalid("the route to %v has %d hops: 1 to %d are possible", r.To, len(r.Hops), MaxHops)

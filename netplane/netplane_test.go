@@ -96,6 +96,7 @@ func TestNormalRefuses(t *testing.T) {
 		{base(Route{Hops: []Hop{on("a")}}), status.Invalid, "is no destination"},
 		{base(to("10.9.0.1/32", on("a"))), status.Invalid, "is one to our own storage address"},
 		{base(to("10.9.0.2/32")), status.Invalid, "has 0 hops"},
+		{base(Route{To: pre("10.9.0.0/16"), Refuse: true, Hops: []Hop{on("a")}}), status.Invalid, "it can do one of both"},
 		{base(Route{To: pre("10.9.0.2/32"), Hops: hops}), status.Invalid, "has 17 hops"},
 		{base(to("10.9.0.2/32", on("a"), on("a"))), status.Invalid, "has the hop dev a twice"},
 		{base(to("10.9.0.2/32", on("c"))), status.Invalid, `over link "c", which is not listed`},

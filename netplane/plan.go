@@ -100,6 +100,9 @@ func (c Change) String() string {
 // String is the route as ip-route(8) would take it.
 func (r Route) String() string {
 	var b strings.Builder
+	if r.Refuse {
+		b.WriteString("unreachable ")
+	}
 	b.WriteString(r.To.String())
 	if r.Src.IsValid() {
 		b.WriteString(" src " + r.Src.String())
@@ -304,7 +307,7 @@ func (p *planner) routes() (add, remove []Change) {
 	waiting := map[string]int{}
 	for _, r := range p.want.Routes {
 		r.Hops = p.usable(r.Hops, waiting)
-		if len(r.Hops) == 0 || !p.free(r, others[r.To]) {
+		if len(r.Hops) == 0 && !r.Refuse || !p.free(r, others[r.To]) {
 			continue // if there is an old one of ours, it is removed below
 		}
 		same := slices.IndexFunc(ours[r.To], func(o Installed) bool { return o.Metric == Metric })
@@ -385,5 +388,5 @@ func (p *planner) free(r Route, others []Installed) bool {
 
 // equal compares routes whatever the order of their hops.
 func equal(a, b Route) bool {
-	return a.To == b.To && a.Src == b.Src && slices.Equal(slices.SortedFunc(slices.Values(a.Hops), compareHop), b.Hops)
+	return a.To == b.To && a.Src == b.Src && a.Refuse == b.Refuse && slices.Equal(slices.SortedFunc(slices.Values(a.Hops), compareHop), b.Hops)
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/cairnstore/cairn/netplane"
 	"github.com/cairnstore/cairn/netplane/agent"
 	"github.com/cairnstore/cairn/netplane/bird"
 	"github.com/cairnstore/cairn/proto/status"
@@ -126,6 +127,9 @@ func (l *Lab) build() error {
 			return fmt.Errorf("cannot lay a cable from %s to %s: %w", c.Host, c.Spine, err)
 		}
 	}
+	if err := l.layLAN(); err != nil {
+		return fmt.Errorf("cannot lay the other network: %w", err)
+	}
 	for _, n := range l.Topology.Nodes {
 		if l.cfg.Bare && !n.Spine {
 			continue
@@ -223,15 +227,21 @@ func (l *Lab) Agent(name string) *agent.Agent { return l.nodes[name].agent }
 // Hops returns a node's next hops in the kernel by storage address.
 func (l *Lab) Hops(name string) (map[netip.Prefix]int, error) {
 	out := map[netip.Prefix]int{}
+	owner := bird.KernelProtocol
+	if l.Topology.Protocol == bird.Static {
+		owner = netplane.Protocol
+	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := l.nodes[name].nl.RouteListFiltered(family, &netlink.Route{Protocol: bird.KernelProtocol}, netlink.RT_FILTER_PROTOCOL)
+		routes, err := l.nodes[name].nl.RouteListFiltered(family, &netlink.Route{Protocol: netlink.RouteProtocol(owner)}, netlink.RT_FILTER_PROTOCOL)
 		if err != nil {
 			return nil, fmt.Errorf("list the routes of %s: %w", name, err)
 		}
 		for _, r := range routes {
 			a, _ := netip.AddrFromSlice(r.Dst.IP)
 			a = a.Unmap()
-			out[netip.PrefixFrom(a, a.BitLen())] += max(1, len(r.MultiPath))
+			if bits, _ := r.Dst.Mask.Size(); bits == a.BitLen() {
+				out[netip.PrefixFrom(a, bits)] += max(1, len(r.MultiPath))
+			}
 		}
 	}
 	return out, nil
@@ -315,11 +325,15 @@ func (l *Lab) nft(spine int, rules string) error {
 	if n == nil {
 		return status.Errorf(status.NotFound, "the lab has no spine %d", spine)
 	}
+	return n.nft(rules)
+}
+
+func (n *node) nft(rules string) error {
 	return n.in(func() error {
 		cmd := exec.Command("/usr/sbin/nft", "-f", "-")
 		cmd.Stdin = strings.NewReader(rules)
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("nft on spine-%d: %s: %w", spine, strings.TrimSpace(string(out)), err)
+			return fmt.Errorf("nft on %s: %s: %w", n.name, strings.TrimSpace(string(out)), err)
 		}
 		return nil
 	})

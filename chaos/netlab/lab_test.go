@@ -34,6 +34,9 @@ func converge(t *testing.T, l *Lab) {
 	took, err := l.Converged(ctx)
 	if err != nil {
 		for _, n := range l.Topology.Nodes {
+			if l.Agent(n.Name) == nil {
+				continue
+			}
 			rep, rerr := l.Agent(n.Name).Report()
 			t.Logf("%+v %v", rep, rerr)
 		}

@@ -105,7 +105,9 @@ func (a *Agent) file() string { return filepath.Join(a.cfg.Dir, "routes.json") }
 
 // Wanted is what a node's kernel shall have: its addresses; a route to each
 // plane address of another host over that plane's spine; with Static also the
-// routes to stable addresses; and the added ones. Errors are Invalid.
+// routes to stable addresses; refusals for all of the storage network that has
+// no way now, so that nothing leaves it by the default route; and the added
+// ones. Errors are Invalid.
 func Wanted(t bird.Topology, node string, added []netplane.Route) (netplane.Config, error) {
 	n, ok := t.Node(node)
 	if !ok {
@@ -140,8 +142,51 @@ func Wanted(t bird.Topology, node string, added []netplane.Route) (netplane.Conf
 	for to, hops := range ways {
 		cfg.Routes = append(cfg.Routes, netplane.Route{To: netip.PrefixFrom(to, to.BitLen()), Hops: hops})
 	}
+	for _, r := range fences(t) {
+		cfg.Routes = append(cfg.Routes, netplane.Route{To: r, Refuse: true})
+	}
 	cfg.Routes = append(cfg.Routes, added...)
 	return cfg.Normal()
+}
+
+// Planes wider than these are not fenced: their addresses lie too far apart to
+// say that all between them belongs to the storage network.
+const (
+	widestFence4 = 12
+	widestFence6 = 44
+)
+
+// fences are the ranges that belong to the storage network: that of the stable
+// addresses, and for each spine the smallest one with all its cables.
+func fences(t bird.Topology) []netip.Prefix {
+	out := slices.Clone(t.Range)
+	for _, four := range []bool{true, false} {
+		of := map[string]netip.Prefix{}
+		for _, c := range t.Cables {
+			for _, e := range c.Ends {
+				if e.Host.Is4() != four {
+					continue
+				}
+				p, ok := of[c.Spine]
+				if !ok {
+					p = netip.PrefixFrom(e.Host, e.Host.BitLen())
+				}
+				bits := min(p.Bits(), common(p.Addr(), e.Host), common(p.Addr(), e.Spine))
+				of[c.Spine] = netip.PrefixFrom(e.Host, bits).Masked()
+			}
+		}
+		for _, p := range of {
+			wide := p.Bits() < widestFence4
+			if !four {
+				wide = p.Bits() < widestFence6
+			}
+			if !wide && !p.IsSingleIP() && !slices.ContainsFunc(out, p.Overlaps) {
+				out = append(out, p)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
+	return out
 }
 
 // planes are the plane addresses of other hosts that a host's cable leads to,

@@ -47,7 +47,8 @@ func text(c netplane.Config) string {
 // over its plane alone; without a daemon, also those to stable addresses.
 func TestWanted(t *testing.T) {
 	const links = "s1 10.1.1.1/31\ns2 10.2.1.1/31\n"
-	const planes = "10.1.2.1/32 src 10.255.0.1 via 10.1.1.0 dev s1\n10.2.2.9/32 src 10.255.0.1 via 10.2.1.0 dev s2\n"
+	const fence1, fence2, fence = "unreachable 10.1.0.0/22\n", "unreachable 10.2.0.0/22\n", "unreachable 10.255.0.0/16\n"
+	const planes = fence1 + "10.1.2.1/32 src 10.255.0.1 via 10.1.1.0 dev s1\n" + fence2 + "10.2.2.9/32 src 10.255.0.1 via 10.2.1.0 dev s2\n"
 	const stable = "10.255.0.2/32 src 10.255.0.1 nexthop via 10.1.1.0 dev s1 nexthop via 10.2.1.0 dev s2\n"
 	extra := []netplane.Route{{To: netip.MustParsePrefix("10.7.0.0/16"), Hops: []netplane.Hop{{Link: "s2"}}}}
 	for _, c := range []struct {
@@ -56,11 +57,11 @@ func TestWanted(t *testing.T) {
 		added    []netplane.Route
 		want     string
 	}{
-		{bird.BGP, "a", nil, links + planes},
-		{bird.Static, "a", nil, links + planes + stable},
-		{bird.RIP, "a", extra, links + "10.1.2.1/32 src 10.255.0.1 via 10.1.1.0 dev s1\n10.2.2.9/32 src 10.255.0.1 via 10.2.1.0 dev s2\n10.7.0.0/16 src 10.255.0.1 dev s2\n"},
-		{bird.BGP, "y", nil, "ha 10.2.1.0/31\nhb 10.2.2.14/29\n"},
-		{bird.Static, "x", nil, "ha 10.1.1.0/31\nhb 10.1.2.0/31\n10.255.0.1/32 src 10.255.1.1 via 10.1.1.1 dev ha\n10.255.0.2/32 src 10.255.1.1 via 10.1.2.1 dev hb\n"},
+		{bird.BGP, "a", nil, links + planes + fence},
+		{bird.Static, "a", nil, links + planes + fence + stable},
+		{bird.RIP, "a", extra, links + planes + "10.7.0.0/16 src 10.255.0.1 dev s2\n" + fence},
+		{bird.BGP, "y", nil, "ha 10.2.1.0/31\nhb 10.2.2.14/29\n" + fence1 + fence2 + fence},
+		{bird.Static, "x", nil, "ha 10.1.1.0/31\nhb 10.1.2.0/31\n" + fence1 + fence2 + fence + "10.255.0.1/32 src 10.255.1.1 via 10.1.1.1 dev ha\n10.255.0.2/32 src 10.255.1.1 via 10.1.2.1 dev hb\n"},
 	} {
 		cfg, err := Wanted(fabric(c.protocol), c.node, c.added)
 		if err != nil {

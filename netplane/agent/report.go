@@ -258,6 +258,9 @@ func routes(have []netplane.Installed, added []netplane.Route) []Route {
 	out := []Route{}
 	for _, r := range have {
 		v := Route{To: r.To.String(), Metric: r.Metric, Hops: []string{}}
+		if r.Refuse {
+			v.Hops = append(v.Hops, "refused")
+		}
 		switch {
 		case r.Protocol == netplane.Protocol && ours[r.To]:
 			v.Owner = "added"

@@ -165,7 +165,9 @@ func (h *handle) routes(st *netplane.State, names map[int]string) error {
 				continue // a default route: never ours
 			}
 			in := netplane.Installed{Protocol: int(r.Protocol), Metric: r.Priority, Route: netplane.Route{To: to, Src: addr(r.Src)}}
-			if len(r.MultiPath) == 0 {
+			if r.Type == unix.RTN_UNREACHABLE {
+				in.Refuse, in.Src = true, netip.Addr{}
+			} else if len(r.MultiPath) == 0 {
 				in.Hops = []netplane.Hop{{Via: addr(r.Gw), Link: names[r.LinkIndex]}}
 			}
 			for _, nh := range r.MultiPath {
@@ -252,6 +254,10 @@ func routeOf(c netplane.Change, index map[string]int) *netlink.Route {
 		// Destination, metric and protocol say enough, and the hops may be over
 		// links that are gone. The widest scope matches any.
 		r.Type, r.Scope = 0, unix.RT_SCOPE_NOWHERE
+		return r
+	}
+	if c.Route.Refuse {
+		r.Type = unix.RTN_UNREACHABLE
 		return r
 	}
 	if c.Route.Src.IsValid() {

@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"reflect"
 	"slices"
@@ -355,5 +356,31 @@ func TestBadInput(t *testing.T) {
 	}
 	if got := a.addrs("lo"); got != nil {
 		t.Errorf("a bad config changed lo: %v", got)
+	}
+}
+
+// What has no way is refused at once, in both families, and nothing is left of
+// it afterwards; narrower routes go first.
+func TestNoWayIsRefused(t *testing.T) {
+	a, b := newHost(t), newHost(t)
+	cable(a, "x", b, "x")
+	a.start()
+	b.start()
+	fence := func(to string) netplane.Route { return netplane.Route{To: netip.MustParsePrefix(to), Refuse: true} }
+	a.apply(config([]string{"10.9.0.1", "fd09::1"}, []netplane.Link{named("x", "10.1.0.1/30", "fd01::1/64")},
+		fence("10.9.0.0/16"), fence("fd09::/64"), to("10.9.0.2/32", via("10.1.0.2", "x")), to("fd09::2/128", via("fd01::2", "x"))))
+	b.apply(config([]string{"10.9.0.2", "fd09::2"}, []netplane.Link{named("x", "10.1.0.2/30", "fd01::2/64")},
+		to("10.9.0.1/32", via("10.1.0.1", "x")), to("fd09::1/128", via("fd01::1", "x"))))
+	b.echo("10.9.0.2")
+	b.echo("fd09::2")
+	a.until("all routes", func() bool { return len(a.r.Status().Problems) == 0 && len(a.routes()) == 4 })
+	talkBothFamilies(a)
+	for from, nobody := range map[string]string{"10.9.0.1": "10.9.7.7", "fd09::1": "fd09::77"} {
+		if err := a.talk(from, nobody); !errors.Is(err, unix.EHOSTUNREACH) {
+			t.Errorf("to %s: %v", nobody, err)
+		}
+	}
+	if rep := a.apply(config([]string{"10.9.0.1", "fd09::1"}, []netplane.Link{named("x", "10.1.0.1/30", "fd01::1/64")})); len(rep.Changes) != 4 || len(a.routes()) != 0 {
+		t.Errorf("changes %v, left %v", rep.Changes, a.routes())
 	}
 }

@@ -112,14 +112,18 @@ func (c *Conn) look() error {
 	}); err != nil {
 		return nil // closed meanwhile
 	}
-	if info.Unacked == 0 || info.Bytes_acked != c.acked {
+	// Bytes that wait although the peer would take them: this host's own kernel
+	// has no way for them. With a closed window it is the peer's process that
+	// takes nothing, which is no matter of paths.
+	waits := info.Unacked > 0 || info.Notsent_bytes > 0 && info.Snd_wnd > info.Snd_mss
+	if !waits || info.Bytes_acked != c.acked {
 		c.acked, c.still = info.Bytes_acked, 0
 		return nil
 	}
 	c.still++
 	limit := stillLooks
 	switch {
-	case info.Last_ack_recv < freshAckMs && c.still >= doubtLooks:
+	case info.Last_ack_recv < freshAckMs && info.Unacked > 0 && c.still >= doubtLooks:
 		limit = stuckLooks
 	case c.way.path.doubtful():
 		limit = doubtLooks
