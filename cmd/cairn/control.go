@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/cairnstore/cairn/chunk/gateway"
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -71,6 +72,14 @@ func (c *control) RefreshVolume(ctx context.Context, r *pb.VolumeRef) (*pb.HostR
 		return reply(err), nil
 	}
 	return reply(c.h.vms.Refresh(ctx, r.Volume, v.Size())), nil
+}
+
+// ShrinkVolume implements pb.HostControlServer. A VM would not see the new end.
+func (c *control) ShrinkVolume(ctx context.Context, r *pb.ShrinkVolumeRequest) (*pb.HostReply, error) {
+	if err := c.unused(ctx, r.Volume); err != nil {
+		return reply(err), nil
+	}
+	return reply(c.h.gw.Shrink(ctx, r.Volume, gateway.ShrinkRequest{Bytes: r.SizeBytes, DiscardTail: r.DiscardTail, KeepSeconds: r.KeepSeconds})), nil
 }
 
 // vm reads a VM's definition from metadata.

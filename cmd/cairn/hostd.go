@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -251,7 +252,11 @@ func (h *hostd) sweep(ctx context.Context) {
 	for {
 		again := false
 		for _, s := range h.stores {
-			if err := sweepStore(ctx, h.meta, s); err != nil && ctx.Err() == nil {
+			err := sweepStore(ctx, h.meta, s)
+			if err == nil {
+				err = sweepWaste(ctx, h.meta, s)
+			}
+			if err != nil && ctx.Err() == nil {
 				h.log.Warn("removed volumes not swept", "store", s.ID().Short(), "err", err)
 				again = true
 			}
@@ -288,7 +293,7 @@ func (h *hostd) watch(ctx context.Context) {
 		for _, c := range rep.Changes {
 			id, is := c.What.(*pb.Change_Volume)
 			switch {
-			case is && c.Gone:
+			case is && c.Gone, h.hasStore(c.GetWaste()):
 				h.removed()
 			case is:
 				h.gw.Changed(ctx, ids.VolumeID(id.Volume))
@@ -299,6 +304,15 @@ func (h *hostd) watch(ctx context.Context) {
 	if err != nil && ctx.Err() == nil {
 		h.log.Error("metadata is not watched any more", "err", err)
 	}
+}
+
+func (h *hostd) hasStore(id []byte) bool {
+	for _, s := range h.stores {
+		if own := s.ID(); len(id) > 0 && bytes.Equal(own[:], id) {
+			return true
+		}
+	}
+	return false
 }
 
 // resized lets a VM see its disk's new size.

@@ -11,7 +11,7 @@
 //	metad, hostd, control one metadata node; one host; what the CLI asks of a host
 //	up, supervise         a whole cluster in one process, or one process each
 //	connect               finding the metadata service and a host from the CLI
-//	volume, image, vm     commands on volumes, their contents, and VMs
+//	volume, volumeadmin, image, vm  commands on volumes, their contents, and VMs
 //	metaadmin, hostadmin  nodes that come and go, backups; hosts that join and drain
 //	netd, netshow, route  the storage network: a host's part, the picture, routes and events
 //	status                status, hosts, stores, metadata nodes, events
@@ -87,7 +87,7 @@ Start here:
 	f.StringVar(&c.dir, "dir", os.Getenv("CAIRN_DIR"), "directory of a local cluster (CAIRN_DIR; default "+defaultDir()+")")
 	f.StringVar(&c.meta, "meta", os.Getenv("CAIRN_META"), "metadata nodes of a remote cluster, host:port[,host:port…] (CAIRN_META)")
 	root.AddCommand(upCommand(c), downCommand(c), metaCommand(c), hostCommand(c), configCommand(),
-		volumeCommand(c), vmCommand(c), storeCommand(c), netCommand(c), routeCommand(c), statusCommand(c), whyCommand(c), eventsCommand(c), placeCommand(c),
+		volumeCommand(c), vmCommand(c), storeCommand(c), netCommand(c), routeCommand(c), tenantCommand(c), dfCommand(c), statusCommand(c), whyCommand(c), eventsCommand(c), placeCommand(c),
 		demoCommand(), benchCommand(), chaosCommand())
 	asUsage(root)
 	return root

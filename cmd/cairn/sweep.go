@@ -33,10 +33,18 @@ func sweepStore(ctx context.Context, meta querier, s *hostStore) error {
 		return err
 	}
 	var reqs []*wire.Request
-	for i, id := range rep.Gone {
-		reqs = append(reqs, &wire.Request{Kind: wire.Drop, ID: uint64(i), Store: s.ID(), Volume: ids.VolumeID(id), Epoch: ids.MaxEpoch})
+	for _, id := range rep.Gone {
+		reqs = append(reqs, &wire.Request{Kind: wire.Drop, Volume: ids.VolumeID(id)})
 	}
+	return drop(ctx, s, reqs)
+}
+
+// drop has a store forget volumes or chunks, durably.
+func drop(ctx context.Context, s *hostStore, reqs []*wire.Request) (err error) {
 	got := make(answers, len(reqs))
+	for i, q := range reqs {
+		q.ID, q.Store, q.Epoch = uint64(i), s.ID(), ids.MaxEpoch
+	}
 	s.Submit(reqs, got)
 	for range reqs {
 		select {
@@ -49,6 +57,35 @@ func sweepStore(ctx context.Context, meta querier, s *hostStore) error {
 		}
 	}
 	return err
+}
+
+// sweepWaste drops, from one store, copies of chunks that no map names any
+// more, and says so.
+func sweepWaste(ctx context.Context, meta metadata, s *hostStore) error {
+	id := s.ID()
+	for {
+		rep, err := meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Waste{Waste: id[:]}})
+		if err != nil || len(rep.Waste) == 0 {
+			return err
+		}
+		var reqs []*wire.Request
+		for _, c := range rep.Waste {
+			reqs = append(reqs, &wire.Request{Kind: wire.Drop, Volume: ids.VolumeID(c.VolumeId), Chunk: ids.ChunkID(c.ChunkId)})
+		}
+		if err := drop(ctx, s, reqs); err != nil {
+			return err
+		}
+		done := &pb.DroppedCopies{Store: id[:], Copies: rep.Waste}
+		if _, err := meta.Do(ctx, &pb.Command{Op: &pb.Command_DroppedCopies{DroppedCopies: done}}); err != nil {
+			return err
+		}
+	}
+}
+
+// metadata is what a sweep needs of the metadata client.
+type metadata interface {
+	querier
+	Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error)
 }
 
 // querier is the reading half of the metadata client.

@@ -14,7 +14,7 @@ import (
 
 func volumeCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "volume", Aliases: []string{"vol"}, Short: "Thin, replicated volumes"}
-	cmd.AddCommand(volumeCreate(c), volumeList(c), volumeShow(c), volumeRename(c), volumeResize(c), volumeRemove(c),
+	cmd.AddCommand(volumeCreate(c), volumeList(c), volumeShow(c), volumeRename(c), volumeResize(c), volumeRemove(c), volumeUndelete(c), volumePurge(c), volumeUndoShrink(c), volumeSet(c), volumeTrust(c),
 		volumeAttach(c), volumeDetach(c), volumeStats(c), volumeImport(c), volumeExport(c))
 	for _, s := range cmd.Commands() {
 		if s.ValidArgsFunction == nil && strings.Contains(s.Use, "NAME") && s.Name() != "create" && s.Name() != "import" {
@@ -55,6 +55,66 @@ type volumeView struct {
 	Created   string       `json:"created"`
 	StallUs   uint64       `json:"maxWriteStallUs"` // longest a write has waited since the attach
 	Members   []memberView `json:"members"`
+
+	Tenant   string            `json:"tenant,omitempty"`
+	Tags     map[string]string `json:"tags,omitempty"`
+	Thick    bool              `json:"thick"`
+	Qos      *qosView          `json:"qos,omitempty"`
+	Deleted  string            `json:"deleted,omitempty"` // when
+	PurgeAt  string            `json:"purgeAt,omitempty"` // when a deleted one goes for good
+	Shrunk   uint64            `json:"shrunkFromBytes,omitempty"`
+	UndoTill string            `json:"undoUntil,omitempty"`
+	Closed   bool              `json:"closed,omitempty"` // it came out of a metadata backup: `cairn volume trust`
+}
+
+// qosView is a volume's bounds; 0 is none.
+type qosView struct {
+	IOPS         uint64 `json:"iopsMax"`
+	Bandwidth    uint64 `json:"bytesPerSecondMax"`
+	BurstMs      uint32 `json:"burstMs"`
+	MinIOPS      uint64 `json:"iopsMin"`
+	MinBandwidth uint64 `json:"bytesPerSecondMin"`
+}
+
+func (w *volumeView) admin(v *pb.Volume) {
+	w.Tenant, w.Tags, w.Thick, w.Shrunk, w.Closed = v.Tenant, v.Tags, v.Thick, v.ShrunkFrom, v.RestoredUnixNs > 0
+	if q := v.Qos; q != nil {
+		w.Qos = &qosView{q.IopsMax, q.BytesPerSecondMax, q.BurstMs, q.IopsMin, q.BytesPerSecondMin}
+	}
+	if v.DeletedUnixNs > 0 {
+		w.Deleted, w.PurgeAt, w.State = formatTime(v.DeletedUnixNs), formatTime(v.PurgeUnixNs), "deleted"
+	}
+	if v.ShrunkFrom > 0 {
+		w.UndoTill = formatTime(v.UndoUnixNs)
+	}
+	if w.Closed {
+		w.State += ", closed"
+	}
+}
+
+// adminRows are what `show` says of it.
+func (w *volumeView) adminRows() (rows [][]string) {
+	if w.Tenant != "" {
+		rows = append(rows, []string{"tenant", w.Tenant})
+	}
+	if len(w.Tags) > 0 {
+		var tags []string
+		for k, v := range w.Tags {
+			tags = append(tags, k+"="+v)
+		}
+		sort.Strings(tags)
+		rows = append(rows, []string{"tags", strings.Join(tags, " ")})
+	}
+	if w.Thick {
+		rows = append(rows, []string{"space", "set aside (thick)"})
+	}
+	if q := w.Qos; q != nil {
+		rows = append(rows, []string{"bounds", fmt.Sprintf("at most %d IOPS, %s/s; at least %d IOPS, %s/s (0: none)", q.IOPS, formatSize(q.Bandwidth), q.MinIOPS, formatSize(q.MinBandwidth))})
+	}
+	if w.Shrunk > 0 {
+		rows = append(rows, []string{"shrunk from", fmt.Sprintf("%s; undo-shrink until %s", formatSize(w.Shrunk), w.UndoTill)})
+	}
+	return rows
 }
 
 type memberView struct {
@@ -79,6 +139,7 @@ func viewVolume(v *pb.Volume) volumeView {
 		}
 		w.Members = append(w.Members, mv)
 	}
+	w.admin(v)
 	if strings.Count(w.State, ", degraded") > 1 {
 		w.State = strings.Replace(w.State, ", degraded", "", strings.Count(w.State, ", degraded")-1)
 	}
@@ -86,8 +147,11 @@ func viewVolume(v *pb.Volume) volumeView {
 }
 
 func volumeCreate(c *cli) *cobra.Command {
-	var size, domain string
+	var size, domain, tenant string
 	var replicas uint32
+	var thick bool
+	var tags []string
+	var q qosFlags
 	cmd := &cobra.Command{
 		Use:     "create NAME --size SIZE",
 		Short:   "Create a thin volume",
@@ -99,7 +163,13 @@ func volumeCreate(c *cli) *cobra.Command {
 				return err
 			}
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				op := &pb.CreateVolume{Name: args[0], SizeBytes: n, Replicas: replicas, Domain: domain}
+				op := &pb.CreateVolume{Name: args[0], SizeBytes: n, Replicas: replicas, Domain: domain, Tenant: tenant, Thick: thick}
+				if op.Tags, err = parseTags(tags); err != nil {
+					return err
+				}
+				if op.Qos, err = q.qos(cmd); err != nil {
+					return err
+				}
 				res, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: op}})
 				if err != nil {
 					return err
@@ -112,19 +182,31 @@ func volumeCreate(c *cli) *cobra.Command {
 	cmd.Flags().StringVar(&size, "size", "", "size: 512M, 10G, 1T")
 	cmd.Flags().Uint32Var(&replicas, "replicas", 0, "copies, 1 to 5 (default 3, or as many as there are failure domains)")
 	cmd.Flags().StringVar(&domain, "domain", "host", "no two copies in the same host, rack or zone")
+	cmd.Flags().StringVar(&tenant, "tenant", "", "whose it is: that tenant's quotas hold")
+	cmd.Flags().BoolVar(&thick, "thick", false, "set the space for all of it aside")
+	cmd.Flags().StringSliceVar(&tags, "tag", nil, "name=value, again and again")
+	q.register(cmd)
 	must(cmd.MarkFlagRequired("size"))
 	return cmd
 }
 
 func volumeList(c *cli) *cobra.Command {
 	var out outputFlag
+	var deleted bool
 	cmd := &cobra.Command{
 		Use: "ls", Aliases: []string{"list"}, Short: "List the volumes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
+				q := &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}}
+				if deleted {
+					q.Q = &pb.QueryRequest_DeletedVolumes{DeletedVolumes: true}
+				}
+				rep, err := s.meta.Query(ctx, q)
 				if err != nil {
 					return err
+				}
+				if deleted {
+					return showDeleted(&out, rep.Volumes)
 				}
 				views, rows := []volumeView{}, [][]string{}
 				for _, v := range rep.Volumes {
@@ -136,8 +218,19 @@ func volumeList(c *cli) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&deleted, "deleted", false, "those that can be had back")
 	out.register(cmd)
 	return cmd
+}
+
+func showDeleted(out *outputFlag, vs []*pb.Volume) error {
+	views, rows := []volumeView{}, [][]string{}
+	for _, v := range vs {
+		w := viewVolume(v)
+		views = append(views, w)
+		rows = append(rows, []string{fmt.Sprintf("id:%d", w.ID), w.Name, formatSize(w.SizeBytes), formatSize(w.Allocated), w.Deleted, w.PurgeAt})
+	}
+	return out.show(views, []string{"ID", "NAME", "SIZE", "ALLOCATED", "DELETED", "PURGED AT"}, rows)
 }
 
 func volumeShow(c *cli) *cobra.Command {
@@ -153,6 +246,7 @@ func volumeShow(c *cli) *cobra.Command {
 				rows := [][]string{{"name", w.Name}, {"size", formatSize(w.SizeBytes)}, {"allocated", formatSize(w.Allocated)},
 					{"replicas", fmt.Sprintf("%d, one per %s", w.Replicas, w.Domain)}, {"state", w.State}, {"attached on", dash(w.Holder)},
 					{"uri", dash(w.URI)}, {"epoch, revision", fmt.Sprintf("%d, %d", w.Epoch, w.Revision)}, {"created", w.Created}}
+				rows = append(rows, w.adminRows()...)
 				for _, m := range w.Members {
 					rows = append(rows, []string{"replica on " + m.Host, fmt.Sprintf("%s  store %s, %s live", m.State, m.Store[:8], formatSize(m.LiveBytes))})
 				}
@@ -223,53 +317,6 @@ func volumeRename(c *cli) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_RenameVolume{RenameVolume: &pb.RenameVolume{Volume: args[0], Name: args[1]}}})
-				return err
-			})
-		},
-	}
-}
-
-func volumeResize(c *cli) *cobra.Command {
-	var size string
-	cmd := &cobra.Command{
-		Use: "resize NAME --size SIZE", Short: "Grow a volume; a running VM sees it at once", Args: cobra.ExactArgs(1),
-		Example: "  cairn volume resize db --size 200G",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			n, err := parseSize(size)
-			if err != nil {
-				return err
-			}
-			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { return s.resize(ctx, args[0], n) })
-		},
-	}
-	cmd.Flags().StringVar(&size, "size", "", "the new size")
-	must(cmd.MarkFlagRequired("size"))
-	return cmd
-}
-
-func (s *session) resize(ctx context.Context, name string, bytes uint64) error {
-	res, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_ResizeVolume{ResizeVolume: &pb.ResizeVolume{Volume: name, SizeBytes: bytes}}})
-	if err != nil {
-		return err
-	}
-	if res.Volume.HolderHost == "" {
-		return nil
-	}
-	err = hostDone(onHost(ctx, s, res.Volume.HolderHost, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
-		return hc.RefreshVolume(ctx, &pb.VolumeRef{Volume: name})
-	}))
-	if err != nil {
-		return fmt.Errorf("volume %s has its new size, but its user on host %s does not see it yet: %w", name, res.Volume.HolderHost, err)
-	}
-	return nil
-}
-
-func volumeRemove(c *cli) *cobra.Command {
-	return &cobra.Command{
-		Use: "rm NAME", Short: "Remove a volume and its data", Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: args[0]}}})
 				return err
 			})
 		},

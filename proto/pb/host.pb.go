@@ -564,6 +564,74 @@ func (x *VMRef) GetForce() bool {
 	return false
 }
 
+type ShrinkVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	SizeBytes     uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	DiscardTail   bool                   `protobuf:"varint,3,opt,name=discard_tail,json=discardTail,proto3" json:"discard_tail,omitempty"`
+	KeepSeconds   int64                  `protobuf:"varint,4,opt,name=keep_seconds,json=keepSeconds,proto3" json:"keep_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShrinkVolumeRequest) Reset() {
+	*x = ShrinkVolumeRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShrinkVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShrinkVolumeRequest) ProtoMessage() {}
+
+func (x *ShrinkVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShrinkVolumeRequest.ProtoReflect.Descriptor instead.
+func (*ShrinkVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ShrinkVolumeRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *ShrinkVolumeRequest) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ShrinkVolumeRequest) GetDiscardTail() bool {
+	if x != nil {
+		return x.DiscardTail
+	}
+	return false
+}
+
+func (x *ShrinkVolumeRequest) GetKeepSeconds() int64 {
+	if x != nil {
+		return x.KeepSeconds
+	}
+	return 0
+}
+
 type HostReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
@@ -574,7 +642,7 @@ type HostReply struct {
 
 func (x *HostReply) Reset() {
 	*x = HostReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[7]
+	mi := &file_proto_pb_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -586,7 +654,7 @@ func (x *HostReply) String() string {
 func (*HostReply) ProtoMessage() {}
 
 func (x *HostReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[7]
+	mi := &file_proto_pb_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -599,7 +667,7 @@ func (x *HostReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostReply.ProtoReflect.Descriptor instead.
 func (*HostReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{7}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HostReply) GetStatus() uint32 {
@@ -626,7 +694,7 @@ type AttachVolumeRequest struct {
 
 func (x *AttachVolumeRequest) Reset() {
 	*x = AttachVolumeRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[8]
+	mi := &file_proto_pb_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +706,7 @@ func (x *AttachVolumeRequest) String() string {
 func (*AttachVolumeRequest) ProtoMessage() {}
 
 func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[8]
+	mi := &file_proto_pb_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +719,7 @@ func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*AttachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{8}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AttachVolumeRequest) GetVolume() string {
@@ -680,7 +748,7 @@ type AttachVolumeReply struct {
 
 func (x *AttachVolumeReply) Reset() {
 	*x = AttachVolumeReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[9]
+	mi := &file_proto_pb_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -692,7 +760,7 @@ func (x *AttachVolumeReply) String() string {
 func (*AttachVolumeReply) ProtoMessage() {}
 
 func (x *AttachVolumeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[9]
+	mi := &file_proto_pb_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -705,7 +773,7 @@ func (x *AttachVolumeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeReply.ProtoReflect.Descriptor instead.
 func (*AttachVolumeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{9}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AttachVolumeReply) GetStatus() uint32 {
@@ -753,7 +821,7 @@ type VMReply struct {
 
 func (x *VMReply) Reset() {
 	*x = VMReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[10]
+	mi := &file_proto_pb_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +833,7 @@ func (x *VMReply) String() string {
 func (*VMReply) ProtoMessage() {}
 
 func (x *VMReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[10]
+	mi := &file_proto_pb_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +846,7 @@ func (x *VMReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMReply.ProtoReflect.Descriptor instead.
 func (*VMReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{10}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *VMReply) GetStatus() uint32 {
@@ -852,7 +920,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[11]
+	mi := &file_proto_pb_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -864,7 +932,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[11]
+	mi := &file_proto_pb_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -877,7 +945,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{11}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
 }
 
 type ReplicaStatus struct {
@@ -892,7 +960,7 @@ type ReplicaStatus struct {
 
 func (x *ReplicaStatus) Reset() {
 	*x = ReplicaStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -904,7 +972,7 @@ func (x *ReplicaStatus) String() string {
 func (*ReplicaStatus) ProtoMessage() {}
 
 func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -917,7 +985,7 @@ func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaStatus.ProtoReflect.Descriptor instead.
 func (*ReplicaStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReplicaStatus) GetStore() []byte {
@@ -968,7 +1036,7 @@ type AttachmentStatus struct {
 
 func (x *AttachmentStatus) Reset() {
 	*x = AttachmentStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1048,7 @@ func (x *AttachmentStatus) String() string {
 func (*AttachmentStatus) ProtoMessage() {}
 
 func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1061,7 @@ func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachmentStatus.ProtoReflect.Descriptor instead.
 func (*AttachmentStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AttachmentStatus) GetVolumeId() uint64 {
@@ -1090,7 +1158,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1102,7 +1170,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1115,7 +1183,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *VolumeUsage) GetVolumeId() uint64 {
@@ -1146,7 +1214,7 @@ type HostStatusReply struct {
 
 func (x *HostStatusReply) Reset() {
 	*x = HostStatusReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1158,7 +1226,7 @@ func (x *HostStatusReply) String() string {
 func (*HostStatusReply) ProtoMessage() {}
 
 func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1171,7 +1239,7 @@ func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusReply.ProtoReflect.Descriptor instead.
 func (*HostStatusReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HostStatusReply) GetStatus() uint32 {
@@ -1226,7 +1294,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1238,7 +1306,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1251,7 +1319,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CutRequest) GetVolume() string {
@@ -1283,7 +1351,7 @@ type CutReply struct {
 
 func (x *CutReply) Reset() {
 	*x = CutReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1295,7 +1363,7 @@ func (x *CutReply) String() string {
 func (*CutReply) ProtoMessage() {}
 
 func (x *CutReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1308,7 +1376,7 @@ func (x *CutReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutReply.ProtoReflect.Descriptor instead.
 func (*CutReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CutReply) GetStatus() uint32 {
@@ -1371,7 +1439,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1383,7 +1451,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1396,7 +1464,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DiffRequest) GetVolume() string {
@@ -1432,7 +1500,7 @@ type DiffReply struct {
 
 func (x *DiffReply) Reset() {
 	*x = DiffReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1444,7 +1512,7 @@ func (x *DiffReply) String() string {
 func (*DiffReply) ProtoMessage() {}
 
 func (x *DiffReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1457,7 +1525,7 @@ func (x *DiffReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffReply.ProtoReflect.Descriptor instead.
 func (*DiffReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DiffReply) GetStatus() uint32 {
@@ -1492,7 +1560,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1504,7 +1572,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1517,7 +1585,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Range) GetOffset() uint64 {
@@ -1552,7 +1620,7 @@ type LatencyBucket struct {
 
 func (x *LatencyBucket) Reset() {
 	*x = LatencyBucket{}
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1564,7 +1632,7 @@ func (x *LatencyBucket) String() string {
 func (*LatencyBucket) ProtoMessage() {}
 
 func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1577,7 +1645,7 @@ func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
 func (*LatencyBucket) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *LatencyBucket) GetMaxUs() uint64 {
@@ -1612,7 +1680,7 @@ type OpStats struct {
 
 func (x *OpStats) Reset() {
 	*x = OpStats{}
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1692,7 @@ func (x *OpStats) String() string {
 func (*OpStats) ProtoMessage() {}
 
 func (x *OpStats) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1705,7 @@ func (x *OpStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpStats.ProtoReflect.Descriptor instead.
 func (*OpStats) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *OpStats) GetOp() string {
@@ -1724,7 +1792,7 @@ type VolumeStatsReply struct {
 
 func (x *VolumeStatsReply) Reset() {
 	*x = VolumeStatsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +1804,7 @@ func (x *VolumeStatsReply) String() string {
 func (*VolumeStatsReply) ProtoMessage() {}
 
 func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +1817,7 @@ func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatsReply.ProtoReflect.Descriptor instead.
 func (*VolumeStatsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *VolumeStatsReply) GetStatus() uint32 {
@@ -1808,7 +1876,7 @@ type SlowLeg struct {
 
 func (x *SlowLeg) Reset() {
 	*x = SlowLeg{}
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +1888,7 @@ func (x *SlowLeg) String() string {
 func (*SlowLeg) ProtoMessage() {}
 
 func (x *SlowLeg) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +1901,7 @@ func (x *SlowLeg) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowLeg.ProtoReflect.Descriptor instead.
 func (*SlowLeg) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SlowLeg) GetHost() string {
@@ -1891,7 +1959,7 @@ type SlowRequest struct {
 
 func (x *SlowRequest) Reset() {
 	*x = SlowRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1903,7 +1971,7 @@ func (x *SlowRequest) String() string {
 func (*SlowRequest) ProtoMessage() {}
 
 func (x *SlowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1916,7 +1984,7 @@ func (x *SlowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequest.ProtoReflect.Descriptor instead.
 func (*SlowRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SlowRequest) GetOp() string {
@@ -2007,7 +2075,7 @@ type SlowRequestsReply struct {
 
 func (x *SlowRequestsReply) Reset() {
 	*x = SlowRequestsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2019,7 +2087,7 @@ func (x *SlowRequestsReply) String() string {
 func (*SlowRequestsReply) ProtoMessage() {}
 
 func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2032,7 +2100,7 @@ func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequestsReply.ProtoReflect.Descriptor instead.
 func (*SlowRequestsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SlowRequestsReply) GetStatus() uint32 {
@@ -2065,7 +2133,7 @@ type NetRequest struct {
 
 func (x *NetRequest) Reset() {
 	*x = NetRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2077,7 +2145,7 @@ func (x *NetRequest) String() string {
 func (*NetRequest) ProtoMessage() {}
 
 func (x *NetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2090,7 +2158,7 @@ func (x *NetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetRequest.ProtoReflect.Descriptor instead.
 func (*NetRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *NetRequest) GetAfter() uint64 {
@@ -2111,7 +2179,7 @@ type NetReply struct {
 
 func (x *NetReply) Reset() {
 	*x = NetReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2191,7 @@ func (x *NetReply) String() string {
 func (*NetReply) ProtoMessage() {}
 
 func (x *NetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2204,7 @@ func (x *NetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetReply.ProtoReflect.Descriptor instead.
 func (*NetReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NetReply) GetStatus() uint32 {
@@ -2169,7 +2237,7 @@ type RouteRequest struct {
 
 func (x *RouteRequest) Reset() {
 	*x = RouteRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2181,7 +2249,7 @@ func (x *RouteRequest) String() string {
 func (*RouteRequest) ProtoMessage() {}
 
 func (x *RouteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2194,7 +2262,7 @@ func (x *RouteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteRequest.ProtoReflect.Descriptor instead.
 func (*RouteRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RouteRequest) GetRoute() string {
@@ -2258,7 +2326,13 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\"-\n" +
 	"\x05VMRef\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\";\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x92\x01\n" +
+	"\x13ShrinkVolumeRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12!\n" +
+	"\fdiscard_tail\x18\x03 \x01(\bR\vdiscardTail\x12!\n" +
+	"\fkeep_seconds\x18\x04 \x01(\x03R\vkeepSeconds\";\n" +
 	"\tHostReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\"I\n" +
@@ -2389,12 +2463,13 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
 	"\x04json\x18\x03 \x01(\fR\x04json\"$\n" +
 	"\fRouteRequest\x12\x14\n" +
-	"\x05route\x18\x01 \x01(\tR\x05route2\xb9\n" +
+	"\x05route\x18\x01 \x01(\tR\x05route2\xfd\n" +
 	"\n" +
 	"\vHostControl\x12J\n" +
 	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x128\n" +
 	"\fDetachVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
-	"\rRefreshVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x12/\n" +
+	"\rRefreshVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x12B\n" +
+	"\fShrinkVolume\x12\x1d.cairn.v1.ShrinkVolumeRequest\x1a\x13.cairn.v1.HostReply\x12/\n" +
 	"\aStartVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12.\n" +
 	"\x06StopVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12/\n" +
 	"\aPauseVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x120\n" +
@@ -2433,7 +2508,7 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_proto_pb_host_proto_goTypes = []any{
 	(*StoreRef)(nil),            // 0: cairn.v1.StoreRef
 	(*ScrubStoreRequest)(nil),   // 1: cairn.v1.ScrubStoreRequest
@@ -2442,93 +2517,96 @@ var file_proto_pb_host_proto_goTypes = []any{
 	(*BadBlock)(nil),            // 4: cairn.v1.BadBlock
 	(*VolumeRef)(nil),           // 5: cairn.v1.VolumeRef
 	(*VMRef)(nil),               // 6: cairn.v1.VMRef
-	(*HostReply)(nil),           // 7: cairn.v1.HostReply
-	(*AttachVolumeRequest)(nil), // 8: cairn.v1.AttachVolumeRequest
-	(*AttachVolumeReply)(nil),   // 9: cairn.v1.AttachVolumeReply
-	(*VMReply)(nil),             // 10: cairn.v1.VMReply
-	(*HostStatusRequest)(nil),   // 11: cairn.v1.HostStatusRequest
-	(*ReplicaStatus)(nil),       // 12: cairn.v1.ReplicaStatus
-	(*AttachmentStatus)(nil),    // 13: cairn.v1.AttachmentStatus
-	(*VolumeUsage)(nil),         // 14: cairn.v1.VolumeUsage
-	(*HostStatusReply)(nil),     // 15: cairn.v1.HostStatusReply
-	(*CutRequest)(nil),          // 16: cairn.v1.CutRequest
-	(*CutReply)(nil),            // 17: cairn.v1.CutReply
-	(*DiffRequest)(nil),         // 18: cairn.v1.DiffRequest
-	(*DiffReply)(nil),           // 19: cairn.v1.DiffReply
-	(*Range)(nil),               // 20: cairn.v1.Range
-	(*LatencyBucket)(nil),       // 21: cairn.v1.LatencyBucket
-	(*OpStats)(nil),             // 22: cairn.v1.OpStats
-	(*VolumeStatsReply)(nil),    // 23: cairn.v1.VolumeStatsReply
-	(*SlowLeg)(nil),             // 24: cairn.v1.SlowLeg
-	(*SlowRequest)(nil),         // 25: cairn.v1.SlowRequest
-	(*SlowRequestsReply)(nil),   // 26: cairn.v1.SlowRequestsReply
-	(*NetRequest)(nil),          // 27: cairn.v1.NetRequest
-	(*NetReply)(nil),            // 28: cairn.v1.NetReply
-	(*RouteRequest)(nil),        // 29: cairn.v1.RouteRequest
-	(*StoreUsage)(nil),          // 30: cairn.v1.StoreUsage
+	(*ShrinkVolumeRequest)(nil), // 7: cairn.v1.ShrinkVolumeRequest
+	(*HostReply)(nil),           // 8: cairn.v1.HostReply
+	(*AttachVolumeRequest)(nil), // 9: cairn.v1.AttachVolumeRequest
+	(*AttachVolumeReply)(nil),   // 10: cairn.v1.AttachVolumeReply
+	(*VMReply)(nil),             // 11: cairn.v1.VMReply
+	(*HostStatusRequest)(nil),   // 12: cairn.v1.HostStatusRequest
+	(*ReplicaStatus)(nil),       // 13: cairn.v1.ReplicaStatus
+	(*AttachmentStatus)(nil),    // 14: cairn.v1.AttachmentStatus
+	(*VolumeUsage)(nil),         // 15: cairn.v1.VolumeUsage
+	(*HostStatusReply)(nil),     // 16: cairn.v1.HostStatusReply
+	(*CutRequest)(nil),          // 17: cairn.v1.CutRequest
+	(*CutReply)(nil),            // 18: cairn.v1.CutReply
+	(*DiffRequest)(nil),         // 19: cairn.v1.DiffRequest
+	(*DiffReply)(nil),           // 20: cairn.v1.DiffReply
+	(*Range)(nil),               // 21: cairn.v1.Range
+	(*LatencyBucket)(nil),       // 22: cairn.v1.LatencyBucket
+	(*OpStats)(nil),             // 23: cairn.v1.OpStats
+	(*VolumeStatsReply)(nil),    // 24: cairn.v1.VolumeStatsReply
+	(*SlowLeg)(nil),             // 25: cairn.v1.SlowLeg
+	(*SlowRequest)(nil),         // 26: cairn.v1.SlowRequest
+	(*SlowRequestsReply)(nil),   // 27: cairn.v1.SlowRequestsReply
+	(*NetRequest)(nil),          // 28: cairn.v1.NetRequest
+	(*NetReply)(nil),            // 29: cairn.v1.NetReply
+	(*RouteRequest)(nil),        // 30: cairn.v1.RouteRequest
+	(*StoreUsage)(nil),          // 31: cairn.v1.StoreUsage
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
-	30, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
+	31, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
 	3,  // 1: cairn.v1.StoreReply.scrub:type_name -> cairn.v1.ScrubState
 	4,  // 2: cairn.v1.StoreReply.bad:type_name -> cairn.v1.BadBlock
-	14, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
-	12, // 4: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
-	13, // 5: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	30, // 6: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
-	14, // 7: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
-	20, // 8: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
-	21, // 9: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
-	22, // 10: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
-	24, // 11: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
-	25, // 12: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
-	8,  // 13: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
+	15, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
+	13, // 4: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
+	14, // 5: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
+	31, // 6: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	15, // 7: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
+	21, // 8: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
+	22, // 9: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
+	23, // 10: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
+	25, // 11: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
+	26, // 12: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
+	9,  // 13: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
 	5,  // 14: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
 	5,  // 15: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
-	6,  // 16: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
-	6,  // 17: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
-	6,  // 18: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
-	6,  // 19: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
-	6,  // 20: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
-	11, // 21: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	27, // 22: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
-	27, // 23: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
-	29, // 24: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
-	29, // 25: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
-	16, // 26: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
-	16, // 27: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
-	16, // 28: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
-	5,  // 29: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
-	5,  // 30: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
-	18, // 31: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
-	5,  // 32: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
-	5,  // 33: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
-	0,  // 34: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
-	1,  // 35: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
-	9,  // 36: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	7,  // 37: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	7,  // 38: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	7,  // 39: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	7,  // 40: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	7,  // 41: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	7,  // 42: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	10, // 43: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	15, // 44: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	28, // 45: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
-	28, // 46: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
-	7,  // 47: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
-	7,  // 48: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
-	17, // 49: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
-	17, // 50: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
-	17, // 51: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
-	7,  // 52: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
-	7,  // 53: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
-	19, // 54: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
-	23, // 55: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
-	26, // 56: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
-	2,  // 57: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
-	7,  // 58: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
-	36, // [36:59] is the sub-list for method output_type
-	13, // [13:36] is the sub-list for method input_type
+	7,  // 16: cairn.v1.HostControl.ShrinkVolume:input_type -> cairn.v1.ShrinkVolumeRequest
+	6,  // 17: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
+	6,  // 18: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
+	6,  // 19: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
+	6,  // 20: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
+	6,  // 21: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
+	12, // 22: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
+	28, // 23: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
+	28, // 24: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
+	30, // 25: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
+	30, // 26: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
+	17, // 27: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	17, // 28: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	17, // 29: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	5,  // 30: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
+	5,  // 31: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
+	19, // 32: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	5,  // 33: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
+	5,  // 34: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
+	0,  // 35: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
+	1,  // 36: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
+	10, // 37: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	8,  // 38: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	8,  // 39: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	8,  // 40: cairn.v1.HostControl.ShrinkVolume:output_type -> cairn.v1.HostReply
+	8,  // 41: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	8,  // 42: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	8,  // 43: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	8,  // 44: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	11, // 45: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	16, // 46: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	29, // 47: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
+	29, // 48: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
+	8,  // 49: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
+	8,  // 50: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
+	18, // 51: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	18, // 52: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	18, // 53: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	8,  // 54: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	8,  // 55: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	20, // 56: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	24, // 57: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
+	27, // 58: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
+	2,  // 59: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
+	8,  // 60: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
+	37, // [37:61] is the sub-list for method output_type
+	13, // [13:37] is the sub-list for method input_type
 	13, // [13:13] is the sub-list for extension type_name
 	13, // [13:13] is the sub-list for extension extendee
 	0,  // [0:13] is the sub-list for field type_name
@@ -2546,7 +2624,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

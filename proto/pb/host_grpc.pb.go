@@ -24,6 +24,7 @@ const (
 	HostControl_AttachVolume_FullMethodName  = "/cairn.v1.HostControl/AttachVolume"
 	HostControl_DetachVolume_FullMethodName  = "/cairn.v1.HostControl/DetachVolume"
 	HostControl_RefreshVolume_FullMethodName = "/cairn.v1.HostControl/RefreshVolume"
+	HostControl_ShrinkVolume_FullMethodName  = "/cairn.v1.HostControl/ShrinkVolume"
 	HostControl_StartVM_FullMethodName       = "/cairn.v1.HostControl/StartVM"
 	HostControl_StopVM_FullMethodName        = "/cairn.v1.HostControl/StopVM"
 	HostControl_PauseVM_FullMethodName       = "/cairn.v1.HostControl/PauseVM"
@@ -54,6 +55,9 @@ type HostControlClient interface {
 	DetachVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error)
 	// RefreshVolume makes the gateway, and a running VM, learn a new size now.
 	RefreshVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error)
+	// ShrinkVolume makes a volume that is attached here smaller, or names what is
+	// in the way.
+	ShrinkVolume(ctx context.Context, in *ShrinkVolumeRequest, opts ...grpc.CallOption) (*HostReply, error)
 	StartVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
 	StopVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
 	PauseVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
@@ -122,6 +126,16 @@ func (c *hostControlClient) RefreshVolume(ctx context.Context, in *VolumeRef, op
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(HostReply)
 	err := c.cc.Invoke(ctx, HostControl_RefreshVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) ShrinkVolume(ctx context.Context, in *ShrinkVolumeRequest, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_ShrinkVolume_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -345,6 +359,9 @@ type HostControlServer interface {
 	DetachVolume(context.Context, *VolumeRef) (*HostReply, error)
 	// RefreshVolume makes the gateway, and a running VM, learn a new size now.
 	RefreshVolume(context.Context, *VolumeRef) (*HostReply, error)
+	// ShrinkVolume makes a volume that is attached here smaller, or names what is
+	// in the way.
+	ShrinkVolume(context.Context, *ShrinkVolumeRequest) (*HostReply, error)
 	StartVM(context.Context, *VMRef) (*HostReply, error)
 	StopVM(context.Context, *VMRef) (*HostReply, error)
 	PauseVM(context.Context, *VMRef) (*HostReply, error)
@@ -397,6 +414,9 @@ func (UnimplementedHostControlServer) DetachVolume(context.Context, *VolumeRef) 
 }
 func (UnimplementedHostControlServer) RefreshVolume(context.Context, *VolumeRef) (*HostReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method RefreshVolume not implemented")
+}
+func (UnimplementedHostControlServer) ShrinkVolume(context.Context, *ShrinkVolumeRequest) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShrinkVolume not implemented")
 }
 func (UnimplementedHostControlServer) StartVM(context.Context, *VMRef) (*HostReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method StartVM not implemented")
@@ -529,6 +549,24 @@ func _HostControl_RefreshVolume_Handler(srv interface{}, ctx context.Context, de
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostControlServer).RefreshVolume(ctx, req.(*VolumeRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_ShrinkVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShrinkVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ShrinkVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ShrinkVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ShrinkVolume(ctx, req.(*ShrinkVolumeRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -904,6 +942,10 @@ var HostControl_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RefreshVolume",
 			Handler:    _HostControl_RefreshVolume_Handler,
+		},
+		{
+			MethodName: "ShrinkVolume",
+			Handler:    _HostControl_ShrinkVolume_Handler,
 		},
 		{
 			MethodName: "StartVM",
