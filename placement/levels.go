@@ -44,21 +44,46 @@ func (h *node) level() int {
 	return int(max(0, lowest) * levelCount)
 }
 
-// tight appends at most n hosts to out that may have room for a need, those
-// with the least free first.
-func (f *Fleet) tight(need Amounts, n int, out []int) []int {
+// plenty reports whether so many hosts in use have much room that opening
+// another would only spread VMs thinner: above 1 in 400, and a few.
+func (f *Fleet) plenty() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	roomy := 0
+	for level := levelCount / 4; level < levelCount; level++ {
+		roomy += len(f.levels.at[level])
+	}
+	return roomy > roomyFew+(len(f.hosts)-len(f.levels.at[levelCount]))/400
+}
+
+// roomyFew hosts with room are kept in use in any fleet, for choice.
+const roomyFew = 2
+
+// open appends at most n hosts in use to out that may have room for a need: half
+// of them those with the least free, to be filled to the end, and half those with
+// the most, which are the evenest.
+func (f *Fleet) open(need Amounts, n int, out []int) []int {
 	share := 0.0
 	for k := range kinds {
 		if f.largest[k] > 0 {
 			share = max(share, float64(need[k])/float64(f.largest[k]))
 		}
 	}
+	lowest := min(int(share*levelCount), levelCount)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for level := min(int(share*levelCount), levelCount); level <= levelCount && n > 0; level++ {
+	take := func(level, left int) int {
 		at := f.levels.at[level]
-		at = at[:min(n, len(at))]
-		out, n = append(out, at...), n-len(at)
+		at = at[:min(left, len(at))]
+		out = append(out, at...)
+		return left - len(at)
+	}
+	low := lowest
+	for left := n / 2; low < levelCount && left > 0; low++ {
+		left = take(low, left)
+	}
+	for level, left := levelCount-1, n-n/2; level >= low && left > 0; level-- {
+		left = take(level, left)
 	}
 	return out
 }

@@ -15,7 +15,7 @@ import (
 
 func placeCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "place", Short: "Placement: why something goes where, and what moving it costs"}
-	cmd.AddCommand(placeExplain(c), placePolicy(c), placeRebalance(c))
+	cmd.AddCommand(placeExplain(c), placePolicy(c), placeRebalance(c), placeSimulate())
 	return cmd
 }
 

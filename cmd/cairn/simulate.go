@@ -1,0 +1,130 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cairnstore/cairn/chaos/place"
+)
+
+func placeSimulate() *cobra.Command {
+	var out outputFlag
+	var sizes []int
+	var seed uint64
+	var write, docs string
+	cmd := &cobra.Command{
+		Use: "simulate TRACE", Short: "Replay a trace over the production scheduler, in virtual time", Args: cobra.ExactArgs(1),
+		Long: fmt.Sprintf(`Replay a trace over the production scheduler, in virtual time, under every policy. TRACE is a
+file, or "all", or one of the synthetic traces: %v.
+The same seed gives the same placements.`, place.Names),
+		Example: "  cairn place simulate churn-0.95 --hosts 1000\n  cairn place simulate mytrace.txt\n  cairn place simulate all --hosts 100,1000,10000 --docs docs",
+		RunE: func(_ *cobra.Command, args []string) error {
+			traces, err := traces(args[0], sizes, seed)
+			if err != nil {
+				return err
+			}
+			if write != "" {
+				return writeTrace(write, traces[0])
+			}
+			var rs []*place.Result
+			var rows [][]string
+			for _, make := range traces {
+				t, err := make()
+				if err != nil {
+					return err
+				}
+				if err := place.Compare(t, func(r *place.Result) { rs, rows = append(rs, r), append(rows, r.Row()); say("%v", r) }); err != nil {
+					return err
+				}
+			}
+			if docs != "" {
+				return writePlaceDocs(docs, rs)
+			}
+			return out.show(rs, place.Header, rows)
+		},
+	}
+	f := cmd.Flags()
+	f.IntSliceVar(&sizes, "hosts", []int{100}, "hosts of a synthetic trace; several for several runs")
+	f.Uint64Var(&seed, "seed", 1, "where a synthetic trace's randomness comes from")
+	f.StringVar(&write, "write", "", "write the synthetic trace to this file instead of replaying it")
+	f.StringVar(&docs, "docs", "", "write the table and the plots of docs/PLACEMENT.md below this folder")
+	out.register(cmd)
+	return cmd
+}
+
+// traces are made one at a time: a large one is hundreds of megabytes.
+func traces(name string, sizes []int, seed uint64) (out []func() (*place.Trace, error), err error) {
+	names := []string{name}
+	if name == "all" {
+		names = place.Names
+	} else if f, oerr := os.Open(name); oerr == nil {
+		t, rerr := place.Read(f, filepath.Base(name))
+		if err := errors.Join(rerr, f.Close()); err != nil {
+			return nil, usagef("%w", err)
+		}
+		return append(out, func() (*place.Trace, error) { return t, nil }), nil
+	}
+	for _, n := range sizes {
+		if n < 1 || n > 100_000 {
+			return nil, usagef("--hosts %d: 1 to 100,000 are possible", n)
+		}
+		for _, name := range names {
+			out = append(out, func() (*place.Trace, error) { return place.Synthetic(name, n, seed) })
+		}
+	}
+	if len(out) == 0 {
+		return nil, usagef("--hosts names no size")
+	}
+	if _, err := place.Synthetic(names[0], 1, seed); err != nil {
+		return nil, usagef("%w", err)
+	}
+	return out, nil
+}
+
+func writeTrace(path string, make func() (*place.Trace, error)) error {
+	t, err := make()
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(t.Write(f), f.Close())
+}
+
+// writePlaceDocs writes what docs/PLACEMENT.md shows.
+func writePlaceDocs(dir string, rs []*place.Result) error {
+	dir = filepath.Join(dir, "placement")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	f, err := os.Create(filepath.Join(dir, "results.md"))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(place.Markdown(f, rs), f.Close()); err != nil {
+		return err
+	}
+	sizes := map[int]bool{}
+	for _, r := range rs {
+		sizes[r.Hosts] = true
+	}
+	for n := range sizes {
+		for name, fig := range place.Figures {
+			f, err := os.Create(filepath.Join(dir, fmt.Sprintf("%s-%d.svg", name, n)))
+			if err != nil {
+				return err
+			}
+			title := fmt.Sprintf("%s, %d hosts", fig.Title, n)
+			if err := errors.Join(place.Plot(f, title, fig.Unit, rs, n, fig.Of), f.Close()); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
