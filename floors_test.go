@@ -39,6 +39,7 @@ var floors = map[string]int{
 	"placement/driver": 4,
 	"vmhook/agent":     4,
 	"netplane/agent":   4,
+	"nbd/kernel":       4,
 
 	"meta/server":             3,
 	"meta/client":             3,

@@ -89,6 +89,7 @@ Start here:
 	root.AddCommand(upCommand(c), downCommand(c), metaCommand(c), hostCommand(c), configCommand(),
 		volumeCommand(c), vmCommand(c), storeCommand(c), netCommand(c), routeCommand(c), tenantCommand(c), dfCommand(c), statusCommand(c), whyCommand(c), eventsCommand(c), placeCommand(c),
 		demoCommand(), benchCommand(), chaosCommand())
+	root.AddCommand(deviceCommand())
 	asUsage(root)
 	return root
 }

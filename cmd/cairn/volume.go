@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/cairnstore/cairn/nbd/kernel"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -325,17 +326,25 @@ func volumeRename(c *cli) *cobra.Command {
 
 func volumeAttach(c *cli) *cobra.Command {
 	var host string
-	var takeover bool
+	var takeover, device bool
+	var kc kernel.Config
 	cmd := &cobra.Command{
 		Use:   "attach NAME",
-		Short: "Attach a volume on a host and print its NBD URI",
+		Short: "Attach a volume on a host and print its NBD URI, or make it a block device of this machine",
 		Long: `Attach a volume on a host and print its NBD URI, alone, on standard output.
-A volume that is attached already is attached where it is.`,
-		Example: "  qemu-img info $(cairn volume attach v)\n  nbdcopy disk.img $(cairn volume attach v)",
+A volume that is attached already is attached where it is.
+
+With --device the volume becomes a block device of this machine's kernel, and its path is
+printed instead. A process of its own keeps it connected and lets it grow with the volume.`,
+		Example: "  qemu-img info $(cairn volume attach v)\n  nbdcopy disk.img $(cairn volume attach v)\n  mkfs.ext4 $(cairn volume attach v --device)",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				uri, err := s.attach(ctx, args[0], host, takeover)
+				if err == nil && device {
+					kc.URI, kc.Index = uri, -1
+					uri, err = attachDevice(ctx, kc)
+				}
 				if err == nil {
 					fmt.Println(uri)
 				}
@@ -345,6 +354,8 @@ A volume that is attached already is attached where it is.`,
 	}
 	cmd.Flags().StringVar(&host, "host", "", "host (default: where it is attached, else where most of it is)")
 	cmd.Flags().BoolVar(&takeover, "takeover", false, "even when another host holds it: that host is fenced")
+	cmd.Flags().BoolVar(&device, "device", false, "make it a block device of this machine, and print that")
+	deviceFlags(cmd, &kc)
 	return cmd
 }
 
@@ -414,6 +425,9 @@ func (s *session) detach(ctx context.Context, name string) error {
 	if v.HolderHost == "" {
 		say("volume %s is not attached", name)
 		return nil
+	}
+	if err := deviceFree(name); err != nil {
+		return err
 	}
 	return hostDone(onHost(ctx, s, v.HolderHost, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
 		return hc.DetachVolume(ctx, &pb.VolumeRef{Volume: name})

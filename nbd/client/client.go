@@ -393,6 +393,29 @@ func Dial(ctx context.Context, uri string, tlsConf *tls.Config) (*Client, error)
 	return dial(ctx, u, tlsConf, (*handshake).open)
 }
 
+// Handover opens an export with simple replies and gives the connection away,
+// with nothing of the server's read beyond the handshake: for a kernel, which
+// speaks the rest itself and knows no TLS.
+func Handover(ctx context.Context, uri string) (net.Conn, nbd.Export, error) {
+	u, err := ParseURI(uri)
+	if err != nil {
+		return nil, nbd.Export{}, err
+	}
+	if u.TLS {
+		return nil, nbd.Export{}, status.Errorf(status.Unsupported, "%s demands TLS, which the kernel's NBD client does not speak: use a unix socket, or an address on loopback", uri)
+	}
+	var nc net.Conn
+	var x nbd.Export
+	_, err = dial(ctx, u, nil, func(h *handshake) error {
+		if err := h.plain(); err != nil {
+			return err
+		}
+		nc, x, h.kept = h.nc, h.c.export, true
+		return nil
+	})
+	return nc, x, err
+}
+
 // List returns the names of the exports of the server that uri names.
 func List(ctx context.Context, uri string, tlsConf *tls.Config) ([]string, error) {
 	u, err := ParseURI(uri)

@@ -70,6 +70,7 @@ type handshake struct {
 	nc    net.Conn
 	name  string
 	flags uint16 // of the server
+	kept  bool   // the connection is given away
 	c     *Client
 }
 
@@ -87,6 +88,9 @@ func dial(ctx context.Context, u URI, tlsConf *tls.Config, then func(*handshake)
 	err = h.run(ctx, u, tlsConf, then)
 	if !stop() {
 		err = errors.Join(err, ctx.Err(), <-woken)
+	}
+	if err == nil && h.kept {
+		return nil, nil
 	}
 	if err == nil && h.c.export.Flags != 0 {
 		h.c.nc, h.c.br = h.nc, bufio.NewReaderSize(h.nc, 64<<10)
@@ -205,6 +209,15 @@ func (h *handshake) open() (err error) {
 			return err
 		}
 	}
+	return h.plain()
+}
+
+// plain opens the export without negotiating anything for transmission.
+func (h *handshake) plain() error {
+	h.c.export.Name = h.name
+	if h.flags&nbd.FlagFixedNewstyle == 0 {
+		return h.exportName()
+	}
 	data := nbd.AppendInfoRequest(nil, h.name, nbd.InfoBlockSize)
 	ok, err := h.tolerant(nbd.OptGo, data, h.readInfo)
 	if err != nil {
@@ -213,7 +226,7 @@ func (h *handshake) open() (err error) {
 	if !ok {
 		return h.exportName()
 	}
-	if c.export.Flags&nbd.HasFlags == 0 {
+	if h.c.export.Flags&nbd.HasFlags == 0 {
 		return status.Errorf(status.Invalid, "the NBD server opened export %q without describing it", h.name)
 	}
 	return nil
