@@ -65,6 +65,12 @@ func (n *Negotiation) ClientFlags(b []byte) error {
 		return status.Errorf(status.Unsupported, "the client set unknown handshake flags %#x", flags)
 	}
 	n.NoZeroes = flags&uint32(FlagNoZeroes) != 0
+	if flags&uint32(FlagFixedNewstyle) == 0 { // such a client cannot know of TLS
+		if n.TLS == TLSRequired {
+			return status.Errorf(status.Permission, "the client is too old for TLS, which this server demands")
+		}
+		n.TLS = TLSNone
+	}
 	return nil
 }
 

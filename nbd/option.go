@@ -210,11 +210,11 @@ func cutString(b []byte) (string, []byte, error) {
 		return "", nil, status.Errorf(status.Invalid, "the length of a name is missing")
 	}
 	n := be.Uint32(b)
-	if n > MaxName {
-		return "", nil, status.Errorf(status.TooBig, "a name of %d bytes is longer than %d", n, MaxName)
-	}
 	if uint64(n) > uint64(len(b)-4) {
 		return "", nil, status.Errorf(status.Invalid, "a name of %d bytes is longer than its option", n)
+	}
+	if n > MaxName {
+		return "", nil, status.Errorf(status.TooBig, "a name of %d bytes is longer than %d", n, MaxName)
 	}
 	return string(b[4 : 4+n]), b[4+n:], nil
 }

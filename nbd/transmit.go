@@ -249,10 +249,10 @@ func KindOf(errno uint32) status.Kind {
 		return status.OK
 	case 1:
 		return status.Permission
+	case 5:
+		return status.IO
 	case 12, 75: // ENOMEM, EOVERFLOW
 		return status.TooBig
-	case 22:
-		return status.Invalid
 	case 28:
 		return status.NoSpace
 	case 95:
@@ -260,5 +260,5 @@ func KindOf(errno uint32) status.Kind {
 	case 108:
 		return status.Shutdown
 	}
-	return status.IO
+	return status.Invalid // EINVAL, and whatever the protocol does not know
 }

@@ -35,6 +35,9 @@ const Append = "console=ttyS0 quiet panic=-1 random.trust_cpu=on"
 type Config struct {
 	Cache    string            // "": $CAIRN_CACHE, else ~/.cache/cairn
 	Progress func(what string) // called before each slow step; may be nil
+	// Storage adds what a machine needs that attaches volumes by itself: the
+	// kernel's NBD client, xfs and its tools, a network card. Some MB more.
+	Storage bool
 }
 
 // Image is what a machine needs to boot the guest.
@@ -60,19 +63,19 @@ func Ensure(ctx context.Context, cfg Config) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	img, err := ensureLocked(ctx, dir, cfg.Progress)
+	img, err := ensureLocked(ctx, dir, cfg)
 	if uerr := unlock(); err == nil && uerr != nil {
 		return Image{}, status.Errorf(status.IO, "unlock the cache %s: %w", dir, uerr)
 	}
 	return img, err
 }
 
-func ensureLocked(ctx context.Context, dir string, progress func(string)) (Image, error) {
-	kernel, err := ensureKernel(ctx, dir, progress)
+func ensureLocked(ctx context.Context, dir string, cfg Config) (Image, error) {
+	kernel, err := ensureKernel(ctx, dir, cfg.Progress)
 	if err != nil {
 		return Image{}, err
 	}
-	initrd, err := ensureInitrd(ctx, kernel, progress)
+	initrd, err := ensureInitrd(ctx, kernel, cfg)
 	if err != nil {
 		return Image{}, err
 	}
@@ -82,6 +85,41 @@ func ensureLocked(ctx context.Context, dir string, progress func(string)) (Image
 		Append:  Append,
 		Release: filepath.Base(kernel),
 	}, nil
+}
+
+// With returns the image with a program of this machine, and what it is linked
+// with, as bin/NAME in the guest. The new initrd is written into dir.
+func (img Image) With(ctx context.Context, dir, name, program string) (Image, error) {
+	base, err := os.ReadFile(img.Initrd)
+	if err != nil {
+		return Image{}, status.Errorf(status.IO, "guest initrd: %w", err)
+	}
+	libs, err := libraries(ctx, program)
+	if err != nil {
+		return Image{}, err
+	}
+	a := &archive{}
+	if err := addFile(a, "bin/"+name, program); err != nil {
+		return Image{}, err
+	}
+	needed := map[string]bool{}
+	for _, l := range libs {
+		needed[l] = true
+	}
+	if err := addLibraries(a, needed); err != nil {
+		return Image{}, err
+	}
+	// The kernel unpacks one archive after another; this one is not compressed,
+	// because an emulated processor is slower than a copy. Each begins at a
+	// multiple of four bytes.
+	for len(base)%4 != 0 {
+		base = append(base, 0)
+	}
+	img.Initrd = filepath.Join(dir, "initrd-"+name)
+	if err := writeFile(img.Initrd, append(base, a.bytes()...), 0o644); err != nil {
+		return Image{}, status.Errorf(status.IO, "keep the initrd: %w", err)
+	}
+	return img, nil
 }
 
 // cacheDir returns the absolute cache directory, made if missing.

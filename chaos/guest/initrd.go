@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 
@@ -37,14 +38,21 @@ var tools = []tool{
 	{"fstrim", "util-linux"},
 }
 
+// storageTools are those of Config.Storage.
+var storageTools = []tool{
+	{"mkfs.xfs", "xfsprogs"},
+	{"xfs_growfs", "xfsprogs"},
+	{"xfs_repair", "xfsprogs"},
+}
+
 // sysDirs are searched after PATH: a plain user's PATH often lacks sbin.
 var sysDirs = []string{"/usr/sbin", "/sbin", "/usr/bin", "/bin"}
 
 // ensureInitrd returns the path of the initrd made of the kernel's modules and
 // this machine's tools. Its name holds the hash of its content, so a changed
 // part gives a new file.
-func ensureInitrd(ctx context.Context, kernel string, progress func(string)) (string, error) {
-	cpio, err := buildInitrd(ctx, kernel)
+func ensureInitrd(ctx context.Context, kernel string, cfg Config) (string, error) {
+	cpio, err := buildInitrd(ctx, kernel, cfg.Storage)
 	if err != nil {
 		return "", err
 	}
@@ -54,7 +62,7 @@ func ensureInitrd(ctx context.Context, kernel string, progress func(string)) (st
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return "", status.Errorf(status.IO, "guest initrd: %w", err)
 	}
-	progress("building the guest's initrd")
+	cfg.Progress("building the guest's initrd")
 	var out bytes.Buffer
 	zw := gzip.NewWriter(&out)
 	if _, err := zw.Write(cpio); err != nil {
@@ -70,7 +78,7 @@ func ensureInitrd(ctx context.Context, kernel string, progress func(string)) (st
 }
 
 // buildInitrd returns the uncompressed archive.
-func buildInitrd(ctx context.Context, kernel string) ([]byte, error) {
+func buildInitrd(ctx context.Context, kernel string, storage bool) ([]byte, error) {
 	a := &archive{}
 	for _, d := range []string{"bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "lib", "lib/modules", "mnt", "proc", "run", "sys", "tmp", "var", "var/log", "var/run"} {
 		a.dir(d)
@@ -82,17 +90,21 @@ func buildInitrd(ctx context.Context, kernel string) ([]byte, error) {
 	a.file("etc/acpi/PWRF/00000080", 0o755, powerScript)
 	a.link("etc/mtab", "/proc/mounts")
 	a.file("etc/passwd", 0o644, []byte("root:x:0:0:root:/:/bin/sh\n"))
-	if err := addModules(a, kernel); err != nil {
+	list, programs := moduleOrderFile, tools
+	if storage {
+		list, programs = storageOrderFile, append(slices.Clone(tools), storageTools...)
+	}
+	if err := addModules(a, kernel, list); err != nil {
 		return nil, err
 	}
-	if err := addTools(ctx, a); err != nil {
+	if err := addTools(ctx, a, programs); err != nil {
 		return nil, err
 	}
 	return a.bytes(), nil
 }
 
-func addModules(a *archive, kernel string) error {
-	order, err := os.ReadFile(filepath.Join(kernel, moduleOrderFile))
+func addModules(a *archive, kernel, list string) error {
+	order, err := os.ReadFile(filepath.Join(kernel, list))
 	if err != nil {
 		return status.Errorf(status.IO, "guest modules: %w", err)
 	}
@@ -108,7 +120,7 @@ func addModules(a *archive, kernel string) error {
 }
 
 // addTools adds busybox, the tools and the libraries they are linked with.
-func addTools(ctx context.Context, a *archive) error {
+func addTools(ctx context.Context, a *archive, programs []tool) error {
 	box, err := findTool(tool{"busybox", "busybox-static"})
 	if err != nil {
 		return err
@@ -122,7 +134,7 @@ func addTools(ctx context.Context, a *archive) error {
 		return err
 	}
 	libs := map[string]bool{}
-	for _, t := range tools {
+	for _, t := range programs {
 		file, err := findTool(t)
 		if err != nil {
 			return err

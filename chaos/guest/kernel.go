@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 
@@ -22,8 +23,15 @@ const metaPackage = "linux-image-cloud-amd64"
 // and evdev make the power button work.
 var wantedModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "button", "evdev"}
 
-// moduleOrderFile lists the unpacked modules, in loading order.
-const moduleOrderFile = "modules.order"
+// storageModules come on top with Config.Storage.
+var storageModules = []string{"virtio_net", "nbd", "xfs"}
+
+// These list the unpacked modules, in loading order: without storageModules,
+// and with them.
+const (
+	moduleOrderFile  = "modules.order"
+	storageOrderFile = "modules.storage"
+)
 
 // ensureKernel returns the directory of an unpacked kernel: vmlinuz, the
 // modules and moduleOrderFile. One that is there is good for ever: a guest
@@ -33,7 +41,7 @@ func ensureKernel(ctx context.Context, cache string, progress func(string)) (str
 	if err := os.MkdirAll(root, 0o755); err != nil {
 		return "", status.Errorf(status.IO, "guest kernel cache: %w", err)
 	}
-	have, err := filepath.Glob(filepath.Join(root, "*", moduleOrderFile))
+	have, err := filepath.Glob(filepath.Join(root, "*", storageOrderFile))
 	if err != nil {
 		return "", status.Errorf(status.Internal, "guest kernel cache: %w", err)
 	}
@@ -77,6 +85,9 @@ func fetchKernel(ctx context.Context, root, tmp string, progress func(string)) (
 		return "", err
 	}
 	final := filepath.Join(root, strings.TrimSuffix(filepath.Base(debs[0]), ".deb"))
+	if err := os.RemoveAll(final); err != nil { // with fewer modules, from before
+		return "", status.Errorf(status.IO, "replace the guest kernel: %w", err)
+	}
 	if err := os.Rename(slim, final); err != nil {
 		return "", status.Errorf(status.IO, "keep the guest kernel: %w", err)
 	}
@@ -124,13 +135,18 @@ func pickKernel(tree, slim string) error {
 	if err != nil {
 		return err
 	}
-	order, err := loadOrder(wantedModules, func(name string) ([]string, error) {
+	depends := func(name string) ([]string, error) {
 		file, ok := modules[name]
 		if !ok {
 			return nil, status.Errorf(status.NotFound, "the kernel package has no module %s", name)
 		}
 		return moduleDepends(file)
-	})
+	}
+	small, err := loadOrder(wantedModules, depends)
+	if err != nil {
+		return err
+	}
+	order, err := loadOrder(append(slices.Clone(wantedModules), storageModules...), depends)
 	if err != nil {
 		return err
 	}
@@ -145,9 +161,10 @@ func pickKernel(tree, slim string) error {
 			return status.Errorf(status.IO, "keep module %s: %w", name, err)
 		}
 	}
-	list := strings.Join(order, "\n") + "\n"
-	if err := os.WriteFile(filepath.Join(slim, moduleOrderFile), []byte(list), 0o644); err != nil {
-		return status.Errorf(status.IO, "keep the guest kernel: %w", err)
+	for name, list := range map[string][]string{moduleOrderFile: small, storageOrderFile: order} {
+		if err := os.WriteFile(filepath.Join(slim, name), []byte(strings.Join(list, "\n")+"\n"), 0o644); err != nil {
+			return status.Errorf(status.IO, "keep the guest kernel: %w", err)
+		}
 	}
 	return nil
 }

@@ -27,7 +27,7 @@ func deviceCommand() *cobra.Command {
 func deviceFlags(cmd *cobra.Command, kc *kernel.Config) {
 	f := cmd.Flags()
 	f.IntVar(&kc.Connections, "connections", 4, "connections of a device")
-	f.DurationVar(&kc.Timeout, "timeout", 30*time.Second, "how long a device's request may take before it is sent over another connection")
+	f.DurationVar(&kc.Timeout, "timeout", 12*time.Second, "how long a device's request may take before it is sent over another connection")
 	f.DurationVar(&kc.DeadTimeout, "dead-timeout", 10*time.Minute, "how long a device's requests wait, without an error, for a server that is gone")
 }
 
@@ -76,7 +76,8 @@ func startKeeper(kc kernel.Config) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(exe, "device", "keep", strconv.Itoa(kc.Index), kc.URI, "--dead-timeout", kc.DeadTimeout.String())
+	cmd := exec.Command(exe, "device", "keep", strconv.Itoa(kc.Index), kc.URI,
+		"--dead-timeout", kc.DeadTimeout.String(), "--connections", strconv.Itoa(kc.Connections))
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()

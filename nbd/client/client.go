@@ -8,6 +8,7 @@ package client
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -61,6 +62,8 @@ type Client struct {
 	mu      sync.Mutex // guards what follows
 	pending map[uint64]*Req
 	cookie  uint64
+	left    bool  // a disconnect was sent
+	leaving error // the server is shutting down: nothing is sent any more, and it is left once pending is empty
 	err     error // the connection is over
 
 	closing sync.Once
@@ -105,8 +108,8 @@ func (c *Client) Start(r *Req) {
 	r.open.Store(2)
 	c.out.Lock()
 	c.mu.Lock()
-	if c.err != nil {
-		r.Err = status.Errorf(status.Unavailable, "not sent: %w", c.err)
+	if over := cmp.Or(c.err, c.leaving); over != nil {
+		r.Err = status.Errorf(status.Unavailable, "not sent: %w", over)
 		c.mu.Unlock()
 		c.out.Unlock()
 		r.Done(r)
@@ -245,8 +248,32 @@ func (c *Client) reply() error {
 	if r.Err == nil {
 		r.Err = c.complete(r)
 	}
+	c.leave(r)
 	r.settled()
 	return nil
+}
+
+// leave says goodbye to a server that has answered "shutting down", once
+// nothing is outstanding.
+func (c *Client) leave(r *Req) {
+	c.mu.Lock()
+	if c.leaving == nil && errors.Is(r.Err, status.Shutdown) {
+		c.leaving = status.Errorf(status.Unavailable, "the NBD server is shutting down")
+	}
+	now := c.leaving != nil && len(c.pending) == 0 && !c.left
+	c.left = c.left || now
+	c.mu.Unlock()
+	if now {
+		c.goodbye()
+	}
+}
+
+// goodbye sends a disconnect; the server then closes the connection.
+func (c *Client) goodbye() {
+	head := nbd.AppendRequest(nil, nbd.Request{Type: nbd.CmdDisc})
+	c.out.Lock()
+	c.out.Add(head, nil, nil)
+	c.out.Unlock()
 }
 
 // complete checks that a reply without an error was all there.
@@ -368,10 +395,13 @@ func name(cmd uint16) string {
 // Close says goodbye and waits until the connection is over; requests in
 // flight are answered first if the server does so within 10 s.
 func (c *Client) Close() error {
-	head := nbd.AppendRequest(nil, nbd.Request{Type: nbd.CmdDisc})
-	c.out.Lock()
-	c.out.Add(head, nil, nil)
-	c.out.Unlock()
+	c.mu.Lock()
+	first := !c.left
+	c.left = true
+	c.mu.Unlock()
+	if first {
+		c.goodbye()
+	}
 	t := time.NewTimer(10 * time.Second)
 	defer t.Stop()
 	select {

@@ -19,6 +19,12 @@ import (
 // then closes. It returns the URI.
 func liar(t *testing.T, structured bool, answer func(r nbd.Request) []byte) string {
 	t.Helper()
+	return liarOf(t, structured, 1, answer)
+}
+
+// liarOf answers some requests, and wants a disconnect then if they are several.
+func liarOf(t *testing.T, structured bool, requests int, answer func(r nbd.Request) []byte) string {
+	t.Helper()
 	sock := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", sock)
 	must(t, err)
@@ -29,7 +35,7 @@ func liar(t *testing.T, structured bool, answer func(r nbd.Request) []byte) stri
 			done <- err
 			return
 		}
-		err = lie(nc, structured, answer)
+		err = lie(nc, structured, requests, answer)
 		done <- errors.Join(err, nc.Close())
 	}()
 	t.Cleanup(func() {
@@ -41,7 +47,7 @@ func liar(t *testing.T, structured bool, answer func(r nbd.Request) []byte) stri
 	return "nbd+unix:///v?socket=" + sock
 }
 
-func lie(nc net.Conn, structured bool, answer func(nbd.Request) []byte) error {
+func lie(nc net.Conn, structured bool, requests int, answer func(nbd.Request) []byte) error {
 	n := &nbd.Negotiation{Lookup: func(name string) (nbd.Export, error) {
 		return nbd.Export{Name: name, Size: 1 << 30, Flags: nbd.HasFlags}, nil
 	}}
@@ -76,16 +82,27 @@ func lie(nc net.Conn, structured bool, answer func(nbd.Request) []byte) error {
 		}
 	}
 	head := make([]byte, nbd.RequestSize)
-	if _, err := io.ReadFull(nc, head); err != nil {
-		return err
-	}
-	r, _ := nbd.ParseRequest(head)
-	if r.Type == nbd.CmdWrite {
-		if _, err := io.ReadFull(nc, make([]byte, r.Len)); err != nil {
+	for range requests {
+		if _, err := io.ReadFull(nc, head); err != nil {
+			return err
+		}
+		r, _ := nbd.ParseRequest(head)
+		if r.Type == nbd.CmdWrite {
+			if _, err := io.ReadFull(nc, make([]byte, r.Len)); err != nil {
+				return err
+			}
+		}
+		if _, err := nc.Write(answer(r)); err != nil {
 			return err
 		}
 	}
-	_, err := nc.Write(answer(r))
+	if requests == 1 {
+		return nil
+	}
+	_, err := io.ReadFull(nc, head)
+	if r, _ := nbd.ParseRequest(head); err == nil && r.Type != nbd.CmdDisc {
+		err = status.Errorf(status.Internal, "command %d instead of a disconnect", r.Type)
+	}
 	return err
 }
 
@@ -221,5 +238,51 @@ func TestParseURI(t *testing.T) {
 		if got, err := client.ParseURI(uri); !errors.Is(err, status.Invalid) {
 			t.Errorf("%q: %+v, %v", uri, got, err)
 		}
+	}
+}
+
+// TestServerShutsDown: after "shutting down" the client sends nothing more, and
+// says goodbye when all is answered.
+func TestServerShutsDown(t *testing.T) {
+	var first nbd.Request
+	cl := dial(t, liarOf(t, true, 2, func(r nbd.Request) []byte {
+		switch r.Type {
+		case nbd.CmdRead: // waits for the write's answer
+			first = r
+			return []byte{}
+		case nbd.CmdWrite:
+			return append(nbd.AppendError(nil, r.Cookie, 108, "going"), nbd.AppendError(nil, first.Cookie, 108, "going")...)
+		}
+		return nil
+	}))
+	done := make(chan *client.Req, 2)
+	cl.Start(&client.Req{Type: nbd.CmdRead, Data: make([]byte, 512), Done: func(r *client.Req) { done <- r }})
+	cl.Start(&client.Req{Type: nbd.CmdWrite, Data: make([]byte, 512), Done: func(r *client.Req) { done <- r }})
+	for range 2 {
+		if r := <-done; !errors.Is(r.Err, status.Shutdown) {
+			t.Errorf("command %d: %v", r.Type, r.Err)
+		}
+	}
+	<-cl.Done() // the server hangs up at the disconnect
+	if _, err := cl.WriteAt([]byte{1}, 0); !errors.Is(err, status.Unavailable) {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestUnknownErrorsAreInvalid: an error number the protocol does not know is
+// EINVAL's, and the connection goes on.
+func TestUnknownErrorsAreInvalid(t *testing.T) {
+	cl := dial(t, liarOf(t, true, 2, func(r nbd.Request) []byte {
+		if r.Off == 0 {
+			return nbd.AppendError(nil, r.Cookie, 4711, "")
+		}
+		return chunk(1, nbd.TypeOffsetData, r.Cookie, 12, append(binary.BigEndian.AppendUint64(nil, r.Off), 1, 2, 3, 4)...)
+	}))
+	b := make([]byte, 4)
+	if _, err := cl.ReadAt(b, 0); !errors.Is(err, status.Invalid) {
+		t.Errorf("error 4711: %v", err)
+	}
+	if _, err := cl.ReadAt(b, 512); err != nil || b[3] != 4 {
+		t.Errorf("the next read: %v", err)
 	}
 }

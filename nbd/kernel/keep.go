@@ -9,7 +9,6 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/cairnstore/cairn/nbd/client"
-	"github.com/cairnstore/cairn/proto/status"
 )
 
 // Keep dials connections that die again and tells the kernel when the volume
@@ -119,12 +118,11 @@ func (k *keeper) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for k.suspect {
-		replaced, err := k.replaceOne(ctx)
-		if err != nil {
+	if k.suspect {
+		if err := k.offer(ctx); err != nil {
 			return err
 		}
-		k.suspect = replaced
+		k.suspect = false
 	}
 	now, err := sizeOf(k.cfg.Index)
 	if err != nil || x.Size <= now {
@@ -141,24 +139,23 @@ func (k *keeper) look(ctx context.Context) error {
 	return nil
 }
 
-// replaceOne offers the kernel a connection; false: it has no dead one.
-func (k *keeper) replaceOne(ctx context.Context) (bool, error) {
-	file, _, err := dial(ctx, k.cfg.URI)
+// offer gives the kernel as many connections as the device has. It puts them in
+// the place of dead ones and lets go of the rest; which it did, it does not
+// tell.
+func (k *keeper) offer(ctx context.Context) error {
+	files, _, err := dialAll(ctx, k.cfg)
+	defer closeAll(files)
 	if err != nil {
-		return false, err
+		return err
 	}
-	defer closeAll([]*os.File{file})
 	m := message{family: k.f, cmd: cmdReconfigure}
 	m.u32(attrIndex, uint32(k.cfg.Index))
 	m.seconds(attrDeadConn, k.cfg.DeadTimeout)
-	m.sockets([]*os.File{file})
+	m.sockets(files)
 	m.identifier(k.cfg.URI)
-	_, err = m.do()
-	if errors.Is(err, status.NoSpace) {
-		return false, nil
+	if _, err := m.do(); err != nil {
+		return err
 	}
-	if err == nil {
-		k.cfg.Log.Info("connection replaced", "device", path(k.cfg.Index))
-	}
-	return err == nil, err
+	k.cfg.Log.Info("connections offered in the place of dead ones", "device", path(k.cfg.Index), "connections", len(files))
+	return nil
 }

@@ -11,8 +11,9 @@
 //
 // The kernel keeps requests of a dead connection and sends them over another
 // one; when none is left it waits DeadTimeout for Keep to bring new ones
-// (NBD_CMD_RECONFIGURE). A request without an answer for Timeout is sent again
-// over another connection too. The server hangs up, with all bytes unread, on a
+// (NBD_CMD_RECONFIGURE). What was in flight on a connection that died is sent
+// again once it is Timeout old, and so is a request that was not answered for
+// that long. The server hangs up, with all bytes unread, on a
 // connection it could not read for a third of that (nbd/server's Unread), and
 // here a TCP connection that cannot reach the server dies as early: what a
 // connection given up has still in its queue never arrives behind newer data.
@@ -44,7 +45,7 @@ type Config struct {
 	URI         string
 	Index       int           // of /dev/nbdN; negative: the first that is free
 	Connections int           // default 4; 1 if the server does not allow several
-	Timeout     time.Duration // of one request, before it is sent again elsewhere (default 30 s)
+	Timeout     time.Duration // of one request, before it is sent again elsewhere (default 12 s)
 	DeadTimeout time.Duration // how long requests wait when no connection is left (default 10 min)
 	Log         *slog.Logger  // of Keep; nil: silent
 }
@@ -52,9 +53,9 @@ type Config struct {
 const (
 	maxConnections = 16
 	dialWait       = 10 * time.Second
-	// peerTimeout ends a TCP connection whose server cannot be reached: a third
-	// of the default Timeout, like the server's own limits.
-	peerTimeout = 10 * time.Second
+	// peerTimeout ends a TCP connection whose server cannot be reached: half the
+	// default Timeout, so that what it holds is gone when it is sent again.
+	peerTimeout = 6 * time.Second
 	followEvery = 2 * time.Second // Keep looks at the size, and for what it was not told
 )
 
@@ -63,7 +64,7 @@ func (c *Config) defaults() error {
 		c.Connections = 4
 	}
 	if c.Timeout == 0 {
-		c.Timeout = 30 * time.Second
+		c.Timeout = 12 * time.Second
 	}
 	if c.DeadTimeout == 0 {
 		c.DeadTimeout = 10 * time.Minute
@@ -185,7 +186,7 @@ func fileOf(nc net.Conn) (*os.File, error) {
 		if err := c.SetNoDelay(true); err != nil {
 			return nil, err
 		}
-		if err := c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 3 * time.Second, Interval: 2 * time.Second, Count: 3}); err != nil {
+		if err := c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 2 * time.Second, Interval: time.Second, Count: 4}); err != nil {
 			return nil, err
 		}
 		f, err := c.File()

@@ -31,7 +31,7 @@ func TestOptionsThatAreRefused(t *testing.T) {
 		{"info without data", nbd.OptInfo, nil, nbd.RepErrInvalid},
 		{"info with half a length", nbd.OptInfo, []byte{0, 0}, nbd.RepErrInvalid},
 		{"a name longer than its option", nbd.OptGo, []byte{0, 0, 0, 200, 'v', 0, 0}, nbd.RepErrInvalid},
-		{"a name of 4 GiB", nbd.OptGo, []byte{255, 255, 255, 255, 'v', 0, 0}, nbd.RepErrTooBig},
+		{"a name of 4 GiB", nbd.OptGo, []byte{255, 255, 255, 255, 'v', 0, 0}, nbd.RepErrInvalid},
 		{"a long name", nbd.OptGo, nbd.AppendInfoRequest(nil, long), nbd.RepErrTooBig},
 		{"more wanted than said", nbd.OptGo, append(nbd.AppendInfoRequest(nil, "v"), 0, 3), nbd.RepErrInvalid},
 		{"more said than there", nbd.OptGo, []byte{0, 0, 0, 1, 'v', 0, 9, 0, 3}, nbd.RepErrInvalid},
@@ -142,8 +142,11 @@ func TestExportName(t *testing.T) {
 func TestAbort(t *testing.T) {
 	s := serve(t, server.Config{Exports: exports{"v": newMemory(1 << 20)}})
 	nc := greeted(t, raw(t, "tcp", s.tcp))
-	wantReply(t, nc, nbd.OptAbort, nil, nbd.RepAck)
+	wantReply(t, nc, nbd.OptAbort, []byte("so long"), nbd.RepAck) // what comes with it is ignored
 	gone(t, nc)
+	hasty := greeted(t, raw(t, "unix", s.sock)) // does not wait for the answer
+	mustWrite(t, hasty, nbd.AppendOption(nil, nbd.OptAbort, nil))
+	must(t, hasty.Close())
 	waitFor(t, "the connection to end", func() bool { return s.All() == 0 })
 }
 

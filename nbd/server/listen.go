@@ -15,15 +15,14 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
-// A TCP connection whose other end cannot be reached is dead after less than
-// the default of Config.Unread: the client has then not yet sent its requests
-// again elsewhere, and what its old socket still delivers when the network
-// comes back finds no connection. Keep-alive covers a connection at rest,
+// A TCP connection whose other end cannot be reached is dead before the client
+// sends its requests again elsewhere (see Config.Unread): what its old socket
+// still delivers when the network comes back finds no connection. Keep-alive covers a connection at rest,
 // TCP_USER_TIMEOUT one with replies on the way.
 const (
 	aliveIdle     = 3 * time.Second
-	aliveInterval = 2 * time.Second
-	aliveCount    = 3
+	aliveInterval = time.Second
+	aliveCount    = 4
 	userTimeout   = aliveIdle + aliveCount*aliveInterval
 )
 

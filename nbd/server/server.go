@@ -60,9 +60,10 @@ type Config struct {
 	MaxBytes    int           // of their data (default 64 MiB, least nbd.MaxPayload)
 	Handshake   time.Duration // whole handshake (default 10 s)
 	// Unread is how long sent requests may lie unread before the connection is
-	// closed and they are discarded (default 10 s, a third of the 30 s after
-	// which clients commonly send a request again on another connection): a
-	// write that a client has given up and replayed must not land on newer data.
+	// closed and they are discarded (default 4 s, a third of the 12 s after which
+	// a kernel attached by nbd/kernel sends a request again on another connection;
+	// others wait longer): a write that a client has given up and replayed must
+	// not land on newer data.
 	Unread time.Duration
 }
 
@@ -94,7 +95,7 @@ func New(cfg Config) *Server {
 	setDefault(&cfg.MaxRequests, 1024)
 	setDefault(&cfg.MaxBytes, 64<<20)
 	setDefault(&cfg.Handshake, 10*time.Second)
-	setDefault(&cfg.Unread, 10*time.Second)
+	setDefault(&cfg.Unread, 4*time.Second)
 	cfg.MaxBytes = max(cfg.MaxBytes, nbd.MaxPayload)
 	if cfg.TLS != nil && cfg.TLS.MinVersion < tls.VersionTLS12 {
 		cfg.TLS = cfg.TLS.Clone()
