@@ -110,6 +110,11 @@ func TestALayerBeingMergedIsNoHead(t *testing.T) {
 			t.Errorf("read of %d %v: %v", q.Layer, q.Chain, r.Err())
 		}
 	}
+	raw := chainRead(1)
+	raw.Flags |= wire.FlagRaw
+	if r := mustOK(t, ask(s, raw)); r.Entries[1].Kind != wire.EntryHole {
+		t.Errorf("what is left of layer 1: %+v", r.Entries)
+	}
 	for _, q := range []wire.Request{chainRead(2, 1, 0), chainRead(2, 0)} {
 		r := mustOK(t, ask(s, q))
 		if !slices.Equal(r.Data, before.Data) || r.Entries[1].Layer != 2 || r.Entries[1].Version != before.Entries[1].Version || r.Entries[3].Kind != wire.EntryZero {

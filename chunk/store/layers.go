@@ -45,9 +45,9 @@ func (v *vol) gone(id ids.LayerID) bool {
 }
 
 // checkChain refuses a read through a layer that is gone, or that has given part
-// of what it held to one the read does not look at first. Both lists are sorted:
-// O(their lengths).
-func (v *vol) checkChain(layer ids.LayerID, chain []ids.LayerID) error {
+// of what it held to one the read does not look at first, unless it is raw. Both
+// lists are sorted: O(their lengths).
+func (v *vol) checkChain(layer ids.LayerID, chain []ids.LayerID, raw bool) error {
 	if v == nil || !v.told() {
 		return nil
 	}
@@ -66,7 +66,7 @@ func (v *vol) checkChain(layer ids.LayerID, chain []ids.LayerID) error {
 			return status.Errorf(status.NotFound, "layer %d of volume %d was dropped", layer, v.id)
 		}
 		// The layer before may be above into: that has given everything to it since.
-		if into := v.marks[i].into; into != 0 && (d == 0 || before < into) {
+		if into := v.marks[i].into; into != 0 && !raw && (d == 0 || before < into) {
 			return status.Errorf(status.NotFound, "layer %d of volume %d is being merged into layer %d and cannot be read by itself", layer, v.id, into)
 		}
 	}

@@ -64,7 +64,7 @@ func (s *Store) read(c *caller, v *vol, q *wire.Request, out *outbox) error {
 // look fills the entries of a read, or lets it wait for a group.
 func (s *Store) look(v *vol, r *read, out *outbox) error {
 	clear(r.ents)
-	if err := v.checkChain(r.layer, r.chain); err != nil {
+	if err := v.checkChain(r.layer, r.chain, r.flags&wire.FlagRaw != 0); err != nil {
 		out.fail(r.c, wire.Read, r.id, err)
 		return nil
 	}

@@ -48,6 +48,10 @@ func (e *Engine) admit(op *Op) {
 		e.done(op, status.Invalid)
 		return
 	}
+	if e.cut != nil && op.Kind != OpRead {
+		e.cut.ops.push(op)
+		return
+	}
 	if op.Kind == OpWrite && len(e.full.jobs) > 0 {
 		e.done(op, status.NoSpace)
 		return
@@ -131,6 +135,10 @@ func (p piece) data() []byte {
 func (e *Engine) start(p piece) {
 	if e.state == Ended {
 		e.partDone(p.op, status.Shutdown)
+		return
+	}
+	if e.cut != nil && p.op.Kind != OpRead {
+		e.cut.pieces = append(e.cut.pieces, p)
 		return
 	}
 	c := e.chunks[ids.ChunkIndex(p.off/(uint64(e.perChunk)*ids.BlockSize))]

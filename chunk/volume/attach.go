@@ -239,6 +239,10 @@ func (e *Engine) attachTransfer(c *chunk, have, lack uint16, es []wire.Entry) *t
 		}
 	}
 	t.ended = func(f *failure) {
+		if f != nil && f.rep.Kind == wire.Read && f.rep.Status == status.NotFound && len(e.layers.chain) > 0 {
+			a.phase = attachSeal // a layer went after it was listed
+			return
+		}
 		if f != nil {
 			e.attachFailed(f.r, f.rep)
 			return

@@ -20,6 +20,7 @@
 //  9. attach        seal, reconcile, settle, serve              (attach.go)
 //  10. join         a member that was out catches up            (join.go)
 //  11. transfer     how blocks are copied in attach and join    (transfer.go)
+//  12. layers       what a snapshot is, the cut, and what goes  (layer.go, cut.go, reclaim.go)
 package volume
 
 import (
@@ -99,6 +100,14 @@ type Engine struct {
 	stuck     []*read // reads no replica can serve now; bounded by the operations in flight
 	freeReads []*read
 
+	layers       layers
+	cut          *cut // nil: none is under way
+	openJobs     int  // jobs that are not done
+	reclaim      *reclaim
+	reclaimAfter time.Duration
+	reclaimWhy   string    // why the last merging was given up
+	look         *MetaCall // news of the volume were asked for
+
 	flush    flushState
 	member   memberState
 	alloc    allocState
@@ -120,6 +129,7 @@ type Engine struct {
 type Stats struct {
 	Reads, Writes, Flushes uint64
 	MaxWriteStall          time.Duration
+	MaxHold                time.Duration // of a snapshot's cut
 	Excluded, Joined       uint64
 	Repaired               uint64 // blocks rewritten from a good copy
 }
@@ -162,6 +172,7 @@ func New(now time.Duration, cfg Config, out *Out) (*Engine, error) {
 		byStore: map[ids.StoreID]*replica{}, chunks: map[ids.ChunkIndex]*chunk{}, now: now, lastTick: now, out: out}
 	e.cfg.Volume, e.cfg.Chunks = nil, nil
 	e.inFlight.init()
+	e.layers.begin(v)
 	e.addMembers(v.Members)
 	for _, c := range cfg.Chunks {
 		if err := e.addChunk(c); err != nil {
@@ -212,6 +223,10 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 		e.detach()
 	case *Fence:
 		e.end(ev.Why)
+	case *Cut:
+		e.beginCut(ev)
+	case *Release:
+		e.release(ev)
 	}
 	e.settle()
 }
@@ -227,6 +242,8 @@ func (e *Engine) settle() {
 	e.startFlush()
 	e.stepJoins()
 	e.startChange()
+	e.stepCut()
+	e.stepReclaim()
 	e.stepDetach()
 }
 
@@ -280,6 +297,9 @@ func (e *Engine) end(why string) {
 	e.waiting.takeAll()
 	e.throttle.held.takeAll()
 	e.throttle.heldOps = 0
+	if e.cut != nil {
+		e.endCut(CutGivenUp, why)
+	}
 	for _, r := range e.replicas {
 		e.out.Links = append(e.out.Links, LinkAction{r.index, false})
 	}
@@ -300,6 +320,14 @@ func (e *Engine) unfinished() []*Op {
 	}
 	for op := e.throttle.held.head; op != nil; op = op.next {
 		add(op)
+	}
+	if e.cut != nil {
+		for op := e.cut.ops.head; op != nil; op = op.next {
+			add(op)
+		}
+		for _, p := range e.cut.pieces {
+			add(p.op)
+		}
 	}
 	for _, c := range e.sortedChunks() {
 		for _, j := range c.jobs {
@@ -391,6 +419,7 @@ func (e *Engine) refresh(ev *Refresh) {
 	}
 	e.takeSize(v, ev.Chunks, ev.Whole)
 	e.setQos(v.Qos)
+	e.layers.take(v)
 	e.member.news = v
 	e.takeNews()
 }

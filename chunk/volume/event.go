@@ -73,6 +73,8 @@ type MetaCall struct {
 	Allocate *pb.Allocate
 	Change   *pb.ChangeMembers
 	Detach   *pb.Detach
+	Prune    *pb.PruneLayer
+	Look     bool // bring the volume as it is now as a Refresh, and then the answer
 }
 
 // Out gathers the actions of steps. The shell carries them out after it has
@@ -82,13 +84,15 @@ type Out struct {
 	Done  []Done
 	Meta  []*MetaCall
 	Links []LinkAction
+	Cuts  []CutNews
 }
 
 // Reset empties o, keeping its memory.
 func (o *Out) Reset() {
 	clear(o.Sends)
 	clear(o.Done)
-	o.Sends, o.Done, o.Meta, o.Links = o.Sends[:0], o.Done[:0], o.Meta[:0], o.Links[:0]
+	clear(o.Cuts)
+	o.Sends, o.Done, o.Meta, o.Links, o.Cuts = o.Sends[:0], o.Done[:0], o.Meta[:0], o.Links[:0], o.Cuts[:0]
 }
 
 // Event is what can happen to an engine.

@@ -14,6 +14,9 @@ type Info struct {
 	Floor    ids.Version
 	InFlight int
 	Stats    Stats
+	Layers   int    // of the volume; 1: it has no snapshots
+	Merging  bool   // a deleted layer waits to be merged, or is
+	MergeWhy string // why that was given up the last time
 	Replicas []ReplicaInfo
 }
 
@@ -29,7 +32,7 @@ type ReplicaInfo struct {
 // Info returns a picture of the engine.
 func (e *Engine) Info() Info {
 	in := Info{State: e.state, Why: e.why, Epoch: e.epoch, Revision: e.revision, Size: e.size, Floor: e.floor,
-		InFlight: e.inFlight.len, Stats: e.stats}
+		InFlight: e.inFlight.len, Stats: e.stats, Layers: max(1, len(e.layers.all)), Merging: e.reclaiming(), MergeWhy: e.reclaimWhy}
 	for _, r := range e.replicas {
 		in.Replicas = append(in.Replicas, ReplicaInfo{Index: r.index, Store: r.store, Host: r.host, Addr: r.addr,
 			State: r.stateName(), JoinedBytes: r.joinedBytes})

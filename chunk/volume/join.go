@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"cmp"
 	"slices"
 	"time"
 
@@ -116,7 +117,7 @@ func (e *Engine) stepJoin(r *replica, jn *join) {
 func (e *Engine) sources(c *chunk, from ids.Version) []*replica {
 	var out []*replica
 	for pos, r := range c.replicas {
-		if !r.readable() || slices.ContainsFunc(c.jobs, func(j *job) bool {
+		if !r.readable() || r.merging > 0 || slices.ContainsFunc(c.jobs, func(j *job) bool {
 			return j.version != 0 && j.version < from && j.have&(1<<pos) == 0
 		}) {
 			continue
@@ -266,16 +267,21 @@ func (e *Engine) copyRanges(r *replica, jn *join, c *chunk, sources []*replica, 
 }
 
 // difference lists what the joiner is to be given of the survivor's states below
-// from: data to be read, and states without data. Sorted by block within each.
+// from: data to be read, and states without data. Sorted by layer and block within
+// each.
 func difference(from ids.Version, joiner, survivor []wire.Entry) []wire.Entry {
-	mine := map[ids.Block]wire.Entry{}
+	type place struct {
+		layer ids.LayerID
+		block ids.Block
+	}
+	mine := map[place]wire.Entry{}
 	for _, en := range joiner {
-		mine[en.Block] = en
+		mine[place{en.Layer, en.Block}] = en
 	}
 	var data, direct []wire.Entry
 	for _, en := range survivor {
-		m, ok := mine[en.Block]
-		delete(mine, en.Block)
+		m, ok := mine[place{en.Layer, en.Block}]
+		delete(mine, place{en.Layer, en.Block})
 		switch {
 		case en.Version >= from || (ok && m.Version >= from):
 		case ok && m.Version == en.Version && m.Kind == en.Kind && m.Sum == en.Sum:
@@ -291,8 +297,8 @@ func difference(from ids.Version, joiner, survivor []wire.Entry) []wire.Entry {
 			direct = append(direct, wire.Entry{Chunk: m.Chunk, Layer: m.Layer, Block: m.Block, Kind: wire.EntryHole})
 		}
 	}
-	byBlock := func(a, b wire.Entry) int { return int(a.Block) - int(b.Block) }
-	slices.SortFunc(data, byBlock)
-	slices.SortFunc(direct, byBlock)
+	byPlace := func(a, b wire.Entry) int { return cmp.Or(cmp.Compare(a.Layer, b.Layer), cmp.Compare(a.Block, b.Block)) }
+	slices.SortFunc(data, byPlace)
+	slices.SortFunc(direct, byPlace)
 	return append(direct, data...)
 }

@@ -82,7 +82,8 @@ func (w *world) everywhere(block uint64, r *register, val byte, since int, durab
 		if durable {
 			held = s.durable
 		}
-		b := held[w.key(block)]
+		k := w.key(block)
+		_, b := lookup(held, k.chunk, k.block, w.e.layers.top, w.e.layers.chain)
 		got := byte(0)
 		if len(b.data) > 0 {
 			got = b.data[0]

@@ -158,6 +158,10 @@ func (e *Engine) metaDone(ev *MetaDone) {
 		e.allocated(ev)
 	case ev.Call == e.member.call:
 		e.changed(ev)
+	case ev.Call == e.look:
+		e.look = nil
+	case e.reclaim != nil && ev.Call == e.reclaim.call:
+		e.prunedLayer(ev)
 	}
 }
 

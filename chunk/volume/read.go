@@ -1,6 +1,8 @@
 package volume
 
 import (
+	"slices"
+
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
@@ -16,6 +18,7 @@ type read struct {
 	count uint32
 	job   *job   // the merge whose edge this is; nil for a client's read
 	bad   uint16 // bit i: c.replicas[i] has answered with an error
+	moved uint8  // times it was asked again because of its layers
 	until uint64 // counter when the data came: later writes do not matter
 	legs  legs   // by position
 	req   wire.Request
@@ -65,7 +68,7 @@ func (e *Engine) sendRead(rd *read) {
 		}
 		return
 	}
-	rd.req = wire.Request{Kind: wire.Read, Chunk: rd.c.id, Block: rd.first, Count: rd.count}
+	rd.req = wire.Request{Kind: wire.Read, Chunk: rd.c.id, Layer: e.layers.top, Chain: e.layers.chain, Block: rd.first, Count: rd.count}
 	if !best.local || rd.bad != 0 {
 		rd.req.Flags = wire.FlagEntries
 	} else if rd.job == nil && rd.piece.aligned() {
@@ -102,6 +105,11 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 			e.splitRead(rd)
 			return
 		}
+	case status.NotFound:
+		if e.layersMoved(rd) {
+			return
+		}
+		fallthrough
 	default:
 		e.replicaFailed(r, rep)
 		if e.state == Ended {
@@ -111,6 +119,26 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 	rd.bad |= 1 << pos
 	e.sendRead(rd)
 }
+
+// layersMoved deals with a store that knows of a layer's end before this engine
+// does: the read is asked again with the chain of now, or of after the next news.
+func (e *Engine) layersMoved(rd *read) bool {
+	if !slices.Equal(rd.req.Chain, e.layers.chain) || rd.req.Layer != e.layers.top {
+		e.sendRead(rd)
+		return true
+	}
+	if len(e.layers.chain) == 0 || rd.moved >= movedTries {
+		return false
+	}
+	rd.moved++
+	e.lookAgain()
+	e.stuck = append(e.stuck, rd)
+	return true
+}
+
+// movedTries bounds how often a read is asked again with the chain that metadata
+// gives.
+const movedTries = 3
 
 // splitRead reads the halves by themselves, down to the blocks that are bad:
 // each replica may have a bad one the others can serve, and only those are to be
@@ -134,20 +162,23 @@ func (e *Engine) verified(rd *read, rep *wire.Reply) bool {
 	if rd.req.Flags&wire.FlagEntries == 0 {
 		return true
 	}
-	return len(rep.Entries) == int(rd.count) && e.entriesMatch(rd.c.id, rd.first, rep.Entries, rep.Data)
+	return len(rep.Entries) == int(rd.count) && e.entriesMatch(&rd.req, rep.Entries, rep.Data)
 }
 
-// entriesMatch checks blocks from first on, one per entry, against the entries'
-// checksums, under the identity that was asked for: a block of another place
-// does not pass for this one.
-func (e *Engine) entriesMatch(c ids.ChunkID, first ids.Block, es []wire.Entry, data []byte) bool {
+// entriesMatch checks the blocks of a read, one per entry, against the entries'
+// checksums, under the identity that was asked for: a block of another place, or
+// of a layer that was not asked for, does not pass for this one.
+func (e *Engine) entriesMatch(q *wire.Request, es []wire.Entry, data []byte) bool {
 	for i := range es {
 		b := data[i*ids.BlockSize : (i+1)*ids.BlockSize]
 		en := &es[i]
-		en.Chunk, en.Block = c, first+ids.Block(i)
+		en.Chunk, en.Block = q.Chunk, q.Block+ids.Block(i)
+		if !names(q.Layer, q.Chain, en.Layer) {
+			return false
+		}
 		switch en.Kind {
 		case wire.EntryData:
-			if wire.BlockSum(e.volume, c, en.Layer, en.Block, en.Version, b) != en.Sum {
+			if wire.BlockSum(e.volume, q.Chunk, en.Layer, en.Block, en.Version, b) != en.Sum {
 				return false
 			}
 		case wire.EntryPoison:
@@ -228,6 +259,10 @@ func (e *Engine) retryStuck() {
 	stuck := e.stuck
 	e.stuck = nil
 	for _, rd := range stuck {
+		if rd.moved > 0 && e.look != nil {
+			e.stuck = append(e.stuck, rd)
+			continue
+		}
 		e.sendRead(rd)
 	}
 }

@@ -36,6 +36,7 @@ type replica struct {
 	joinTries   int           // that failed since the last success
 	joinedBytes uint64
 
+	merging   int // merges it has to answer
 	slots     []slot
 	free      []uint32
 	busy      int // requests outstanding

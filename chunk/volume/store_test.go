@@ -21,6 +21,8 @@ type memStore struct {
 	blocks      map[blockKey]memBlock // as reads see them
 	durable     map[blockKey]memBlock // as of the last flush
 	bad         map[blockKey]bool     // a bit of it flipped on disk
+	lastLayer   ids.LayerID
+	marks       map[ids.LayerID]ids.LayerID // living layers, and what each is merged into (0: nothing); nil: not told
 	intact      bool
 	page        int // entries of one Newer reply
 
@@ -110,6 +112,10 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 		}
 	case wire.Install:
 		s.install(q, r)
+	case wire.Layers:
+		s.layers(q)
+	case wire.Merge:
+		s.merge(q, r)
 	}
 	if s.tamper != nil {
 		s.tamper(q, r)
@@ -117,23 +123,97 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 	return r
 }
 
+func (s *memStore) gone(l ids.LayerID) bool {
+	_, lives := s.marks[l]
+	return s.marks != nil && l <= s.lastLayer && !lives
+}
+
+func (s *memStore) layers(q *wire.Request) {
+	if s.marks != nil && q.Layer < s.lastLayer {
+		return
+	}
+	marks := map[ids.LayerID]ids.LayerID{}
+	for _, en := range q.Entries {
+		if !s.gone(en.Layer) {
+			marks[en.Layer] = s.marks[en.Layer]
+			if en.Kind == wire.EntryZero {
+				marks[en.Layer] = max(marks[en.Layer], ids.LayerID(en.Block))
+			}
+		}
+	}
+	s.marks, s.lastLayer = marks, q.Layer
+	for _, m := range []map[blockKey]memBlock{s.blocks, s.durable} {
+		maps.DeleteFunc(m, func(k blockKey, _ memBlock) bool { return s.gone(k.layer) })
+	}
+}
+
+func (s *memStore) merge(q *wire.Request, r *wire.Reply) {
+	into := s.marks[q.Layer]
+	if into == 0 {
+		r.Status = status.NotFound
+		return
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(s.blocks), compareKeys) {
+		if k.chunk != q.Chunk || k.layer != q.Layer {
+			continue
+		}
+		b, to := s.blocks[k], blockKey{k.chunk, into, k.block}
+		if s.bad[k] {
+			r.Status, r.Block = status.Corrupt, k.block
+			return
+		}
+		if _, shadowed := s.blocks[to]; !shadowed {
+			b.en.Layer = into
+			if b.en.Kind == wire.EntryData {
+				b.en.Sum = wire.BlockSum(q.Volume, k.chunk, into, k.block, b.en.Version, b.data)
+			}
+			s.blocks[to] = b
+		}
+		// A log keeps the order: a power loss that leaves the old layer empty
+		// leaves what took its place.
+		if _, ok := s.durable[k]; ok {
+			s.durable[to] = s.blocks[to]
+		}
+		delete(s.blocks, k)
+		delete(s.durable, k)
+	}
+}
+
+// lookup finds a block through its layers.
+func lookup(blocks map[blockKey]memBlock, chunk ids.ChunkID, b ids.Block, head ids.LayerID, chain []ids.LayerID) (blockKey, memBlock) {
+	k := blockKey{chunk, head, b}
+	for _, below := range chain {
+		if _, ok := blocks[k]; ok {
+			break
+		}
+		if _, ok := blocks[blockKey{chunk, below, b}]; ok {
+			k.layer = below
+		}
+	}
+	return k, blocks[k]
+}
+
 func (s *memStore) write(q *wire.Request, r *wire.Reply) {
+	if s.gone(q.Layer) {
+		r.Status = status.NotFound
+		return
+	}
 	if s.full && q.Kind == wire.Write {
 		r.Status = status.NoSpace
 		return
 	}
 	for i := range q.Count {
-		en := wire.Entry{Chunk: q.Chunk, Block: q.Block + ids.Block(i), Version: q.Version, Kind: wire.EntryZero}
+		en := wire.Entry{Chunk: q.Chunk, Layer: q.Layer, Block: q.Block + ids.Block(i), Version: q.Version, Kind: wire.EntryZero}
 		b := memBlock{en: en}
 		if q.Kind == wire.Write {
 			b.en.Kind, b.en.Sum = wire.EntryData, q.Sums[i]
 			b.data = bytes.Clone(q.Data[i*ids.BlockSize : (i+1)*ids.BlockSize])
-			if wire.BlockSum(q.Volume, q.Chunk, 0, en.Block, q.Version, b.data) != b.en.Sum {
+			if wire.BlockSum(q.Volume, q.Chunk, q.Layer, en.Block, q.Version, b.data) != b.en.Sum {
 				r.Status = status.Corrupt
 				return
 			}
 		}
-		if k := (blockKey{q.Chunk, 0, en.Block}); q.Version >= s.blocks[k].en.Version {
+		if k := (blockKey{q.Chunk, q.Layer, en.Block}); q.Version >= s.blocks[k].en.Version {
 			s.put(k, b)
 		}
 	}
@@ -141,9 +221,16 @@ func (s *memStore) write(q *wire.Request, r *wire.Reply) {
 
 func (s *memStore) read(q *wire.Request, r *wire.Reply) {
 	data := make([]byte, int(q.Count)*ids.BlockSize)
+	before := ids.LayerID(0)
+	for d, l := range append([]ids.LayerID{q.Layer}, q.Chain...) {
+		if into := s.marks[l]; s.gone(l) || into != 0 && q.Flags&wire.FlagRaw == 0 && (d == 0 || before < into) {
+			r.Status = status.NotFound
+			return
+		}
+		before = l
+	}
 	for i := range q.Count {
-		k := blockKey{q.Chunk, 0, q.Block + ids.Block(i)}
-		b := s.blocks[k]
+		k, b := lookup(s.blocks, q.Chunk, q.Block+ids.Block(i), q.Layer, q.Chain)
 		if s.bad[k] || b.en.Kind == wire.EntryPoison {
 			r.Status, r.Block, r.Entries = status.Corrupt, k.block, nil
 			if !s.bad[k] {
@@ -152,7 +239,7 @@ func (s *memStore) read(q *wire.Request, r *wire.Reply) {
 			return
 		}
 		copy(data[i*ids.BlockSize:], b.data)
-		b.en.Chunk, b.en.Block = q.Chunk, k.block
+		b.en.Chunk, b.en.Layer, b.en.Block = q.Chunk, k.layer, k.block
 		r.Entries = append(r.Entries, b.en)
 	}
 	r.Data = data
@@ -188,12 +275,12 @@ func (s *memStore) install(q *wire.Request, r *wire.Reply) {
 		b := memBlock{en: en}
 		if en.Kind == wire.EntryData {
 			b.data, data = bytes.Clone(data[:ids.BlockSize]), data[ids.BlockSize:]
-			if wire.BlockSum(q.Volume, en.Chunk, 0, en.Block, en.Version, b.data) != en.Sum {
+			if wire.BlockSum(q.Volume, en.Chunk, en.Layer, en.Block, en.Version, b.data) != en.Sum {
 				r.Status = status.Corrupt
 				return
 			}
 		}
-		if k := (blockKey{en.Chunk, 0, en.Block}); s.blocks[k].en.Version < q.Limit {
+		if k := (blockKey{en.Chunk, en.Layer, en.Block}); !s.gone(en.Layer) && s.blocks[k].en.Version < q.Limit {
 			s.put(k, b)
 		}
 	}

@@ -95,13 +95,13 @@ func (e *Engine) failTransfer(t *transfer, r *replica, rep *wire.Reply) {
 func (e *Engine) fetch(t *transfer, run []wire.Entry, try int) {
 	first, n := run[0], len(run)
 	s := t.from[try%len(t.from)]
-	q := &wire.Request{Kind: wire.Read, Flags: wire.FlagEntries, Chunk: first.Chunk, Layer: first.Layer, Block: first.Block, Count: uint32(n)}
+	q := &wire.Request{Kind: wire.Read, Flags: wire.FlagEntries | wire.FlagRaw, Chunk: first.Chunk, Layer: first.Layer, Block: first.Block, Count: uint32(n)}
 	e.call(s, q, func(rep *wire.Reply) {
 		if t.over || !t.live() {
 			return
 		}
 		k := rep.Status
-		if k == status.OK && !e.complete(run, rep) {
+		if k == status.OK && !e.complete(q, run, rep) {
 			k = status.Corrupt
 		}
 		switch {
@@ -126,9 +126,9 @@ func (e *Engine) fetch(t *transfer, run []wire.Entry, try int) {
 
 // complete reports whether a source's answer has every block, not older than
 // listed and matching its checksum.
-func (e *Engine) complete(run []wire.Entry, rep *wire.Reply) bool {
+func (e *Engine) complete(q *wire.Request, run []wire.Entry, rep *wire.Reply) bool {
 	if len(rep.Entries) != len(run) || len(rep.Data) != len(run)*ids.BlockSize ||
-		!e.entriesMatch(run[0].Chunk, run[0].Block, rep.Entries, rep.Data) {
+		!e.entriesMatch(q, rep.Entries, rep.Data) {
 		return false
 	}
 	for i := range run {

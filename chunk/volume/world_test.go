@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -43,6 +45,9 @@ type world struct {
 	lease   time.Duration                     // of each attach; 0: for ever
 	keep    func(i int, q *wire.Request) bool // true: the request does not arrive, now
 	kept    []func()
+	cuts    []CutNews // not looked at yet
+	onCuts  func()
+	prunes  int
 }
 
 // register is what one block may hold.
@@ -97,6 +102,7 @@ func (w *world) attach() {
 		r.busy = false
 	}
 	w.vol.Epoch++
+	w.giveUpOpen()
 	e, err := New(w.now, Config{Host: "host-1", Volume: w.known(), Chunks: w.chunks}, &w.out)
 	if err != nil {
 		w.t.Fatal(err)
@@ -119,7 +125,11 @@ func (w *world) serving() {
 // known is the volume as metadata knows it.
 func (w *world) known() *pb.Volume {
 	v := &pb.Volume{Id: 1, Name: "v", SizeBytes: w.vol.SizeBytes, ChunkBytes: testChunk, Epoch: w.vol.Epoch, Revision: w.vol.Revision,
-		Qos: w.vol.Qos, ShrunkFrom: w.vol.ShrunkFrom, Cuts: w.vol.Cuts, CutUpto: w.vol.CutUpto}
+		Qos: w.vol.Qos, ShrunkFrom: w.vol.ShrunkFrom, Cuts: w.vol.Cuts, CutUpto: w.vol.CutUpto,
+		Top: w.vol.Top, LastLayer: w.vol.LastLayer}
+	for _, l := range w.vol.Layers {
+		v.Layers = append(v.Layers, proto.Clone(l).(*pb.Layer))
+	}
 	for _, m := range w.vol.Members {
 		v.Members = append(v.Members, &pb.Member{Store: m.Store, Incarnation: m.Incarnation, Host: m.Host, InSync: m.InSync})
 	}
@@ -159,11 +169,15 @@ func (w *world) drain() {
 		}
 		w.toEngine(func() { w.meta(m) })
 	}
+	w.cuts = append(w.cuts, out.Cuts...)
 	for _, d := range out.Done {
 		if f := w.done[d.Op]; f != nil {
 			delete(w.done, d.Op)
 			f(d.Status)
 		}
+	}
+	if len(out.Cuts) > 0 && w.onCuts != nil {
+		w.onCuts()
 	}
 }
 
@@ -244,6 +258,10 @@ func (w *world) commit(m *MetaCall) (*pb.Result, error) {
 	case m.Change != nil:
 		r := w.change(m.Change.Changes[0])
 		return &pb.Result{Members: []*pb.MemberResult{r}}, nil
+	case m.Prune != nil:
+		return w.prune(m.Prune)
+	case m.Look:
+		w.step(&Refresh{Volume: w.known()})
 	}
 	return &pb.Result{}, nil
 }

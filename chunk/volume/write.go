@@ -24,6 +24,7 @@ type job struct {
 	first      ids.Block
 	count      uint32
 	version    ids.Version
+	layer      ids.LayerID
 	merging    bool   // covers blocks in part, and is not issued
 	merged     []byte // whole blocks of such a write
 	after      int    // jobs that must finish before it begins
@@ -108,6 +109,7 @@ func (e *Engine) newJob(c *chunk, p piece, first ids.Block, count uint32) *job {
 	}
 	*j = job{op: p.op, piece: p, c: c, first: first, count: count, startedAt: e.now, sums: sums, waiters: waiters, reqs: reqs}
 	c.jobs = append(c.jobs, j)
+	e.openJobs++
 	return j
 }
 
@@ -170,12 +172,12 @@ func (e *Engine) issue(j *job) {
 		return
 	}
 	e.counter++
-	j.version = ids.MakeVersion(e.epoch, e.counter)
+	j.version, j.layer = ids.MakeVersion(e.epoch, e.counter), e.layers.top
 	if !j.zero() {
 		data := j.data()
 		for i := range j.count {
 			block := data[int(i)*ids.BlockSize : int(i+1)*ids.BlockSize]
-			j.sums = append(j.sums, wire.BlockSum(e.volume, j.c.id, 0, j.first+ids.Block(i), j.version, block))
+			j.sums = append(j.sums, wire.BlockSum(e.volume, j.c.id, j.layer, j.first+ids.Block(i), j.version, block))
 		}
 	}
 	e.inFlight.push(j)
@@ -205,7 +207,7 @@ func (e *Engine) sendJob(j *job, pos int) {
 	if j.orphan { // the old one may still be with the connection that went
 		q = new(wire.Request)
 	}
-	*q = wire.Request{Kind: wire.Write, Chunk: j.c.id, Block: j.first, Count: j.count, Version: j.version}
+	*q = wire.Request{Kind: wire.Write, Chunk: j.c.id, Layer: j.layer, Block: j.first, Count: j.count, Version: j.version}
 	if j.zero() {
 		q.Kind = wire.Zero
 	} else {
@@ -268,6 +270,7 @@ func (e *Engine) check(j *job) {
 // finish takes the job from its chunk, ends its piece and wakes who waited.
 func (e *Engine) finish(j *job, k status.Kind) {
 	j.done = true
+	e.openJobs--
 	for i, o := range j.c.jobs {
 		if o == j {
 			last := len(j.c.jobs) - 1

@@ -137,6 +137,9 @@ const (
 	// any more: it needs no seal and is not fenced. Reply.Incarnation tells whose
 	// data it is. NotFound if the store knows nothing of the chunk.
 	FlagFrozen uint16 = 1 << 5
+	// FlagRaw says, of a Read without a chain, that the layer's own entries are
+	// wanted, even while it is being merged: for copying between replicas.
+	FlagRaw uint16 = 1 << 6
 )
 
 // DigestBlocks is the range of one digest: 4 MiB.
