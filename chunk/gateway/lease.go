@@ -82,7 +82,7 @@ func (g *Gateway) renew() error {
 // fenced ends a volume whose epoch is over.
 func (g *Gateway) fenced(v *Volume, why string) {
 	g.log.Warn("volume fenced", "volume", v.name, "epoch", v.epoch, "why", why)
-	v.step(&volume.Fence{Why: why})
+	v.step(&volume.Fence{Why: why, Fenced: true})
 }
 
 // tickLoop lets time pass for every engine and drops the exports of those that

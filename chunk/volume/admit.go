@@ -134,7 +134,7 @@ func (p piece) data() []byte {
 //     blocks, and all later ones for it
 func (e *Engine) start(p piece) {
 	if e.state == Ended {
-		e.partDone(p.op, status.Shutdown)
+		e.partDone(p.op, e.endedAs)
 		return
 	}
 	if e.cut != nil && p.op.Kind != OpRead {

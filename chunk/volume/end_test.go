@@ -59,7 +59,7 @@ func TestTheEndAnswersEveryOperationOnce(t *testing.T) {
 			before[op] = len(ks)
 		}
 		if seed%2 == 0 {
-			w.step(&Fence{"over"})
+			w.step(&Fence{Why: "over"})
 		} else {
 			for _, s := range w.stores {
 				s.epoch = 99 // another gateway has sealed them

@@ -86,6 +86,9 @@ type Engine struct {
 
 	state State
 	why   string // of Ended, or what an attach waits for
+	// endedAs is what operations are answered with from the end on: Fenced when
+	// another writer has the volume, else Shutdown.
+	endedAs status.Kind
 	now   time.Duration
 	out   *Out
 
@@ -222,7 +225,11 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 	case *Detach:
 		e.detach()
 	case *Fence:
-		e.end(ev.Why)
+		if ev.Fenced {
+			e.endFenced(ev.Why)
+		} else {
+			e.end(ev.Why)
+		}
 	case *Cut:
 		e.beginCut(ev)
 	case *Release:
@@ -268,8 +275,10 @@ func (e *Engine) submit(op *Op) {
 		if !e.hold(op) {
 			e.admit(op)
 		}
-	default:
+	case Draining:
 		e.done(op, status.Shutdown)
+	default:
+		e.done(op, e.endedAs)
 	}
 }
 
@@ -284,15 +293,26 @@ func (e *Engine) done(op *Op, k status.Kind) {
 	e.out.Done = append(e.out.Done, Done{op, k})
 }
 
+// endFenced ends because another writer has the volume.
+func (e *Engine) endFenced(why string) {
+	if e.state != Ended {
+		e.endedAs = status.Fenced
+	}
+	e.end(why)
+}
+
 // end refuses everything from now on. Nothing in flight is answered OK.
 func (e *Engine) end(why string) {
 	if e.state == Ended {
 		return
 	}
 	e.state, e.why = Ended, why
+	if e.endedAs == status.OK {
+		e.endedAs = status.Shutdown
+	}
 	e.out.Sends = e.out.Sends[:0] // they refer to buffers that go back to the clients now
 	for _, op := range e.unfinished() {
-		e.done(op, status.Shutdown)
+		e.done(op, e.endedAs)
 	}
 	e.waiting.takeAll()
 	e.throttle.held.takeAll()
@@ -411,7 +431,7 @@ func (e *Engine) refresh(ev *Refresh) {
 		return
 	}
 	if ids.Epoch(v.Epoch) > e.epoch {
-		e.end(fmt.Sprintf("epoch %d was given to %s", v.Epoch, v.HolderHost))
+		e.endFenced(fmt.Sprintf("epoch %d was given to %s", v.Epoch, v.HolderHost))
 		return
 	}
 	if ids.Epoch(v.Epoch) < e.epoch || v.Revision < e.revision {

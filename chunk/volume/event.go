@@ -145,7 +145,10 @@ type (
 	// Detach asks to drain, flush and let go.
 	Detach struct{}
 	// Fence says that the epoch is over.
-	Fence struct{ Why string }
+	Fence struct {
+		Why    string
+		Fenced bool // another writer has the volume; else this side ends by itself
+	}
 )
 
 func (*Submit) event()   {}

@@ -150,7 +150,7 @@ func (e *Engine) metaDone(ev *MetaDone) {
 		return
 	}
 	if status.Of(ev.Err) == status.Fenced {
-		e.end("fenced by metadata: " + ev.Err.Error())
+		e.endFenced("fenced by metadata: " + ev.Err.Error())
 		return
 	}
 	switch {
@@ -190,7 +190,7 @@ func (e *Engine) changed(ev *MetaDone) {
 			e.added(add)
 		}
 	case status.Fenced:
-		e.end("fenced by metadata: " + err.Error())
+		e.endFenced("fenced by metadata: " + err.Error())
 		return
 	default:
 		e.holdMeta(k)

@@ -129,7 +129,7 @@ func (e *Engine) replies(ev *Replies) {
 		}
 		r.lastReply = e.now
 		if rep.Status == status.Fenced { // before its slot is freed: end answers what is in it
-			e.end(fmt.Sprintf("store %s on %s has sealed epoch %d", r.store.Short(), r.host, rep.Epoch))
+			e.endFenced(fmt.Sprintf("store %s on %s has sealed epoch %d", r.store.Short(), r.host, rep.Epoch))
 			return
 		}
 		e.answer(r, e.freeSlot(r, i), rep)

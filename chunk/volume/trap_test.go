@@ -135,8 +135,8 @@ func TestNoReadIsAnsweredWithoutALease(t *testing.T) {
 		w.settleFor(w.lease)
 		read()
 		w.settleFor(w.lease)
-		w.step(&Fence{"another writer"})
-		if len(got) != 2 || got[1] != status.Shutdown {
+		w.step(&Fence{Why: "another writer", Fenced: true})
+		if len(got) != 2 || got[1] != status.Fenced {
 			w.fail("the read was answered %v after the fence", got)
 		}
 	}
@@ -423,7 +423,7 @@ func TestOnlyTheLastAttachAnswers(t *testing.T) {
 			rep := w.stores[s.Replica].do(s.Req)
 			first.Step(w.now, &Replies{s.Replica, s.Gen, []*wire.Reply{rep}}, &out)
 		}
-		if len(out.Done) != 1 || out.Done[0].Status != status.Shutdown || first.State() != Ended {
+		if len(out.Done) != 1 || out.Done[0].Status != status.Fenced || first.State() != Ended {
 			w.fail("the first gateway is %v and answered %v", first.State(), out.Done)
 		}
 		w.must(2, 2)

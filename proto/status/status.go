@@ -128,7 +128,7 @@ func NBD(k Kind) uint32 {
 	switch k {
 	case OK:
 		return 0
-	case Permission, Held:
+	case Permission, Held, Fenced: // fenced: this client may not write here any more
 		return uint32(syscall.EPERM)
 	case Invalid, TooBig:
 		return uint32(syscall.EINVAL)
@@ -136,7 +136,7 @@ func NBD(k Kind) uint32 {
 		return uint32(syscall.ENOSPC)
 	case Unsupported:
 		return uint32(syscall.ENOTSUP)
-	case Shutdown, Fenced:
+	case Shutdown:
 		return uint32(syscall.ESHUTDOWN)
 	default:
 		return uint32(syscall.EIO)
