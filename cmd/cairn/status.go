@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -13,10 +15,12 @@ import (
 // clusterView is the cluster as `cairn status -o json` shows it.
 type clusterView struct {
 	Cluster  string       `json:"cluster"`
-	Problems []string     `json:"problems"`
+	Problems []string     `json:"problems"` // one sentence each
+	Evidence []finding    `json:"evidence"` // the same, taken apart
 	Meta     []metaView   `json:"meta"`
 	Hosts    []hostView   `json:"hosts"`
 	Volumes  []volumeView `json:"volumes"`
+	Tenants  []tenantView `json:"tenants"`
 }
 
 type metaView struct {
@@ -29,6 +33,8 @@ type metaView struct {
 	Term      uint64 `json:"term"`
 	Applied   uint64 `json:"applied"`
 	StateHash string `json:"stateHash"`
+	FreeBytes uint64 `json:"freeBytes"` // on its disk; 0: not known
+	Detail    string `json:"detail,omitempty"`
 }
 
 type hostView struct {
@@ -51,22 +57,28 @@ type storeView struct {
 	Used        uint64 `json:"usedBytes"` // segments in use
 	Live        uint64 `json:"liveBytes"` // blocks that can still be read
 	State       string `json:"state"`
+	Retired     bool   `json:"retired"`
+	FillRate    int64  `json:"fillBytesPerSecond"` // lately
+	WatchedMs   int64  `json:"watchedMs"`          // over how long that was seen
 }
 
-// membersWait is for how long a leader is asked before the nodes are, one by one.
-const membersWait = 3 * time.Second
+// membersWait is for how long the leader is asked about nodes that are not in
+// this side's list.
+const membersWait = 2 * time.Second
 
 func (s *session) metaViews(ctx context.Context) []metaView {
 	out := []metaView{}
-	mctx, cancel := context.WithTimeout(ctx, membersWait)
-	defer cancel()
-	nodes, err := s.meta.Members(mctx)
-	if err != nil { // without a leader: what each says of itself
-		nodes = s.meta.Nodes(ctx)
+	nodes := s.meta.Nodes(ctx)
+	if slices.ContainsFunc(nodes, func(n *pb.NodeReply) bool { return n.Leader || n.LeaderAddr != "" }) {
+		mctx, cancel := context.WithTimeout(ctx, membersWait)
+		defer cancel()
+		if all, err := s.meta.Members(mctx); err == nil { // without a leader: what each says of itself
+			nodes = all
+		}
 	}
 	for _, n := range nodes {
 		out = append(out, metaView{ID: n.Id, Name: n.Name, Role: n.Role, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
-			StateHash: fmt.Sprintf("%016x", n.StateHash)})
+			StateHash: fmt.Sprintf("%016x", n.StateHash), FreeBytes: n.FreeBytes, Detail: n.Detail})
 	}
 	return out
 }
@@ -88,7 +100,8 @@ func viewHost(h *pb.HostState) hostView {
 		CPUs: h.Host.Cpus, Memory: h.Host.MemoryBytes, Stores: []storeView{}}
 	for _, st := range h.Stores {
 		v := storeView{ID: fmt.Sprintf("%x", st.Store.Id), Host: st.Store.Host, Incarnation: st.Store.Incarnation,
-			Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState()}
+			Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState(),
+			Retired: st.Store.Retired, FillRate: int64(st.FillBytesPerSecond), WatchedMs: st.WatchedMs}
 		switch {
 		case !st.Up:
 			v.State = "down"
@@ -114,10 +127,11 @@ func seen(h hostView) string {
 
 // cluster gathers everything `cairn status` shows.
 func (s *session) cluster(ctx context.Context) (*clusterView, error) {
-	w := &clusterView{Problems: []string{}, Volumes: []volumeView{}, Meta: s.metaViews(ctx)}
+	w := &clusterView{Problems: []string{}, Evidence: []finding{}, Hosts: []hostView{}, Tenants: []tenantView{}, Volumes: []volumeView{}, Meta: s.metaViews(ctx)}
 	rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
 	if err != nil {
-		return nil, err
+		w.find(noMetadata(err))
+		return w, err
 	}
 	w.Cluster = rep.ClusterId
 	if w.Hosts, err = s.hostViews(ctx); err != nil {
@@ -126,52 +140,19 @@ func (s *session) cluster(ctx context.Context) (*clusterView, error) {
 	for _, v := range rep.Volumes {
 		w.Volumes = append(w.Volumes, viewVolume(v))
 	}
-	w.findProblems()
+	if w.Tenants, err = s.tenants(ctx); err != nil {
+		return nil, err
+	}
+	w.find(health(w, time.Now())...)
 	network, err := s.netView(ctx)
 	if err != nil {
 		return nil, err
 	}
-	w.Problems = append(w.Problems, network.Problems...)
+	for _, p := range network.Problems {
+		w.Problems = append(w.Problems, p)
+		w.Evidence = append(w.Evidence, finding{Severity: warning, What: p})
+	}
 	return w, nil
-}
-
-// findProblems says what is wrong and what it means.
-func (w *clusterView) findProblems() {
-	say := func(format string, args ...any) { w.Problems = append(w.Problems, fmt.Sprintf(format, args...)) }
-	down := 0
-	for _, m := range w.Meta {
-		if m.State == "unreachable" {
-			down++
-			say("metadata node %s does not answer", m.Addr)
-		}
-	}
-	if left := len(w.Meta) - down; down > 0 {
-		say("metadata: %d of %d nodes answer; %d more may fail before nothing can be changed", left, len(w.Meta), max(0, left-len(w.Meta)/2-1))
-	}
-	for _, h := range w.Hosts {
-		if !h.Up {
-			say("host %s is %s: its copies catch up by themselves when it is back", h.Name, seen(h))
-		}
-		for _, s := range h.Stores {
-			if h.Up && s.State != "ok" {
-				say("store %s on host %s: %s", s.ID[:8], h.Name, s.State)
-			}
-			if s.Capacity > 0 && s.Used*100 >= s.Capacity*85 {
-				say("store %s on host %s is %d %% full: add stores or remove data", s.ID[:8], h.Name, s.Used*100/s.Capacity)
-			}
-		}
-	}
-	for _, v := range w.Volumes {
-		good := 0
-		for _, m := range v.Members {
-			if m.InSync {
-				good++
-			}
-		}
-		if out := len(v.Members) - good; out > 0 {
-			say("volume %s: %d of its %d stores are out of sync and catch up when their hosts are up and the volume is attached", v.Name, out, len(v.Members))
-		}
-	}
 }
 
 func statusCommand(c *cli) *cobra.Command {
@@ -181,13 +162,13 @@ func statusCommand(c *cli) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				w, err := s.cluster(ctx)
-				if err != nil {
+				if w == nil {
 					return err
 				}
 				if out.format != "table" {
-					return out.show(w, nil, nil)
+					return errors.Join(out.show(w, nil, nil), err)
 				}
-				return printStatus(w)
+				return errors.Join(printStatus(w), err)
 			})
 		},
 	}
@@ -199,8 +180,8 @@ func printStatus(w *clusterView) error {
 	if len(w.Problems) == 0 {
 		fmt.Println("healthy")
 	}
-	for _, p := range w.Problems {
-		fmt.Println("! " + p)
+	for _, f := range w.Evidence {
+		f.print()
 	}
 	fmt.Println()
 	if err := printTable(metaTable(w.Meta)); err != nil {

@@ -125,6 +125,8 @@ type memberView struct {
 	State       string `json:"state"`
 	JoinedBytes uint64 `json:"joinedBytes"` // sent by the running or last catch-up
 	LiveBytes   uint64 `json:"liveBytes"`
+	OutSince    string `json:"outSince,omitempty"`
+	outUnixNs   int64
 }
 
 func viewVolume(v *pb.Volume) volumeView {
@@ -137,6 +139,9 @@ func viewVolume(v *pb.Volume) volumeView {
 		mv := memberView{Store: fmt.Sprintf("%x", m.Store), Host: m.Host, InSync: m.InSync, State: "in-sync"}
 		if !m.InSync {
 			mv.State, w.State = "out", w.State+", degraded"
+			if mv.outUnixNs = m.OutUnixNs; m.OutUnixNs > 0 {
+				mv.OutSince = formatTime(m.OutUnixNs)
+			}
 		}
 		w.Members = append(w.Members, mv)
 	}

@@ -290,6 +290,15 @@ func viewTenant(t *pb.Tenant) tenantView {
 	return tenantView{t.Name, t.Volumes, t.LogicalBytes, t.LogicalQuotaBytes, t.PhysicalBytes, t.PhysicalQuotaBytes, t.DeletedBytes}
 }
 
+func (s *session) tenants(ctx context.Context) ([]tenantView, error) {
+	rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Tenants{Tenants: true}})
+	out := []tenantView{}
+	for _, t := range rep.GetTenants() {
+		out = append(out, viewTenant(t))
+	}
+	return out, err
+}
+
 // ofQuota is "used of quota".
 func ofQuota(n, quota uint64) string {
 	if quota == 0 {
@@ -305,14 +314,12 @@ func tenantCommand(c *cli) *cobra.Command {
 		Use: "ls", Short: "List the tenants", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Tenants{Tenants: true}})
+				views, err := s.tenants(ctx)
 				if err != nil {
 					return err
 				}
-				views, rows := []tenantView{}, [][]string{}
-				for _, t := range rep.Tenants {
-					w := viewTenant(t)
-					views = append(views, w)
+				var rows [][]string
+				for _, w := range views {
 					rows = append(rows, []string{dash(w.Name), fmt.Sprint(w.Volumes), ofQuota(w.Logical, w.LogicalQuota), ofQuota(w.Physical, w.PhysicalQuota), formatSize(w.Deleted)})
 				}
 				return out.show(views, []string{"TENANT", "VOLUMES", "LOGICAL", "PHYSICAL", "DELETED"}, rows)

@@ -35,6 +35,7 @@ type tenure struct {
 
 	mu        sync.Mutex       // guards the fields below
 	hosts     map[string]*beat // by name; registered ones only
+	fills     map[string]*fill // by the 16 bytes of a store's id
 	heat      map[uint64]*volumeHeat
 	heatSwept time.Duration
 }

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"math"
 	"time"
 
 	"github.com/cairnstore/cairn/meta/state"
@@ -17,12 +18,54 @@ const upFor = 3 * time.Second
 // hear notes a heartbeat of a registered host.
 func (t *tenure) hear(host string, usage []*pb.StoreUsage, now time.Duration) {
 	b := &beat{at: now, usage: map[string]*pb.StoreUsage{}}
-	for _, u := range usage {
-		b.usage[string(u.Store)] = u
-	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.fills == nil {
+		t.fills = map[string]*fill{}
+	}
+	for _, u := range usage {
+		id := string(u.Store)
+		b.usage[id] = u
+		if t.fills[id] == nil {
+			t.fills[id] = &fill{began: now, at: now, used: u.UsedBytes}
+		}
+		t.fills[id].note(u.UsedBytes, now)
+	}
 	t.hosts[host] = b
+}
+
+// fill is how fast a store has filled lately: an average over the changes, in
+// which one that is fillMemory old counts a third of one that is new.
+type fill struct {
+	began, at time.Duration
+	used      uint64
+	rate      float64 // bytes a second
+}
+
+const (
+	fillMemory = 30 * time.Minute
+	fillStep   = 10 * time.Second // between two looks
+)
+
+func (f *fill) note(used uint64, now time.Duration) {
+	d := now - f.at
+	if d < fillStep {
+		return
+	}
+	rate := (float64(used) - float64(f.used)) / d.Seconds()
+	weight := 1 - math.Exp(-d.Seconds()/min(fillMemory, now-f.began).Seconds())
+	f.rate += (rate - f.rate) * weight
+	f.used, f.at = used, now
+}
+
+// filling returns a store's rate, and over how long it was seen.
+func (t *tenure) filling(id []byte) (rate float64, over time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if f := t.fills[string(id)]; f != nil {
+		return f.rate, f.at - f.began
+	}
+	return 0, 0
 }
 
 // host returns the last heartbeat, if any, and whether the host is up.
@@ -60,7 +103,8 @@ func (t *tenure) hostStates(kv state.KV, now time.Duration) []*pb.HostState {
 		}
 		for _, s := range stores[h.Name] {
 			u, sup := storeUp(b, up, s.Id)
-			hs.Stores = append(hs.Stores, &pb.StoreState{Store: s, Usage: u, Up: sup})
+			rate, over := t.filling(s.Id)
+			hs.Stores = append(hs.Stores, &pb.StoreState{Store: s, Usage: u, Up: sup, FillBytesPerSecond: rate, WatchedMs: over.Milliseconds()})
 		}
 		out = append(out, hs)
 	}

@@ -3,6 +3,7 @@ package state
 import (
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
@@ -358,5 +359,24 @@ func TestTagsAndLimits(t *testing.T) {
 	c.refused(status.Invalid, "65536", up(&pb.UpdateVolume{Qos: &pb.Qos{BytesPerSecondMax: 5}}))
 	if v = c.ok(up(&pb.UpdateVolume{Qos: &pb.Qos{}})).Volume; v.Qos != nil {
 		t.Fatalf("limits taken away: %v", v.Qos)
+	}
+}
+
+// What an admin wanted and did not get stands in the event log, with who it was
+// and why; what a gateway asks for again and again does not.
+func TestRefusalsAreEvents(t *testing.T) {
+	c := newCluster(t)
+	c.ok(create("v"))
+	n := len(Events(c.kv, 0, 0))
+	cmd := create("v")
+	cmd.Who = "ann@desk"
+	c.refused(status.Exists, "v", cmd)
+	evs := Events(c.kv, 0, 0)
+	if e := evs[len(evs)-1]; len(evs) != n+1 || e.Who != "ann@desk" || e.What != "create volume" || !strings.Contains(e.Outcome, "volume v exists") {
+		t.Fatalf("the last event is %v", evs[len(evs)-1])
+	}
+	c.refused(status.NotFound, "id 77", &pb.Command{Op: &pb.Command_Detach{Detach: &pb.Detach{VolumeId: 77}}})
+	if len(Events(c.kv, 0, 0)) != n+1 {
+		t.Fatal("a gateway's refused command is an event")
 	}
 }

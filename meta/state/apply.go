@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"strings"
 
 	"google.golang.org/protobuf/proto"
 
@@ -55,6 +56,7 @@ func Apply(kv KV, cmd *pb.Command) *pb.Result {
 	res, err := a.do(cmd)
 	if err != nil {
 		res = failed(err)
+		a.refusal(cmd, err)
 	}
 	touch(kv, cmd.Session, now, cmd.Seq)
 	kept := res
@@ -153,6 +155,19 @@ func expireSessions(kv KV, now int64) {
 
 // event appends to the bounded log.
 func (a *apply) event(format string, args ...any) { a.log(fmt.Sprintf(format, args...), "") }
+
+// refusal notes what somebody wanted and did not get. What gateways and hosts
+// ask for by themselves, again and again, is not noted.
+func (a *apply) refusal(cmd *pb.Command, err error) {
+	switch cmd.Op.(type) {
+	case nil, *pb.Command_Attach, *pb.Command_Detach, *pb.Command_Allocate, *pb.Command_ChangeMembers, *pb.Command_MoveChunks,
+		*pb.Command_RegisterStore, *pb.Command_InitCluster, *pb.Command_DroppedCopies, *pb.Command_PutVm:
+		return
+	}
+	m := cmd.ProtoReflect()
+	op := m.WhichOneof(m.Descriptor().Oneofs().ByName("op"))
+	a.log(strings.ReplaceAll(string(op.Name()), "_", " "), err.Error())
+}
 
 // log notes what was done, or why not.
 func (a *apply) log(what, outcome string) {
@@ -298,6 +313,9 @@ func (a *apply) registerStore(s *pb.Store) (*pb.Result, error) {
 		// be promoting whatever it holds.
 		a.eachUser(s.Id, func(m *pb.Member) bool {
 			was := m.InSync
+			if was {
+				m.OutUnixNs = a.now
+			}
 			m.Host, m.DataAddr, m.InSync = s.Host, h.DataAddr, false
 			return was
 		})

@@ -402,7 +402,7 @@ func (a *apply) changeOne(ch *pb.MemberChange) (*pb.Volume, error) {
 			return nil, status.Errorf(status.NotFound, "store %x is not a member of volume %s", id, v.Name)
 		}
 		if m.InSync { // the first floor stands: it is the oldest doubt
-			m.InSync, m.Floor = false, ch.Floor
+			m.InSync, m.Floor, m.OutUnixNs = false, ch.Floor, a.now
 		}
 	}
 	if len(ch.Add) > 0 {
@@ -429,7 +429,7 @@ func (a *apply) addMember(v *pb.Volume, ch *pb.MemberChange) error {
 	if s.Incarnation != ch.AddIncarnation {
 		return status.Errorf(status.Conflict, "store %x is incarnation %d, not %d: join it again", ch.Add, s.Incarnation, ch.AddIncarnation)
 	}
-	m.InSync, m.Incarnation, m.Floor = true, s.Incarnation, 0
+	m.InSync, m.Incarnation, m.Floor, m.OutUnixNs = true, s.Incarnation, 0, 0
 	return nil
 }
 

@@ -320,8 +320,9 @@ type Member struct {
 	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
 	DataAddr      string                 `protobuf:"bytes,4,opt,name=data_addr,json=dataAddr,proto3" json:"data_addr,omitempty"`
 	InSync        bool                   `protobuf:"varint,5,opt,name=in_sync,json=inSync,proto3" json:"in_sync,omitempty"`
-	Floor         uint64                 `protobuf:"varint,6,opt,name=floor,proto3" json:"floor,omitempty"`      // version known durable when it was excluded
-	Leaving       bool                   `protobuf:"varint,20,opt,name=leaving,proto3" json:"leaving,omitempty"` // its store is retired, or its host drained: its chunks are to go elsewhere
+	Floor         uint64                 `protobuf:"varint,6,opt,name=floor,proto3" json:"floor,omitempty"`                             // version known durable when it was excluded
+	OutUnixNs     int64                  `protobuf:"varint,40,opt,name=out_unix_ns,json=outUnixNs,proto3" json:"out_unix_ns,omitempty"` // since when it is out of sync; 0: it is not, or not known
+	Leaving       bool                   `protobuf:"varint,20,opt,name=leaving,proto3" json:"leaving,omitempty"`                        // its store is retired, or its host drained: its chunks are to go elsewhere
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -394,6 +395,13 @@ func (x *Member) GetInSync() bool {
 func (x *Member) GetFloor() uint64 {
 	if x != nil {
 		return x.Floor
+	}
+	return 0
+}
+
+func (x *Member) GetOutUnixNs() int64 {
+	if x != nil {
+		return x.OutUnixNs
 	}
 	return 0
 }
@@ -5128,12 +5136,14 @@ func (x *StoreUsage) GetState() string {
 }
 
 type StoreState struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Store         *Store                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
-	Usage         *StoreUsage            `protobuf:"bytes,2,opt,name=usage,proto3" json:"usage,omitempty"` // last heartbeat
-	Up            bool                   `protobuf:"varint,3,opt,name=up,proto3" json:"up,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Store              *Store                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	Usage              *StoreUsage            `protobuf:"bytes,2,opt,name=usage,proto3" json:"usage,omitempty"` // last heartbeat
+	Up                 bool                   `protobuf:"varint,3,opt,name=up,proto3" json:"up,omitempty"`
+	FillBytesPerSecond float64                `protobuf:"fixed64,40,opt,name=fill_bytes_per_second,json=fillBytesPerSecond,proto3" json:"fill_bytes_per_second,omitempty"` // how fast it fills, lately; below 0: it empties
+	WatchedMs          int64                  `protobuf:"varint,41,opt,name=watched_ms,json=watchedMs,proto3" json:"watched_ms,omitempty"`                                 // over how long that was seen
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *StoreState) Reset() {
@@ -5185,6 +5195,20 @@ func (x *StoreState) GetUp() bool {
 		return x.Up
 	}
 	return false
+}
+
+func (x *StoreState) GetFillBytesPerSecond() float64 {
+	if x != nil {
+		return x.FillBytesPerSecond
+	}
+	return 0
+}
+
+func (x *StoreState) GetWatchedMs() int64 {
+	if x != nil {
+		return x.WatchedMs
+	}
+	return 0
 }
 
 type HostState struct {
@@ -6300,14 +6324,15 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\apromise\x18P \x01(\v2\x15.cairn.v1.HostPromiseR\apromise\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xba\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xda\x01\n" +
 	"\x06Member\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x1b\n" +
 	"\tdata_addr\x18\x04 \x01(\tR\bdataAddr\x12\x17\n" +
 	"\ain_sync\x18\x05 \x01(\bR\x06inSync\x12\x14\n" +
-	"\x05floor\x18\x06 \x01(\x04R\x05floor\x12\x18\n" +
+	"\x05floor\x18\x06 \x01(\x04R\x05floor\x12\x1e\n" +
+	"\vout_unix_ns\x18( \x01(\x03R\toutUnixNs\x12\x18\n" +
 	"\aleaving\x18\x14 \x01(\bR\aleaving\"\x9e\x01\n" +
 	"\x05Chunk\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x0e\n" +
@@ -6700,12 +6725,15 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"used_bytes\x18\x03 \x01(\x04R\tusedBytes\x12\x1d\n" +
 	"\n" +
 	"live_bytes\x18\x04 \x01(\x04R\tliveBytes\x12\x14\n" +
-	"\x05state\x18\x05 \x01(\tR\x05state\"o\n" +
+	"\x05state\x18\x05 \x01(\tR\x05state\"\xc1\x01\n" +
 	"\n" +
 	"StoreState\x12%\n" +
 	"\x05store\x18\x01 \x01(\v2\x0f.cairn.v1.StoreR\x05store\x12*\n" +
 	"\x05usage\x18\x02 \x01(\v2\x14.cairn.v1.StoreUsageR\x05usage\x12\x0e\n" +
-	"\x02up\x18\x03 \x01(\bR\x02up\"\x8f\x01\n" +
+	"\x02up\x18\x03 \x01(\bR\x02up\x121\n" +
+	"\x15fill_bytes_per_second\x18( \x01(\x01R\x12fillBytesPerSecond\x12\x1d\n" +
+	"\n" +
+	"watched_ms\x18) \x01(\x03R\twatchedMs\"\x8f\x01\n" +
 	"\tHostState\x12\"\n" +
 	"\x04host\x18\x01 \x01(\v2\x0e.cairn.v1.HostR\x04host\x12\x0e\n" +
 	"\x02up\x18\x02 \x01(\bR\x02up\x12 \n" +

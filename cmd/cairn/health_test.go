@@ -1,0 +1,81 @@
+package main
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+// Each kind of trouble is found, with its severity, and says what it means.
+func TestHealthFindsWhatIsWrong(t *testing.T) {
+	now := time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)
+	well := func() *clusterView {
+		w := &clusterView{}
+		for _, n := range []string{"1", "2", "3"} {
+			w.Meta = append(w.Meta, metaView{Name: "meta-" + n, Role: "voter", State: "follower", Applied: 9, StateHash: "aa", FreeBytes: 9 << 30})
+			w.Hosts = append(w.Hosts, hostView{Name: "host-" + n, Up: true, Stores: []storeView{{ID: strings.Repeat(n, 32), State: "ok", Capacity: 100 << 30, Used: 50 << 30}}})
+		}
+		v := volumeView{Name: "v", Replicas: 3, Holder: "host-1"}
+		for _, n := range []string{"1", "2", "3"} {
+			v.Members = append(v.Members, memberView{Store: strings.Repeat(n, 32), Host: "host-" + n, InSync: true})
+		}
+		w.Volumes = []volumeView{v}
+		return w
+	}
+	if fs := health(well(), now); len(fs) != 0 {
+		t.Fatalf("a healthy cluster: %v", fs)
+	}
+	for _, c := range []struct {
+		what     string
+		harm     func(w *clusterView)
+		severity string
+		says     []string
+	}{
+		{"a metadata node away", func(w *clusterView) { w.Meta[1].State = "unreachable" }, critical, []string{"meta-2", "2 of 3", "0 more may fail"}},
+		{"one of five away", func(w *clusterView) {
+			w.Meta = append(w.Meta, w.Meta[0], w.Meta[2])
+			w.Meta[1].State = "unreachable"
+		}, warning, []string{"4 of 5", "1 more may fail"}},
+		{"no quorum", func(w *clusterView) { w.Meta[1].State, w.Meta[2].State = "unreachable", "unreachable" }, critical, []string{"nothing can be changed; guests go on"}},
+		{"states that differ", func(w *clusterView) { w.Meta[2].StateHash = "bb" }, critical, []string{"different states", "command 9"}},
+		{"a metadata disk", func(w *clusterView) { w.Meta[0].FreeBytes = 100 << 20 }, critical, []string{"100 MiB left"}},
+		{"a host down", func(w *clusterView) { w.Hosts[0].Up, w.Hosts[0].LastSeenMs = false, 65_000 }, warning,
+			[]string{"host-1 is down", "2030-01-02 03:03:00", "1 copies", "without service: v", "--takeover"}},
+		{"a drained host", func(w *clusterView) { w.Hosts[2].Drained = true }, notice, []string{"host-3", "resume"}},
+		{"a failed store", func(w *clusterView) { w.Hosts[1].Stores[0].State = "failed: EIO" }, warning, []string{"store 22222222", "EIO"}},
+		{"a store at 76 %", func(w *clusterView) { w.Hosts[1].Stores[0].Used = 76 << 30 }, notice, []string{"76 % full", "does not fill now"}},
+		{"a store at 86 % that fills", func(w *clusterView) {
+			s := &w.Hosts[1].Stores[0]
+			s.Used, s.FillRate, s.WatchedMs = 86<<30, 1<<20, 600_000
+		}, warning, []string{"86 % full", "full in 3h59m0s"}},
+		{"a pool at 95 %", func(w *clusterView) {
+			for i := range w.Hosts {
+				w.Hosts[i].Stores[0].Used = 95 << 30
+			}
+		}, critical, []string{"the pool is 95 % full"}},
+		{"a copy out", func(w *clusterView) {
+			m := &w.Volumes[0].Members[1]
+			m.InSync, m.outUnixNs = false, now.UnixNano()
+		}, warning, []string{"1 of its 3 stores", "22222222 on host-2", "2 good copies left"}},
+		{"two copies out of a free volume", func(w *clusterView) {
+			w.Volumes[0].Members[0].InSync, w.Volumes[0].Members[1].InSync, w.Volumes[0].Holder = false, false, ""
+		}, critical, []string{"one good copy left", "volume attach v"}},
+		{"a closed volume", func(w *clusterView) { w.Volumes[0].Closed = true }, warning, []string{"volume trust v"}},
+		{"a quota", func(w *clusterView) { w.Tenants = []tenantView{{Name: "acme", Logical: 96, LogicalQuota: 100}} }, notice, []string{"tenant acme", "96 %"}},
+	} {
+		w := well()
+		c.harm(w)
+		fs := health(w, now)
+		found := false
+		for _, f := range fs {
+			all := true
+			for _, s := range c.says {
+				all = all && strings.Contains(f.sentence(), s)
+			}
+			found = found || all && f.Severity == c.severity
+		}
+		if !found {
+			t.Errorf("%s: found %+v, want a %s saying %q", c.what, fs, c.severity, c.says)
+		}
+	}
+}
