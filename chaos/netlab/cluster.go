@@ -3,6 +3,7 @@ package netlab
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -256,6 +257,23 @@ func (c *Cluster) Cairn(ctx context.Context, args ...string) (string, error) {
 		return out.String(), fmt.Errorf("`cairn %s`: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(errs.String()))
 	}
 	return out.String(), nil
+}
+
+// volumeState is what `cairn volume show` says of members.
+type volumeState struct {
+	Revision uint64
+	Members  []struct{ InSync bool }
+}
+
+func (c *Cluster) volume(ctx context.Context, name string) (v volumeState, err error) {
+	out, err := c.Cairn(ctx, "volume", "show", name, "-o", "json")
+	if err != nil {
+		return v, err
+	}
+	if err := json.Unmarshal([]byte(out), &v); err != nil {
+		return v, fmt.Errorf("`cairn volume show` printed no such JSON: %w", err)
+	}
+	return v, nil
 }
 
 // Close stops all processes, the hosts first.

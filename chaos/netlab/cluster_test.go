@@ -76,11 +76,8 @@ func (w *world) cairn(args ...string) string {
 // members is the volume's revision and how many members are in sync.
 func (w *world) members() (revision uint64, inSync int) {
 	w.t.Helper()
-	var v struct {
-		Revision uint64
-		Members  []struct{ InSync bool }
-	}
-	must(w.t, json.Unmarshal([]byte(w.cairn("volume", "show", volume, "-o", "json")), &v))
+	v, err := w.c.volume(context.Background(), volume)
+	must(w.t, err)
 	for _, m := range v.Members {
 		if m.InSync {
 			inSync++
@@ -105,16 +102,6 @@ func (w *world) answered() (n int) {
 	return n
 }
 
-// longest is the longest operation of those that began since.
-func (w *world) longest(since int) (d time.Duration) {
-	for _, o := range w.io.History().Ops()[since:] {
-		if !o.Unknown {
-			d = max(d, time.Duration(o.ReturnNs-o.InvokeNs))
-		}
-	}
-	return d
-}
-
 // during runs a load, does something in its midst, and returns the longest
 // operation. Every operation must succeed and every byte be right.
 func (w *world) during(what string, act func()) time.Duration {
@@ -134,7 +121,7 @@ func (w *world) during(what string, act func()) time.Duration {
 	if err := <-ended; err != nil {
 		w.t.Errorf("%s: %v", what, err)
 	}
-	d := w.longest(since)
+	d := slowest(w.io.History(), since)
 	w.t.Logf("%s: longest operation %v", what, d)
 	return d
 }

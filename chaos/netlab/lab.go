@@ -231,18 +231,28 @@ func (l *Lab) Hops(name string) (map[netip.Prefix]int, error) {
 	if l.Topology.Protocol == bird.Static {
 		owner = netplane.Protocol
 	}
+	routes, err := l.nodes[name].routesOf(owner)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range routes {
+		a, _ := netip.AddrFromSlice(r.Dst.IP)
+		a = a.Unmap()
+		if bits, _ := r.Dst.Mask.Size(); bits == a.BitLen() {
+			out[netip.PrefixFrom(a, bits)] += max(1, len(r.MultiPath))
+		}
+	}
+	return out, nil
+}
+
+// routesOf are a node's routes of one rtnetlink protocol, of both families.
+func (n *node) routesOf(protocol int) (out []netlink.Route, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := l.nodes[name].nl.RouteListFiltered(family, &netlink.Route{Protocol: netlink.RouteProtocol(owner)}, netlink.RT_FILTER_PROTOCOL)
+		rs, err := n.nl.RouteListFiltered(family, &netlink.Route{Protocol: netlink.RouteProtocol(protocol)}, netlink.RT_FILTER_PROTOCOL)
 		if err != nil {
-			return nil, fmt.Errorf("list the routes of %s: %w", name, err)
+			return nil, fmt.Errorf("list the routes of %s: %w", n.name, err)
 		}
-		for _, r := range routes {
-			a, _ := netip.AddrFromSlice(r.Dst.IP)
-			a = a.Unmap()
-			if bits, _ := r.Dst.Mask.Size(); bits == a.BitLen() {
-				out[netip.PrefixFrom(a, bits)] += max(1, len(r.MultiPath))
-			}
-		}
+		out = append(out, rs...)
 	}
 	return out, nil
 }

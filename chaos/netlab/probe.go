@@ -29,9 +29,17 @@ type Probe struct {
 	wg   sync.WaitGroup
 	undo []io.Closer
 
-	mu   sync.Mutex // guards the fields below
-	gaps Gaps
-	errs []error
+	mu    sync.Mutex // guards the fields below
+	gaps  Gaps
+	flows []*flow
+	errs  []error
+}
+
+// flow is one connection's account.
+type flow struct {
+	network    string
+	last       time.Time // when something came back last
+	sent, back int
 }
 
 // Probe starts flows from one host to another: each sends a number every 10 ms
@@ -59,9 +67,13 @@ func (l *Lab) Probe(from, to, udp, tcp int) (p *Probe, err error) {
 				return err
 			}
 			p.undo = append(p.undo, c)
+			f := &flow{network: network, last: time.Now()}
+			p.mu.Lock()
+			p.flows = append(p.flows, f)
+			p.mu.Unlock()
 			ended := make(chan struct{})
-			p.wg.Go(func() { p.send(c, network, ended) })
-			p.wg.Go(func() { defer close(ended); p.receive(c, network) })
+			p.wg.Go(func() { p.send(c, f, ended) })
+			p.wg.Go(func() { defer close(ended); p.receive(c, f) })
 		}
 		return nil
 	})
@@ -109,7 +121,7 @@ func (p *Probe) serve(at netip.AddrPort) error {
 	return nil
 }
 
-func (p *Probe) send(c net.Conn, network string, ended <-chan struct{}) {
+func (p *Probe) send(c net.Conn, f *flow, ended <-chan struct{}) {
 	t := time.NewTicker(probeEvery)
 	defer t.Stop()
 	for n := uint64(1); ; n++ {
@@ -120,19 +132,21 @@ func (p *Probe) send(c net.Conn, network string, ended <-chan struct{}) {
 			return
 		case <-t.C:
 		}
-		if _, err := c.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil && network == "tcp" {
+		if _, err := c.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil && f.network == "tcp" {
 			p.failed(err)
 			return
 		} // UDP: unreachable for now; the gap shows it
+		p.mu.Lock()
+		f.sent++
+		p.mu.Unlock()
 	}
 }
 
-func (p *Probe) receive(c net.Conn, network string) {
+func (p *Probe) receive(c net.Conn, f *flow) {
 	b := make([]byte, flowBytes)
-	last := time.Now()
 	for {
 		var err error
-		if network == "tcp" {
+		if f.network == "tcp" {
 			_, err = io.ReadFull(c, b)
 		} else {
 			_, err = c.Read(b)
@@ -143,21 +157,28 @@ func (p *Probe) receive(c net.Conn, network string) {
 		default:
 		}
 		if err != nil {
-			if network == "udp" && !errors.Is(err, net.ErrClosed) {
+			if f.network == "udp" && !errors.Is(err, net.ErrClosed) {
 				continue // unreachable, told by the network
 			}
 			p.failed(err)
 			return
 		}
-		now := time.Now()
 		p.mu.Lock()
-		if network == "udp" {
-			p.gaps.UDP = max(p.gaps.UDP, now.Sub(last))
-		} else {
-			p.gaps.TCP = max(p.gaps.TCP, now.Sub(last))
-		}
+		now := time.Now()
+		p.silent(f, now)
+		f.last = now
+		f.back++
 		p.mu.Unlock()
-		last = now
+	}
+}
+
+// silent accounts for the time since a flow's last answer. The caller holds the
+// lock.
+func (p *Probe) silent(f *flow, now time.Time) {
+	if f.network == "udp" {
+		p.gaps.UDP = max(p.gaps.UDP, now.Sub(f.last))
+	} else {
+		p.gaps.TCP = max(p.gaps.TCP, now.Sub(f.last))
 	}
 }
 
@@ -172,14 +193,29 @@ func (p *Probe) failed(err error) {
 	p.errs = append(p.errs, err)
 }
 
-// Take returns the gaps since the last Take. A flow that has not come back yet
-// shows in a later one: heal or wait first.
+// Take returns the gaps since the last Take, those that go on included.
 func (p *Probe) Take() Gaps {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	for _, f := range p.flows {
+		p.silent(f, time.Now())
+	}
 	g := p.gaps
 	p.gaps = Gaps{}
 	return g
+}
+
+// Lost is how many numbers of UDP flows have not come back; those of the last
+// moment may be on their way.
+func (p *Probe) Lost() (lost int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, f := range p.flows {
+		if f.network == "udp" {
+			lost += f.sent - f.back
+		}
+	}
+	return lost
 }
 
 // Stop ends the flows and returns what broke them before.

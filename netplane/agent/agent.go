@@ -428,4 +428,4 @@ func ParseDestination(s string) (netip.Prefix, error) {
 }
 
 // watchEvery is how often sessions and next hops are compared with before.
-const watchEvery = 250 * time.Millisecond
+const watchEvery = 500 * time.Millisecond
