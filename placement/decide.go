@@ -196,7 +196,8 @@ func (s *Scheduler) Decide(j *Job) Decision {
 		s.try(j, int(i), &best)
 	}
 	if best.Host < 0 {
-		for i := range s.Fleet.hosts {
+		s.holds = s.Fleet.roomy(j.Need, s.holds[:0])
+		for _, i := range s.holds {
 			s.try(j, i, &best)
 		}
 	}

@@ -295,3 +295,29 @@ func TestBytes(t *testing.T) {
 		}
 	}
 }
+
+// A sampled decision refuses exactly what a look at every host refuses.
+func TestSampledRefusalsAreNoLuck(t *testing.T) {
+	f := rack(t, 300)
+	full, sampled := NewScheduler(f, NearData, 0, 1), NewScheduler(f, BestFit, 2, 2)
+	for i := range 5000 {
+		if _, _, err := sampled.Place(job(fmt.Sprint(i), uint64(1+i%7))); err != nil {
+			break
+		}
+	}
+	refused := 0
+	for cpus := uint64(1); cpus <= 16; cpus++ {
+		for mem := range uint64(16) {
+			j := job("next", cpus)
+			j.Need[Memory] = mem * 4 * gib
+			a, b := full.Decide(j).Host, sampled.Decide(j).Host
+			if (a < 0) != (b < 0) {
+				t.Fatalf("%d processors, %d memory: a full look says %d, a sampled one %d", cpus, mem, a, b)
+			}
+			refused += b2i(a < 0)
+		}
+	}
+	if refused == 0 || refused == 256 {
+		t.Fatalf("%d of 256 refused: the fleet tells nothing", refused)
+	}
+}

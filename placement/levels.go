@@ -59,17 +59,33 @@ func (f *Fleet) plenty() bool {
 // roomyFew hosts with room are kept in use in any fleet, for choice.
 const roomyFew = 2
 
-// open appends at most n hosts in use to out that may have room for a need: half
-// of them those with the least free, to be filled to the end, and half those with
-// the most, which are the evenest.
-func (f *Fleet) open(need Amounts, n int, out []int) []int {
+// lowest is the lowest level of hosts that may have room for a need.
+func (f *Fleet) lowest(need Amounts) int {
 	share := 0.0
 	for k := range kinds {
 		if f.largest[k] > 0 {
 			share = max(share, float64(need[k])/float64(f.largest[k]))
 		}
 	}
-	lowest := min(int(share*levelCount), levelCount)
+	return min(int(share*levelCount), levelCount)
+}
+
+// roomy appends every host that may have room for a need: in a full fleet few.
+func (f *Fleet) roomy(need Amounts, out []int) []int {
+	lowest := f.lowest(need)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for level := lowest; level <= levelCount; level++ {
+		out = append(out, f.levels.at[level]...)
+	}
+	return out
+}
+
+// open appends at most n hosts in use to out that may have room for a need: half
+// of them those with the least free, to be filled to the end, and half those with
+// the most, which are the evenest.
+func (f *Fleet) open(need Amounts, n int, out []int) []int {
+	lowest := f.lowest(need)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	take := func(level, left int) int {

@@ -13,6 +13,7 @@
 //	decide   score plugins, sampled and full decisions
 //	queue    which VM goes next; preemption; time slices
 //	heat     what part of a VM's traffic a host would serve itself
+//	meter    the counters behind heat, on a gateway's data path
 //	price    what staying, moving the VM or moving the data costs
 package placement
 

@@ -74,6 +74,8 @@ type Gateway struct {
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 
+	heatTold time.Duration // renewLoop's: the last report
+
 	mu        sync.Mutex // guards the fields below
 	volumes   map[string]*Volume
 	attaching map[string]chan struct{} // closed when the running attach of that name is over

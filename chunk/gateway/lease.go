@@ -55,6 +55,7 @@ func (g *Gateway) renew() error {
 	ctx, cancel := context.WithTimeout(g.ctx, renewTimeout)
 	defer cancel()
 	sent := now()
+	req.Heat = g.heatReport(sent)
 	rep, err := g.cfg.Meta.Renew(ctx, req)
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 
 	"github.com/cairnstore/cairn/chunk/client"
 	"github.com/cairnstore/cairn/chunk/volume"
+	"github.com/cairnstore/cairn/placement"
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -20,6 +21,9 @@ type Volume struct {
 	name  string
 	id    ids.VolumeID
 	epoch ids.Epoch
+
+	chunkBytes uint64
+	heat       placement.Meter
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -39,7 +43,7 @@ type Volume struct {
 }
 
 func newVolume(g *Gateway, vol *pb.Volume, chunks []*pb.Chunk) (*Volume, error) {
-	v := &Volume{g: g, name: vol.Name, id: ids.VolumeID(vol.Id), epoch: ids.Epoch(vol.Epoch), ended: make(chan struct{})}
+	v := &Volume{g: g, name: vol.Name, id: ids.VolumeID(vol.Id), epoch: ids.Epoch(vol.Epoch), chunkBytes: vol.ChunkBytes, ended: make(chan struct{})}
 	v.ctx, v.cancel = context.WithCancel(g.ctx)
 	v.links = newLinkWorker(v)
 	a := &actions{}
@@ -224,7 +228,10 @@ func (v *Volume) State() volume.State { return volume.State(v.state.Load()) }
 
 // Submit brings operations of a client; each comes back through the
 // volume.Completer in its User.
-func (v *Volume) Submit(ops []*volume.Op) { v.step(&volume.Submit{Ops: ops}) }
+func (v *Volume) Submit(ops []*volume.Op) {
+	v.count(ops)
+	v.step(&volume.Submit{Ops: ops})
+}
 
 // Extents describes a range by the thin map.
 func (v *Volume) Extents(off, n uint64) []volume.Extent {

@@ -135,6 +135,8 @@ type Stats struct {
 	MaxHold                time.Duration // of a snapshot's cut
 	Excluded, Joined       uint64
 	Repaired               uint64 // blocks rewritten from a good copy
+	ReadBlocks             uint64 // of clients' reads, that replicas answered
+	LocalBlocks            uint64 // of those, by the replica of this host: ≤ ReadBlocks
 }
 
 // chunk is one allocated, or just being allocated, chunk.

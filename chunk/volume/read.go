@@ -95,6 +95,7 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 	}
 	switch k {
 	case status.OK:
+		e.countRead(r, rd)
 		if rd.bad != 0 {
 			e.repair(rd, rep)
 		}
@@ -139,6 +140,17 @@ func (e *Engine) layersMoved(rd *read) bool {
 // movedTries bounds how often a read is asked again with the chain that metadata
 // gives.
 const movedTries = 3
+
+// countRead counts where a client's read was served.
+func (e *Engine) countRead(r *replica, rd *read) {
+	if rd.job != nil {
+		return
+	}
+	e.stats.ReadBlocks += uint64(rd.count)
+	if r.local {
+		e.stats.LocalBlocks += uint64(rd.count)
+	}
+}
 
 // splitRead reads the halves by themselves, down to the blocks that are bad:
 // each replica may have a bad one the others can serve, and only those are to be

@@ -181,6 +181,7 @@ func (c *control) attachment(name string) *pb.AttachmentStatus {
 	in := v.Info()
 	a := &pb.AttachmentStatus{VolumeId: uint64(v.ID()), Volume: name, Epoch: uint32(in.Epoch), Revision: uint64(in.Revision),
 		State: in.State.String(), Uri: c.h.uri(name), Reads: in.Stats.Reads, Writes: in.Stats.Writes, Flushes: in.Stats.Flushes,
+		ReadBlocks: in.Stats.ReadBlocks, LocalBlocks: in.Stats.LocalBlocks,
 		MaxWriteStallUs: uint64(in.Stats.MaxWriteStall.Microseconds()), InFlight: uint64(in.InFlight)}
 	if in.Why != "" {
 		a.State = fmt.Sprintf("%s: %s", a.State, in.Why)

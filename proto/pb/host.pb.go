@@ -1030,6 +1030,8 @@ type AttachmentStatus struct {
 	Flushes         uint64                 `protobuf:"varint,10,opt,name=flushes,proto3" json:"flushes,omitempty"`
 	MaxWriteStallUs uint64                 `protobuf:"varint,11,opt,name=max_write_stall_us,json=maxWriteStallUs,proto3" json:"max_write_stall_us,omitempty"`
 	InFlight        uint64                 `protobuf:"varint,12,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
+	ReadBlocks      uint64                 `protobuf:"varint,80,opt,name=read_blocks,json=readBlocks,proto3" json:"read_blocks,omitempty"`    // of clients' reads, that replicas answered
+	LocalBlocks     uint64                 `protobuf:"varint,81,opt,name=local_blocks,json=localBlocks,proto3" json:"local_blocks,omitempty"` // of those, by the replica of this host
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1144,6 +1146,20 @@ func (x *AttachmentStatus) GetMaxWriteStallUs() uint64 {
 func (x *AttachmentStatus) GetInFlight() uint64 {
 	if x != nil {
 		return x.InFlight
+	}
+	return 0
+}
+
+func (x *AttachmentStatus) GetReadBlocks() uint64 {
+	if x != nil {
+		return x.ReadBlocks
+	}
+	return 0
+}
+
+func (x *AttachmentStatus) GetLocalBlocks() uint64 {
+	if x != nil {
+		return x.LocalBlocks
 	}
 	return 0
 }
@@ -2359,7 +2375,7 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12!\n" +
-	"\fjoined_bytes\x18\x04 \x01(\x04R\vjoinedBytes\"\xe8\x02\n" +
+	"\fjoined_bytes\x18\x04 \x01(\x04R\vjoinedBytes\"\xac\x03\n" +
 	"\x10AttachmentStatus\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x14\n" +
@@ -2373,7 +2389,10 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\aflushes\x18\n" +
 	" \x01(\x04R\aflushes\x12+\n" +
 	"\x12max_write_stall_us\x18\v \x01(\x04R\x0fmaxWriteStallUs\x12\x1b\n" +
-	"\tin_flight\x18\f \x01(\x04R\binFlight\"I\n" +
+	"\tin_flight\x18\f \x01(\x04R\binFlight\x12\x1f\n" +
+	"\vread_blocks\x18P \x01(\x04R\n" +
+	"readBlocks\x12!\n" +
+	"\flocal_blocks\x18Q \x01(\x04R\vlocalBlocks\"I\n" +
 	"\vVolumeUsage\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x1d\n" +
 	"\n" +
