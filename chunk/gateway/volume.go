@@ -40,10 +40,16 @@ type Volume struct {
 	engine *volume.Engine
 	peers  []*peer // by replica; nil until its link was first asked for
 	letGo  error   // why metadata did not let go of it
+
+	// Of snapshots (snapshot.go).
+	prepared *pb.Volume
+	held     *heldCut
+	cuts     map[*volume.Cut]chan volume.CutNews
 }
 
 func newVolume(g *Gateway, vol *pb.Volume, chunks []*pb.Chunk) (*Volume, error) {
-	v := &Volume{g: g, name: vol.Name, id: ids.VolumeID(vol.Id), epoch: ids.Epoch(vol.Epoch), chunkBytes: vol.ChunkBytes, ended: make(chan struct{})}
+	v := &Volume{g: g, name: vol.Name, id: ids.VolumeID(vol.Id), epoch: ids.Epoch(vol.Epoch), chunkBytes: vol.ChunkBytes, ended: make(chan struct{}),
+		cuts: map[*volume.Cut]chan volume.CutNews{}}
 	v.ctx, v.cancel = context.WithCancel(g.ctx)
 	v.links = newLinkWorker(v)
 	a := &actions{}
@@ -131,6 +137,9 @@ func (v *Volume) perform(a *actions) {
 			}
 		}
 	}
+	for _, n := range a.out.Cuts {
+		v.cutNews(n)
+	}
 	for _, c := range a.out.Meta {
 		go v.callMeta(c)
 	}
@@ -167,6 +176,10 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 	switch {
 	case c.Change != nil:
 		res, err = v.g.members.do(ctx, c.Change)
+	case c.Prune != nil:
+		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_PruneLayer{PruneLayer: c.Prune}})
+	case c.Look:
+		err = v.refresh(ctx)
 	case c.Allocate != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: c.Allocate}})
 	default:

@@ -277,6 +277,13 @@ func (s *Store) Volumes() map[ids.VolumeID]uint64 {
 	return out
 }
 
+// Holds reports whether the store knows a volume.
+func (s *Store) Holds(id ids.VolumeID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.vols[id] != nil
+}
+
 // markEvery is how long an idle log may know less than was made durable.
 const markEvery = time.Second
 

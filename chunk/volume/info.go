@@ -43,6 +43,9 @@ func (e *Engine) Info() Info {
 // State returns what the engine is doing.
 func (e *Engine) State() State { return e.state }
 
+// Top returns the layer that is written to.
+func (e *Engine) Top() ids.LayerID { return e.layers.top }
+
 // Size returns the volume's size in bytes.
 func (e *Engine) Size() uint64 { return e.size }
 

@@ -256,6 +256,9 @@ func (h *hostd) sweep(ctx context.Context) {
 			if err == nil {
 				err = sweepWaste(ctx, h.meta, s)
 			}
+			if err == nil {
+				err = sweepLayers(ctx, h.meta, s)
+			}
 			if err != nil && ctx.Err() == nil {
 				h.log.Warn("removed volumes not swept", "store", s.ID().Short(), "err", err)
 				again = true
@@ -272,6 +275,16 @@ func (h *hostd) sweep(ctx context.Context) {
 		}
 		pause(ctx, sweepPause)
 	}
+}
+
+// holds reports whether a store here has data of a volume.
+func (h *hostd) holds(id ids.VolumeID) bool {
+	for _, s := range h.stores {
+		if s.Holds(id) {
+			return true
+		}
+	}
+	return false
 }
 
 // removed makes sweep look again.
@@ -297,6 +310,9 @@ func (h *hostd) watch(ctx context.Context) {
 				h.removed()
 			case is:
 				h.gw.Changed(ctx, ids.VolumeID(id.Volume))
+				if h.holds(ids.VolumeID(id.Volume)) { // perhaps a layer less
+					h.removed()
+				}
 			}
 		}
 		return nil

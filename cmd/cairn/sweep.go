@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 
+	"github.com/cairnstore/cairn/chunk/volume"
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/wire"
@@ -39,7 +40,7 @@ func sweepStore(ctx context.Context, meta querier, s *hostStore) error {
 	return drop(ctx, s, reqs)
 }
 
-// drop has a store forget volumes or chunks, durably.
+// drop has a store forget volumes, chunks or layers.
 func drop(ctx context.Context, s *hostStore, reqs []*wire.Request) (err error) {
 	got := make(answers, len(reqs))
 	for i, q := range reqs {
@@ -57,6 +58,26 @@ func drop(ctx context.Context, s *hostStore, reqs []*wire.Request) (err error) {
 		}
 	}
 	return err
+}
+
+// sweepLayers tells one store which layers its volumes have: it drops the others.
+func sweepLayers(ctx context.Context, meta querier, s *hostStore) error {
+	ask := &pb.LayersOf{}
+	for id := range s.Volumes() {
+		ask.VolumeIds = append(ask.VolumeIds, uint64(id))
+	}
+	if len(ask.VolumeIds) == 0 {
+		return nil
+	}
+	rep, err := meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_LayersOf{LayersOf: ask}})
+	if err != nil || len(rep.Layers) == 0 {
+		return err
+	}
+	var reqs []*wire.Request
+	for _, v := range rep.Layers {
+		reqs = append(reqs, &wire.Request{Kind: wire.Layers, Volume: ids.VolumeID(v.VolumeId), Layer: ids.LayerID(v.Last), Entries: volume.LayerEntries(v)})
+	}
+	return drop(ctx, s, reqs)
 }
 
 // sweepWaste drops, from one store, copies of chunks that no map names any

@@ -38,6 +38,9 @@ func (a *apply) shrinkVolume(op *pb.ShrinkVolume) (*pb.Result, error) {
 		down := op.SizeBytes / v.ChunkBytes * v.ChunkBytes
 		return nil, status.Errorf(status.Invalid, "data is cut off volume %s at the end of a chunk only: shrink it to %d or %d bytes", v.Name, down, down+v.ChunkBytes)
 	}
+	if err := checkSnapshotsFit(v, op.SizeBytes); err != nil {
+		return nil, err
+	}
 	from := v.SizeBytes
 	v.ShrunkFrom = max(v.ShrunkFrom, v.SizeBytes)
 	v.SizeBytes, v.UndoUnixNs = op.SizeBytes, max(a.now+keep, 1)
@@ -111,6 +114,9 @@ func (a *apply) cutSome(v *pb.Volume, due []byte) {
 	if len(cut) < purgeChunks {
 		a.kv.Delete(due)
 		v.ShrunkFrom, v.UndoUnixNs = 0, 0
+		if v.Origin != nil { // what was cut must not show again from there
+			v.Origin.SizeBytes = min(v.Origin.SizeBytes, v.SizeBytes)
+		}
 		v.Cuts++ // its holder forgets the chunks before it takes a new size
 		v.CutUpto = u64(a.kv.Get(key(tMeta, "chunk")))
 		v.Revision++

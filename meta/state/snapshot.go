@@ -1,6 +1,7 @@
 package state
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 
@@ -107,7 +108,11 @@ func reap(v *pb.Volume) {
 func (a *apply) clonesOf(v *pb.Volume, layer *pb.Layer) (names []string) {
 	a.kv.Scan(key(tOrigin, v.Id), nil, func(k, _ []byte) bool {
 		if c := VolumeByID(a.kv, u64(k[9:])); c != nil && (layer == nil || c.Origin.GetLayer() == layer.Id) {
-			names = append(names, c.Name)
+			if c.DeletedUnixNs > 0 {
+				names = append(names, fmt.Sprintf("%s (deleted, id:%d)", c.Name, c.Id))
+			} else {
+				names = append(names, c.Name)
+			}
 		}
 		return true
 	})
@@ -121,6 +126,19 @@ func listed(names []string) string {
 		return strings.Join(names[:most], ", ") + ", …"
 	}
 	return strings.Join(names, ", ")
+}
+
+// checkSnapshotsFit refuses to cut off what a snapshot shows.
+func checkSnapshotsFit(v *pb.Volume, size uint64) error {
+	for _, l := range v.Layers {
+		switch {
+		case l.State == pb.LayerState_LAYER_STATE_SNAPSHOT && l.SizeBytes > size:
+			return status.Errorf(status.Held, "snapshot %s of volume %s has %d bytes: delete it before the volume gets smaller than that", l.Name, v.Name, l.SizeBytes)
+		case l.State == pb.LayerState_LAYER_STATE_OPEN && l.Id != v.Top:
+			return status.Errorf(status.Conflict, "a snapshot of volume %s is being taken: try again", v.Name)
+		}
+	}
+	return nil
 }
 
 // checkNoClones refuses to remove what others still show.
@@ -228,11 +246,20 @@ func (a *apply) rollbackVolume(op *pb.RollbackVolume) (*pb.Result, error) {
 	if v.HolderSession != "" {
 		return nil, status.Errorf(status.Held, "volume %s is attached on host %s: detach it first, its user would find its disk changed under it", v.Name, v.HolderHost)
 	}
+	if v.ShrunkFrom > 0 {
+		return nil, status.Errorf(status.Conflict, "volume %s has a shrink that can be undone: undo it or make it final before it is rolled back", v.Name)
+	}
+	if more := int64(l.SizeBytes) - int64(v.SizeBytes); more > 0 {
+		if err := a.checkQuota(v.Tenant, uint64(more), 0); err != nil {
+			return nil, err
+		}
+	}
 	if err := a.growLayer(v, l.Id); err != nil {
 		return nil, err
 	}
 	giveUpOpen(v)
 	v.SizeBytes = l.SizeBytes
+	v.Revision++ // sizes of one revision only grow
 	put(a.kv, key(tVolume, v.Id), v)
 	a.event("volume %s rolled back to snapshot %s", v.Name, op.Snapshot)
 	return &pb.Result{Volume: v}, nil
@@ -255,6 +282,9 @@ func (a *apply) cloneVolume(op *pb.CloneVolume) (*pb.Result, error) {
 	}
 	if n := len(ancestors(a.kv, o)); n+1 >= maxOrigins {
 		return nil, status.Errorf(status.TooBig, "volume %s is a clone of a clone, %d times over: flatten it before it is cloned again", o.Name, n)
+	}
+	if err := a.checkQuota(o.Tenant, l.SizeBytes, 0); err != nil {
+		return nil, err
 	}
 	v := &pb.Volume{Name: op.Name, SizeBytes: l.SizeBytes, ChunkBytes: o.ChunkBytes, Replicas: o.Replicas, Domain: o.Domain, Tenant: o.Tenant,
 		CreatedUnixNs: a.now, Revision: 1, Origin: &pb.Origin{VolumeId: o.Id, Layer: l.Id, SizeBytes: l.SizeBytes}}

@@ -209,6 +209,8 @@ func TestClonesHoldWhatTheyShow(t *testing.T) {
 	c.ok(flat(k))
 	c.ok(deleteSnap("v", "gold"))
 	c.ok(remove("v"))
+	c.ok(detachOf(c.volume("l")))
+	c.ok(remove("l"))
 	for i := range maxOrigins + 1 {
 		c.ok(attach("k", "host-2", true))
 		c.snap("k", fmt.Sprint("d", i))
@@ -242,6 +244,7 @@ func TestRollback(t *testing.T) {
 	if v.SizeBytes != 1<<30 || v.Top != 3 || layer(v, 3).Parent != 0 || layer(v, 2) != nil || snapshot(v, "b") == nil {
 		t.Fatalf("%+v", v)
 	}
+	c.rejected(&pb.Command{Op: &pb.Command_ShrinkVolume{ShrinkVolume: &pb.ShrinkVolume{VolumeId: v.Id, Epoch: v.Epoch, SizeBytes: 1 << 29}}}, status.Held, "snapshot a", "delete it")
 	c.ok(rollback("v", "b"))
 	if v = c.volume("v"); v.SizeBytes != 2<<30 || layer(v, 4).Parent != 1 || len(v.Layers) != 3 {
 		t.Fatalf("%+v", v)

@@ -1,0 +1,373 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
+)
+
+const (
+	// groupHold bounds how long the writes of a group wait for its last volume.
+	groupHold = 3 * time.Second
+	// reclaimWait is for merging what a deleted snapshot held.
+	reclaimWait = 24 * time.Hour
+)
+
+func volumeSnapshot(c *cli) *cobra.Command {
+	var name string
+	create := func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return usagef("name the volumes to take a snapshot of: see `%s --help`", cmd.CommandPath())
+		}
+		return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+			if name == "" {
+				name = time.Now().UTC().Format("s-20060102-150405")
+			}
+			return s.snapshot(ctx, name, args)
+		})
+	}
+	cmd := &cobra.Command{
+		Use:   "snapshot VOLUME…",
+		Short: "Take a snapshot of a volume, or of several at one moment",
+		Long: `Take a snapshot of a volume, or of several volumes at one moment. A volume in use goes
+on; its writes wait for a flush. Nothing is copied. The snapshot is VOLUME@NAME: it can
+be read (cairn volume attach VOLUME@NAME), cloned, rolled back to, exported and compared.`,
+		Example: "  cairn volume snapshot db --name monday\n  cairn volume snapshot db-data db-log --name before-upgrade\n  cairn volume snapshot ls db",
+		Args:    cobra.ArbitraryArgs,
+		RunE:    create,
+	}
+	sub := &cobra.Command{Use: "create VOLUME…", Short: "The same, whatever the volumes are called", Args: cobra.MinimumNArgs(1), RunE: create,
+		Example: "  cairn volume snapshot create db --name monday"}
+	for _, x := range []*cobra.Command{cmd, sub} {
+		x.Flags().StringVar(&name, "name", "", "name of the snapshot (default: the time)")
+	}
+	cmd.AddCommand(sub, snapshotList(c), snapshotRemove(c))
+	return cmd
+}
+
+// splitSnapshot cuts VOLUME@SNAPSHOT; the second is empty for a volume alone.
+func splitSnapshot(s string) (volume, snapshot string) {
+	volume, snapshot, _ = strings.Cut(s, "@")
+	return volume, snapshot
+}
+
+// wantSnapshot is splitSnapshot where a snapshot must be named.
+func wantSnapshot(s string) (volume, snapshot string, err error) {
+	if volume, snapshot = splitSnapshot(s); volume == "" || snapshot == "" {
+		return "", "", usagef("%q does not name a snapshot: write VOLUME@SNAPSHOT", s)
+	}
+	return volume, snapshot, nil
+}
+
+// member is one volume of a group that is being cut.
+type groupMember struct {
+	volume, host string
+	attached     bool // by us, for this
+	cut          *pb.Cut
+}
+
+// snapshot cuts volumes and names the cuts in one entry. Volumes nobody has
+// attached are attached for it.
+func (s *session) snapshot(ctx context.Context, name string, volumes []string) (err error) {
+	if slices.Sort(volumes); len(slices.Compact(slices.Clone(volumes))) != len(volumes) {
+		return usagef("a volume is named twice")
+	}
+	var group []*groupMember
+	defer func() {
+		for _, m := range group {
+			if m.attached {
+				err = errors.Join(err, s.detach(context.WithoutCancel(ctx), m.volume))
+			}
+		}
+	}()
+	for _, n := range volumes {
+		m := &groupMember{volume: n}
+		v, err := s.volume(ctx, n)
+		if err != nil {
+			return err
+		}
+		if v.HolderHost == "" {
+			if _, err := s.attach(ctx, n, "", false); err != nil {
+				return err
+			}
+			if v, err = s.volume(ctx, n); err != nil {
+				return err
+			}
+			m.attached = true
+		}
+		m.host = v.HolderHost
+		group = append(group, m)
+	}
+	longest, err := s.cutGroup(ctx, group)
+	if err != nil {
+		return err
+	}
+	op := &pb.NameSnapshots{Name: name}
+	for _, m := range group {
+		op.Cuts = append(op.Cuts, m.cut)
+	}
+	if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_NameSnapshots{NameSnapshots: op}}); err != nil {
+		return err
+	}
+	for _, m := range group {
+		fmt.Printf("%s@%s\n", m.volume, name)
+	}
+	say("writes were held for %.1f ms at most", float64(longest.Microseconds())/1000)
+	return nil
+}
+
+// cutGroup prepares, holds and releases; it returns the longest hold.
+func (s *session) cutGroup(ctx context.Context, group []*groupMember) (longest time.Duration, err error) {
+	hosts, err := s.hosts(ctx)
+	if err != nil {
+		return 0, err
+	}
+	addr := map[string]*pb.Host{}
+	for _, h := range hosts {
+		addr[h.Host.Name] = h.Host
+	}
+	call := func(m *groupMember, ask func(context.Context, pb.HostControlClient) (*pb.CutReply, error)) (*pb.CutReply, error) {
+		h := addr[m.host]
+		if h == nil {
+			return nil, status.Errorf(status.NotFound, "there is no host %q", m.host)
+		}
+		rep, err := callHost(ctx, h, ask)
+		if err != nil {
+			return nil, err
+		}
+		return rep, status.New(status.Kind(rep.Status), rep.Detail)
+	}
+	err = together(group, func(m *groupMember) error {
+		_, err := call(m, func(ctx context.Context, hc pb.HostControlClient) (*pb.CutReply, error) {
+			return hc.PrepareCut(ctx, &pb.CutRequest{Volume: m.volume})
+		})
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	hold := uint32(0) // one alone is let go at once
+	if len(group) > 1 {
+		hold = uint32(groupHold.Milliseconds())
+	}
+	var mu sync.Mutex
+	note := func(us uint64) {
+		mu.Lock()
+		longest = max(longest, time.Duration(us)*time.Microsecond)
+		mu.Unlock()
+	}
+	err = together(group, func(m *groupMember) error {
+		rep, err := call(m, func(ctx context.Context, hc pb.HostControlClient) (*pb.CutReply, error) {
+			return hc.HoldCut(ctx, &pb.CutRequest{Volume: m.volume, HoldMs: hold})
+		})
+		if err == nil {
+			m.cut = &pb.Cut{VolumeId: rep.VolumeId, Layer: rep.Layer, SizeBytes: rep.SizeBytes}
+			note(rep.HeldUs)
+		}
+		return err
+	})
+	if hold == 0 {
+		return longest, err
+	}
+	return longest, errors.Join(err, together(group, func(m *groupMember) error {
+		rep, err := call(m, func(ctx context.Context, hc pb.HostControlClient) (*pb.CutReply, error) {
+			return hc.ReleaseCut(ctx, &pb.CutRequest{Volume: m.volume})
+		})
+		if err != nil || m.cut == nil {
+			return err
+		}
+		note(rep.HeldUs)
+		if !rep.Held {
+			return status.Errorf(status.Timeout, "the writes of volume %s were not held until all volumes were: there is no snapshot; try again", m.volume)
+		}
+		return nil
+	}))
+}
+
+// together does the same for all at once.
+func together(group []*groupMember, f func(*groupMember) error) error {
+	errs := make([]error, len(group))
+	var wg sync.WaitGroup
+	for i, m := range group {
+		wg.Go(func() { errs[i] = f(m) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// snapshotView is a snapshot as `-o json` shows it.
+type snapshotView struct {
+	Volume    string   `json:"volume"`
+	Name      string   `json:"name"`
+	Layer     uint32   `json:"layer"`
+	SizeBytes uint64   `json:"sizeBytes"`
+	Created   string   `json:"created"`
+	Parent    string   `json:"parent,omitempty"` // the snapshot it was taken over, directly or through deleted ones
+	Clones    []string `json:"clones"`
+}
+
+func snapshotsOf(v *pb.Volume, all []*pb.Volume) []snapshotView {
+	byID := map[uint32]*pb.Layer{}
+	for _, l := range v.Layers {
+		byID[l.Id] = l
+	}
+	views := []snapshotView{}
+	for _, l := range v.Layers {
+		if l.State != pb.LayerState_LAYER_STATE_SNAPSHOT {
+			continue
+		}
+		w := snapshotView{Volume: v.Name, Name: l.Name, Layer: l.Id, SizeBytes: l.SizeBytes, Created: formatTime(l.CreatedUnixNs), Clones: []string{}}
+		for p := l; p.HasParent && w.Parent == ""; {
+			p = byID[p.Parent]
+			w.Parent = p.Name
+		}
+		for _, o := range all {
+			if o.Origin != nil && o.Origin.VolumeId == v.Id && o.Origin.Layer == l.Id {
+				w.Clones = append(w.Clones, o.Name)
+			}
+		}
+		views = append(views, w)
+	}
+	return views
+}
+
+func snapshotList(c *cli) *cobra.Command {
+	var out outputFlag
+	cmd := &cobra.Command{
+		Use: "ls [VOLUME]", Aliases: []string{"list"}, Short: "List snapshots", Args: cobra.MaximumNArgs(1),
+		Example: "  cairn volume snapshot ls db\n  cairn volume snapshot ls -o json",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
+				if err != nil {
+					return err
+				}
+				of := rep.Volumes
+				if len(args) == 1 {
+					v, err := s.volume(ctx, args[0])
+					if err != nil {
+						return err
+					}
+					of = []*pb.Volume{v}
+				}
+				views, rows := []snapshotView{}, [][]string{}
+				for _, v := range of {
+					for _, w := range snapshotsOf(v, rep.Volumes) {
+						views = append(views, w)
+						rows = append(rows, []string{w.Volume + "@" + w.Name, formatSize(w.SizeBytes), w.Created, dash(w.Parent), dash(strings.Join(w.Clones, ","))})
+					}
+				}
+				return out.show(views, []string{"SNAPSHOT", "SIZE", "TAKEN", "OVER", "CLONES"}, rows)
+			})
+		},
+	}
+	out.register(cmd)
+	return cmd
+}
+
+func snapshotRemove(c *cli) *cobra.Command {
+	var wait bool
+	cmd := &cobra.Command{
+		Use: "rm VOLUME@SNAPSHOT…", Short: "Delete snapshots; their space comes back", Args: cobra.MinimumNArgs(1),
+		Long: `Delete snapshots, in any order. What only they showed is dropped; what a newer snapshot
+or the volume still shows is merged into that, in the background while the volume is
+attached. A snapshot that clones read from is refused, naming them.`,
+		Example: "  cairn volume snapshot rm db@monday db@tuesday\n  cairn volume snapshot rm db@monday --wait",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), reclaimWait, func(ctx context.Context, s *session) error {
+				var names []string
+				for _, a := range args {
+					v, snap, err := wantSnapshot(a)
+					if err != nil {
+						return err
+					}
+					op := &pb.DeleteSnapshot{Volume: v, Name: snap}
+					if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteSnapshot{DeleteSnapshot: op}}); err != nil {
+						return err
+					}
+					if !slices.Contains(names, v) {
+						names = append(names, v)
+					}
+				}
+				for _, n := range names {
+					if err := s.reclaim(ctx, n, wait); err != nil {
+						return fmt.Errorf("the snapshots are deleted, but their space is not back: %w", err)
+					}
+				}
+				return nil
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&wait, "wait", false, "until their space is back")
+	return cmd
+}
+
+// reclaim has deleted layers merged. A volume nobody has attached is attached for
+// it, and so always waited for.
+func (s *session) reclaim(ctx context.Context, name string, wait bool) error {
+	v, err := s.volume(ctx, name)
+	if err != nil {
+		return err
+	}
+	merging := slices.ContainsFunc(v.Layers, func(l *pb.Layer) bool { return l.State == pb.LayerState_LAYER_STATE_DELETED })
+	if !merging || v.HolderHost != "" && !wait {
+		return nil
+	}
+	return s.whileAttached(ctx, name, func(host string) error {
+		return hostDone(onHost(ctx, s, host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+			return hc.ReclaimVolume(ctx, &pb.VolumeRef{Volume: name})
+		}))
+	})
+}
+
+// whileAttached runs f with the host that has a volume attached, and leaves it as
+// it was found.
+func (s *session) whileAttached(ctx context.Context, name string, f func(host string) error) (err error) {
+	v, err := s.volume(ctx, name)
+	if err != nil {
+		return err
+	}
+	if v.HolderHost == "" {
+		if _, err := s.attach(ctx, name, "", false); err != nil {
+			return err
+		}
+		defer func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cliWait)
+			defer cancel()
+			err = errors.Join(err, s.detach(ctx, name))
+		}()
+		if v, err = s.volume(ctx, name); err != nil {
+			return err
+		}
+	}
+	return f(v.HolderHost)
+}
+
+func volumeRollback(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "rollback VOLUME@SNAPSHOT", Short: "Make a detached volume show a snapshot again", Args: cobra.ExactArgs(1),
+		Long: `Make a detached volume show a snapshot again, at the size it had then. What was written
+since the last snapshot is dropped: take one more before, if it may be wanted.`,
+		Example: "  cairn volume rollback db@monday",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v, snap, err := wantSnapshot(args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				op := &pb.RollbackVolume{Volume: v, Snapshot: snap}
+				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_RollbackVolume{RollbackVolume: op}})
+				return err
+			})
+		},
+	}
+}
