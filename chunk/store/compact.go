@@ -250,6 +250,7 @@ func (c *compaction) copyRecord(r *record, at, data uint32, blocks []byte) error
 				}
 				run = blocks[(data+i)*blockBytes : (data+i+n)*blockBytes]
 			}
+			s.copied += uint64(need)
 			if err := s.appendRun(ch, r.kind, ids.Block(r.block+i), n, ids.Version(r.version), sums, run); err != nil {
 				return err
 			}

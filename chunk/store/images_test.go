@@ -355,7 +355,7 @@ func (c *camera) run() {
 		}
 		return
 	}
-	for range 40 {
+	for range 25 {
 		c.random()
 	}
 }

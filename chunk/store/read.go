@@ -261,6 +261,7 @@ func (s *Store) finishRead(r *read, out *outbox) {
 		}
 		s.segOf(e.loc).pins.Add(-1)
 		if rep.Status == status.OK && wire.BlockSum(r.vol, r.chunk, r.layerOf(i), b, e.version, data) != e.sum {
+			s.badSums.Add(1)
 			rep = r.corrupt(i, "its checksum is wrong")
 		}
 	}

@@ -334,6 +334,7 @@ func (s *Store) applyVolume(r *record) {
 
 // adopt takes what recovery found as the store's state.
 func (s *Store) adopt(c *course) {
+	s.replayed = c.read
 	s.ckpt.loggedBefore = -c.read
 	if c.from == 0 { // a checkpoint would have been of use
 		s.ckpt.loggedBefore = -s.cfg.CheckpointBytes

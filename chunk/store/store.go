@@ -10,6 +10,7 @@ package store
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cairnstore/cairn/chunk/disk"
@@ -44,6 +45,17 @@ type Usage struct {
 	LiveBytes     uint64 // blocks of guests' data
 	State         string // "ok", "no room: why" or "failed: why"
 	Note          string // what the last opening found damaged; "": nothing
+
+	Segments, FreeSegments int
+	DebtBytes              uint64 // dead in closed segments: what compaction could give back
+	LogBytes               uint64 // written to the log since the opening: data, copies and records
+	CopiedBytes            uint64 // of it, moved by compaction: LogBytes / (LogBytes - CopiedBytes) is the write amplification
+	ChecksumErrors         uint64 // blocks that were read and did not match, since the opening
+	IndexBytes             uint64 // of index pages in memory
+	IndexMisses            uint64 // pages fetched, since the opening
+	UnsavedPages           uint64 // changed since they were saved
+	ReplayedBytes          uint64 // of log that the opening read behind its checkpoint
+	CheckpointLag          uint64 // bytes of log behind the last checkpoint begun
 }
 
 // Reserves of free segments: compaction leaves one, because the next opening,
@@ -88,19 +100,22 @@ type Store struct {
 	ckpt  checkpoint
 
 	// The log. durable ≤ written ≤ lsn.
-	lsn     uint64 // last one given to a batch
-	written uint64
-	durable uint64
-	marked  uint64 // the durable LSN the log itself knows
-	markAt  time.Duration
-	logged  int64  // bytes of log written since the opening
-	group   *group // takes records; last of queue, or nil
-	batch   batchHead
-	inHead  bool
-	queue   []*group // ≤ maxStaged bytes, and one request more
-	writing *group
-	buffers [][]byte
-	floors  []*vol // their floor is not in the log yet
+	lsn      uint64 // last one given to a batch
+	written  uint64
+	durable  uint64
+	marked   uint64 // the durable LSN the log itself knows
+	markAt   time.Duration
+	logged   int64  // bytes of log written since the opening
+	copied   uint64 // blocks compaction appended since then
+	replayed int64  // bytes of log the opening read behind its checkpoint
+	badSums  atomic.Uint64
+	group    *group // takes records; last of queue, or nil
+	batch    batchHead
+	inHead   bool
+	queue    []*group // ≤ maxStaged bytes, and one request more
+	writing  *group
+	buffers  [][]byte
+	floors   []*vol // their floor is not in the log yet
 
 	syncing bool
 	syncs   []syncWait
@@ -252,11 +267,18 @@ func (s *Store) Usage() Usage {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	u := Usage{CapacityBytes: s.capacity * blockBytes, LiveBytes: s.live * blockBytes, State: "ok", Note: s.note}
+	u.Segments, u.FreeSegments = len(s.segs), len(s.free)+len(s.bare)
 	for _, g := range s.segs {
 		if g.state != segFree {
 			u.UsedBytes += uint64(g.tail) * blockBytes
 		}
+		if g.state == segClosed {
+			u.DebtBytes += uint64(g.tail-min(g.tail, g.weight())) * blockBytes
+		}
 	}
+	u.LogBytes, u.CopiedBytes, u.ChecksumErrors = uint64(s.logged), s.copied*blockBytes, s.badSums.Load()
+	u.IndexBytes, u.IndexMisses, u.UnsavedPages = uint64(len(s.idx.ring))*pageBytes, s.idx.misses, uint64(len(s.idx.queue))
+	u.ReplayedBytes, u.CheckpointLag = uint64(s.replayed), uint64(max(s.logged-s.ckpt.loggedBefore, 0))
 	if s.starved {
 		u.State = "no room: the file system under the store is full"
 	}

@@ -44,7 +44,7 @@ func benchCommand() *cobra.Command {
 		},
 	}
 	out.register(cmd)
-	cmd.AddCommand(benchNBDCommand(), benchOutageCommand(), netBenchCommand())
+	cmd.AddCommand(benchNBDCommand(), benchOutageCommand(), benchStoreCommand(), benchVictimCommand())
 	return cmd
 }
 
