@@ -48,7 +48,7 @@ test-int: build
 	CAIRN_BIN=$(CURDIR)/$(CAIRN) $(GO) test -p 1 -count=1 -timeout 10m $(INT_PKGS)
 
 # command-or-file:package; nothing is asked of apt when all are there.
-NEEDS := cbc:coinor-cbc qemu-system-x86_64:qemu-system-x86 qemu-nbd:qemu-utils nbdkit:nbdkit nbdinfo:libnbd-bin \
+NEEDS := cbc:coinor-cbc qemu-system-x86_64:qemu-system-x86 qemu-nbd:qemu-utils nbdkit:nbdkit nbdinfo:libnbd-bin nbdsh:python3-libnbd \
   fio:fio busybox:busybox-static mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs ip:iproute2 nft:nftables \
   cpio:cpio modprobe:kmod losetup:mount protoc:protobuf-compiler bird:bird2
 

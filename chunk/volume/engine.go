@@ -89,8 +89,8 @@ type Engine struct {
 	// endedAs is what operations are answered with from the end on: Fenced when
 	// another writer has the volume, else Shutdown.
 	endedAs status.Kind
-	now   time.Duration
-	out   *Out
+	now     time.Duration
+	out     *Out
 
 	counter  uint64      // last version counter given: all versions ≤ (epoch, counter)
 	floor    ids.Version // all in-sync replicas are durable up to here: floor ≤ lowest in flight - 1
