@@ -40,6 +40,11 @@ const (
 	// between two hosts would take the same one of several hops.
 	hash4 = "net/ipv4/fib_multipath_hash_policy"
 	hash6 = "net/ipv6/fib_multipath_hash_policy"
+	// At 2 a connection begins with small packets and finds out what passes: a
+	// path that loses big ones without a word (a wrong MTU, an ICMP filter)
+	// slows connections instead of stopping them. At 1 it would notice after
+	// three timeouts, and storage connections are given up before.
+	mtuProbing = "net/ipv4/tcp_mtu_probing" // of both families
 )
 
 // dad is duplicate address detection on a link. It keeps the link-local
@@ -49,7 +54,7 @@ func dad(link string) string { return "net/ipv6/conf/" + link + "/accept_dad" }
 
 // Settings are the kernel settings a State must tell for a config.
 func Settings(want Config) []string {
-	names := []string{forward4, forward6, hash4, hash6}
+	names := []string{forward4, forward6, hash4, hash6, mtuProbing}
 	for _, l := range want.Links {
 		names = append(names, dad(l.Name))
 	}
@@ -226,6 +231,9 @@ func (p *planner) sysctls() {
 		case len(r.Hops) > 1:
 			need[hash6] = "1"
 		}
+	}
+	if len(p.want.Links) > 0 && !p.want.Forward {
+		need[mtuProbing] = "2"
 	}
 	for _, l := range p.want.Links {
 		if p.links[l.Name] != nil && slices.ContainsFunc(l.Addrs, func(a netip.Prefix) bool { return a.Addr().Is6() }) {

@@ -140,7 +140,8 @@ func TestPlanInOrder(t *testing.T) {
 	c.Addrs[0] = ip("10.9.0.7")
 	c.Routes = c.Routes[:2]
 	c.Links[1] = link("b", "10.2.0.9/24")
-	steps("renumbered", c,
+	c.Forward = false // an end of connections, and no middle any more: it looks for the packet size itself
+	steps("renumbered", c, "set net/ipv4/tcp_mtu_probing to 2",
 		"add address 10.9.0.7/32 to lo", "add address 10.2.0.9/24 to b",
 		"replace route 10.9.0.3/32 src 10.9.0.7 dev b",
 		"replace route 10.9.0.2/32 src 10.9.0.7 nexthop via 10.1.0.2 dev a nexthop via 10.2.0.2 dev b",

@@ -132,7 +132,7 @@ func (c *Cluster) hostConfig(i int) map[string]any {
 	dir := filepath.Join(c.lab.cfg.Dir, name)
 	return map[string]any{"name": name, "dir": dir, "cluster": "netlab", "meta": meta, "data": ":" + dataPort,
 		"control": net.JoinHostPort(Stable(i).String(), controlPort), "nbd": c.NBD(i),
-		"store":   []map[string]any{{"path": filepath.Join(dir, "store"), "size": "4G"}},
+		"store":   []map[string]any{{"path": filepath.Join(dir, "store"), "size": "1G"}},
 		"network": map[string]any{"topology": filepath.Join(c.lab.cfg.Dir, "network.toml")}}
 }
 

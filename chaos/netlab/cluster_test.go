@@ -28,13 +28,14 @@ type world struct {
 	io *check.Load // runs again and again: what one wrote the next must find
 }
 
-func newWorld(t *testing.T, p bird.Protocol, spines, hosts int) *world {
+func newWorldOf(t *testing.T, cfg Config) *world {
 	t.Helper()
 	bin := os.Getenv("CAIRN_BIN")
 	if bin == "" {
 		t.Fatal("CAIRN_BIN names no cairn binary: run by `make test-int`")
 	}
-	l, err := New(Config{Dir: t.TempDir(), Spines: spines, Hosts: hosts, Protocol: p, Bare: true})
+	cfg.Dir, cfg.Bare = t.TempDir(), true
+	l, err := New(cfg)
 	must(t, err)
 	t.Cleanup(func() { must(t, l.Close()) })
 	c, err := l.StartCluster(t.Context(), bin)
@@ -136,7 +137,7 @@ func TestStorageRidesOutCuts(t *testing.T) {
 	}
 	for _, p := range protocols {
 		t.Run(string(p), func(t *testing.T) {
-			w := newWorld(t, p, 2, 3)
+			w := newWorldOf(t, Config{Spines: 2, Hosts: 3, Protocol: p})
 			w.during("calm", func() {})
 			before, inSync := w.members()
 			if inSync != 3 {

@@ -251,8 +251,13 @@ func (m *measurement) unrelated(ctx context.Context) error {
 	if err := pause(ctx, settled); err != nil {
 		return err
 	}
-	flying := figureUDP * int(200*time.Millisecond/probeEvery)
-	before := m.probe.Lost()
+	if _, err := m.probe.Stop(); err != nil {
+		return err
+	}
+	var err error
+	if m.probe, err = m.lab.Probe(1, 2, figureUDP, figureTCP); err != nil {
+		return err
+	}
 	began := time.Now()
 	for range 3 {
 		if _, err := m.c.Cairn(ctx, "route", "add", "--host", "host-1", "10.255.0.99", "via", m.lab.Topology.Cables[0].Ends[0].Spine.String(), "dev", "s1"); err != nil {
@@ -268,10 +273,7 @@ func (m *measurement) unrelated(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := pause(ctx, time.Second); err != nil {
-		return err
-	}
-	m.f.LostByRoute = max(0, m.probe.Lost()-before-flying/100)
+	m.f.LostByRoute = m.probe.Lost()
 	return nil
 }
 

@@ -44,6 +44,7 @@ type Config struct {
 	Hosts    int
 	Protocol bird.Protocol
 	NoBFD    bool
+	MTU      int          // of all cables; 0: 1500
 	Bare     bool         // hosts get links and nothing else: what runs in them sees to the rest
 	Log      *slog.Logger // nil: no log
 }
@@ -123,7 +124,7 @@ func (l *Lab) build() error {
 	}
 	for _, c := range l.Topology.Cables {
 		a, b := l.nodes[c.Host], l.nodes[c.Spine]
-		if err := a.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: c.HostLink}, PeerName: c.SpineLink, PeerNamespace: netlink.NsFd(b.fd)}); err != nil {
+		if err := a.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: c.HostLink, MTU: l.cfg.MTU}, PeerName: c.SpineLink, PeerMTU: uint32(l.cfg.MTU), PeerNamespace: netlink.NsFd(b.fd)}); err != nil {
 			return fmt.Errorf("cannot lay a cable from %s to %s: %w", c.Host, c.Spine, err)
 		}
 	}
@@ -325,7 +326,28 @@ func (l *Lab) DropData(spine int) error {
 	return l.nft(spine, "table inet cut {\n chain pass {\n type filter hook forward priority -300; policy drop;\n }\n}\n")
 }
 
-// Heal ends Silence and DropData, if there is any.
+// narrowBytes is the longest packet a narrow spine passes on.
+const narrowBytes = 1400
+
+// Narrow has a spine drop long packets it should pass on, without a word: a
+// black hole for data that small packets do not see.
+func (l *Lab) Narrow(spine int) error {
+	// Between namespaces the kernel passes on many segments as one long packet,
+	// which the rule would take for what it looks like.
+	for _, c := range l.Topology.Cables {
+		n := l.nodes[c.Host]
+		k, err := n.nl.LinkByName(c.HostLink)
+		if err != nil {
+			return err
+		}
+		if err := n.nl.LinkSetGSOMaxSegs(k, 1); err != nil {
+			return fmt.Errorf("%s: send segments one by one: %w", c.Host, err)
+		}
+	}
+	return l.nft(spine, fmt.Sprintf("table inet cut {\n chain pass {\n type filter hook forward priority -300;\n meta length > %d drop\n }\n}\n", narrowBytes))
+}
+
+// Heal ends Silence, DropData and Narrow, if there is any.
 func (l *Lab) Heal(spine int) error {
 	return l.nft(spine, "table inet cut {\n}\ndelete table inet cut\n")
 }

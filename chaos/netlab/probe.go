@@ -16,6 +16,7 @@ const (
 	probeEvery = 10 * time.Millisecond
 	probePort  = 7100
 	flowBytes  = 8
+	lateAfter  = 2 * time.Second // what has not come back by then is lost
 )
 
 // Gaps is the longest silence that flows of a kind saw.
@@ -33,6 +34,7 @@ type Probe struct {
 	gaps  Gaps
 	flows []*flow
 	errs  []error
+	quiet bool // nothing more is sent
 }
 
 // flow is one connection's account.
@@ -132,13 +134,19 @@ func (p *Probe) send(c net.Conn, f *flow, ended <-chan struct{}) {
 			return
 		case <-t.C:
 		}
+		p.mu.Lock()
+		quiet := p.quiet
+		if !quiet {
+			f.sent++
+		}
+		p.mu.Unlock()
+		if quiet {
+			continue
+		}
 		if _, err := c.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil && f.network == "tcp" {
 			p.failed(err)
 			return
 		} // UDP: unreachable for now; the gap shows it
-		p.mu.Lock()
-		f.sent++
-		p.mu.Unlock()
 	}
 }
 
@@ -205,17 +213,27 @@ func (p *Probe) Take() Gaps {
 	return g
 }
 
-// Lost is how many numbers of UDP flows have not come back; those of the last
-// moment may be on their way.
-func (p *Probe) Lost() (lost int) {
+// Lost stops the flows' sending and returns how many numbers of UDP flows have
+// not come back, after all had a moment to.
+func (p *Probe) Lost() int {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, f := range p.flows {
-		if f.network == "udp" {
-			lost += f.sent - f.back
+	p.quiet = true
+	p.mu.Unlock()
+	t := time.NewTicker(probeEvery)
+	defer t.Stop()
+	for late := time.Now().Add(lateAfter); ; <-t.C {
+		lost := 0
+		p.mu.Lock()
+		for _, f := range p.flows {
+			if f.network == "udp" {
+				lost += f.sent - f.back
+			}
+		}
+		p.mu.Unlock()
+		if lost == 0 || time.Now().After(late) {
+			return lost
 		}
 	}
-	return lost
 }
 
 // Stop ends the flows and returns what broke them before.

@@ -18,7 +18,7 @@ import (
 
 // request is what `cairn net lab` asks of a running lab; a line of JSON.
 type request struct {
-	Do   string `json:"do"` // cut, silence, drop-data, heal, enter
+	Do   string `json:"do"` // cut, silence, drop-data, narrow, heal, enter
 	What string `json:"what"`
 }
 
@@ -106,16 +106,17 @@ func (l *Lab) names() (out []string) {
 //	cut        links lose their carrier: one, or all of a node
 //	silence    a spine drops all it gets and sends; its links stay up
 //	drop-data  a spine drops what it should pass on; routing sees nothing
+//	narrow     a spine drops long packets it should pass on
 //	heal       undoes all of it; "all" for the whole lab
 func (l *Lab) Do(what, part string) error {
-	if !slices.Contains([]string{"cut", "silence", "drop-data", "heal"}, what) {
-		return status.Errorf(status.Invalid, "%q is nothing a lab can do: cut, silence, drop-data or heal", what)
+	if !slices.Contains([]string{"cut", "silence", "drop-data", "narrow", "heal"}, what) {
+		return status.Errorf(status.Invalid, "%q is nothing a lab can do: cut, silence, drop-data, narrow or heal", what)
 	}
 	links, spines := l.parts(part)
 	if len(links) == 0 {
 		return l.unknown(part)
 	}
-	if len(spines) == 0 && (what == "silence" || what == "drop-data") {
+	if len(spines) == 0 && what != "cut" && what != "heal" {
 		return status.Errorf(status.Invalid, "only a spine can %s, %s is none", what, part)
 	}
 	var errs []error
@@ -125,6 +126,8 @@ func (l *Lab) Do(what, part string) error {
 			errs = append(errs, l.Silence(s))
 		case "drop-data":
 			errs = append(errs, l.DropData(s))
+		case "narrow":
+			errs = append(errs, l.Narrow(s))
 		case "heal":
 			errs = append(errs, l.Heal(s))
 		}

@@ -39,6 +39,7 @@ when it ends. --dir names the directory; one lab runs in each.`,
 		{"cut", "Take the carrier from a link (host-1:spine-1), or from all links of a spine or host"},
 		{"silence", "Have a spine drop all it gets and sends, with its links up"},
 		{"drop-data", "Have a spine drop what it should pass on, and answer routing: nobody is told"},
+		{"narrow", "Have a spine drop packets of more than 1400 bytes, as a path with a wrong MTU does"},
 		{"heal", "Undo what was done to a link, a spine, a host or all"},
 	} {
 		cmd.AddCommand(&cobra.Command{
@@ -72,6 +73,7 @@ func labUpCommand(c *cli) *cobra.Command {
 	f.IntVar(&cfg.Spines, "spines", 2, "spines, 1 to 4")
 	f.IntVar(&cfg.Hosts, "hosts", 4, "hosts, 2 to 8")
 	f.StringVar(&protocol, "protocol", "bgp", "bgp, ospf, rip or static")
+	f.IntVar(&cfg.MTU, "mtu", 0, "of all links (default 1500)")
 	f.BoolVar(&cfg.NoBFD, "no-bfd", false, "notice silent neighbours by the protocol's own timers only")
 	f.BoolVar(&empty, "no-cluster", false, "only the network: routing, no cairn in it")
 	f.BoolVar(&verbose, "verbose", false, "say what the routing daemons say")

@@ -30,9 +30,8 @@ const (
 	// doubtLooks do when the probes say that this path is silent and another
 	// of the same peer is not.
 	doubtLooks = 4
-	// stuckLooks do when acknowledgements come and none says anything new: big
-	// packets are lost and small ones are not.
-	stuckLooks = 14
+	// While acknowledgements come, though none says anything new (big packets are
+	// lost and small ones are not), the probes' word does not count.
 	freshAckMs = 300
 )
 
@@ -122,10 +121,7 @@ func (c *Conn) look() error {
 	}
 	c.still++
 	limit := stillLooks
-	switch {
-	case info.Last_ack_recv < freshAckMs && info.Unacked > 0 && c.still >= doubtLooks:
-		limit = stuckLooks
-	case c.way.path.doubtful():
+	if info.Last_ack_recv >= freshAckMs && c.way.path.doubtful() {
 		limit = doubtLooks
 	}
 	if c.still < limit {

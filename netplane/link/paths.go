@@ -29,6 +29,10 @@ const (
 	smallRounds  = 25   // rounds without an answer to the size believed in: it was too big
 	forgetAfter  = 10 * time.Minute
 	maxPeers     = 1024
+	// hurtFor is how long others come first after a connection stood still.
+	hurtFor = 3 * time.Second
+	// hurtRounds is smallRounds for a path where one just did.
+	hurtRounds = 2
 )
 
 // packetSizes are tried, in bytes of an IP packet: jumbo, Ethernet, a tunnel
@@ -92,7 +96,7 @@ type path struct {
 
 	dead  atomic.Bool // no probe came back of late
 	doubt atomic.Bool // the last few did not, and another path of the peer works
-	hurt  atomic.Bool // a connection stood still: look at the packet size now
+	hurt  atomic.Bool // a connection stood still: see whether big packets pass
 
 	// guarded by Paths.mu
 	sent     uint64        // sequence of the last small probe
@@ -103,6 +107,7 @@ type path struct {
 	size     int           // biggest packet that passes; 0: not known
 	sendable int           // biggest packet this host can send
 	sizeMiss int           // rounds since an answer to a probe of that size
+	hurtAt   time.Time     // when a connection last stood still
 	changed  time.Time     // dead or alive since
 }
 
@@ -212,7 +217,7 @@ func (p *Paths) order(addrs string, prefer uint64) []candidate {
 		switch {
 		case w.dead.Load() || w.doubt.Load():
 			return 3
-		case i == 0 && len(pr.paths) > 1:
+		case i == 0 && len(pr.paths) > 1, w.sore():
 			return 2
 		case w.rtt > 2*best+time.Millisecond:
 			return 1
@@ -254,6 +259,9 @@ func (w *path) failed() {
 		w.hurt.Store(true)
 	}
 }
+
+// sore reports whether a connection stood still on the path of late.
+func (w *path) sore() bool { return w.hurt.Load() || time.Since(w.hurtAt) < hurtFor }
 
 // States returns all paths, of the peers in order.
 func (p *Paths) States() []PathState {
@@ -348,13 +356,17 @@ func (p *Paths) probe(w *path) {
 	binary.BigEndian.PutUint64(b[8:], w.id)
 	binary.BigEndian.PutUint64(b[16:], w.sent)
 	_, _ = sock.WriteToUDPAddrPort(b, w.remote)
-	if hurt := w.hurt.Swap(false); hurt || w.sent%sizeEvery == 1 {
+	if w.hurt.Swap(false) {
+		w.hurtAt = time.Now()
+		w.sizeMiss = max(w.sizeMiss, smallRounds-hurtRounds)
+		p.probeSizes(w, sock, b)
+	} else if w.sent%sizeEvery == 1 {
 		p.probeSizes(w, sock, b)
 	}
 	if w.size > 0 && w.missed <= 1 { // small ones pass
 		if w.sizeMiss++; w.sizeMiss > smallRounds {
 			i := slices.Index(packetSizes, w.size)
-			w.size, w.sizeMiss = packetSizes[min(i+1, len(packetSizes)-1)], smallRounds/2
+			w.size, w.sizeMiss = packetSizes[min(i+1, len(packetSizes)-1)], smallRounds-hurtRounds
 			p.probeSizes(w, sock, b)
 		}
 	}

@@ -217,6 +217,9 @@ func TestOrder(t *testing.T) {
 	check("3120", "1320")
 	set(90, 100, 0, 120)
 	check("3102")
+	ways[1].failed() // a connection over it stood still: others first for a while
+	check("3012")
+	ways[1].hurt.Store(false)
 	set(90, 0, 0, 0)
 	check("0312")
 }
@@ -258,7 +261,7 @@ func TestPacketSizes(t *testing.T) {
 	if w.size != 1500 || w.mss() != 1460 {
 		t.Errorf("size %d, segment %d after jumbo packets were lost", w.size, w.mss())
 	}
-	for range 4 * smallRounds {
+	for range 2 * smallRounds {
 		round()
 		answer(1400 - 28)
 	}
@@ -268,6 +271,13 @@ func TestPacketSizes(t *testing.T) {
 	answer(9000 - 28)
 	if w.size != 9000 || w.mss() != 0 {
 		t.Errorf("size %d, segment %d after the way was mended", w.size, w.mss())
+	}
+	w.failed() // big packets are suspected now, not in 25 rounds
+	for range hurtRounds + 1 {
+		round()
+	}
+	if w.size != 1500 {
+		t.Errorf("size %d where a connection stood still and big probes do not come back", w.size)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
