@@ -153,13 +153,17 @@ func score(req ChunkRequest) []StoreScore {
 	for _, s := range req.Stores {
 		most = max(most, free(s.CapacityBytes, s.UsedBytes))
 	}
+	fill := meanFill(req.Stores)
 	for _, s := range req.Stores {
 		if s.Domain == "" {
 			s.Domain = s.Host
 		}
 		sc := StoreScore{Store: s, Class: classOf(req, s)}
+		if hot(s, fill) && (sc.Class == Local || sc.Class == Member) {
+			sc.Class = Fresh
+		}
 		if f := free(s.CapacityBytes, s.UsedBytes); f > 0 {
-			sc.Lot = math.Pow(draw(req.Seed, s.ID[:]), float64(most)/float64(f))
+			sc.Lot = math.Pow(draw(req.Seed, s.ID[:]), float64(most)/(float64(f)*lean(s, fill)))
 		}
 		scores = append(scores, sc)
 	}
@@ -175,6 +179,41 @@ func score(req ChunkRequest) []StoreScore {
 		return slices.Compare(a.Store.ID[:], b.Store.ID[:])
 	})
 	return scores
+}
+
+// meanFill is the part in use of all stores that are up, together.
+func meanFill(stores []Store) float64 {
+	used, capacity := 0.0, 0.0
+	for _, s := range stores {
+		if s.Up {
+			used, capacity = used+float64(min(s.UsedBytes, s.CapacityBytes)), capacity+float64(s.CapacityBytes)
+		}
+	}
+	if capacity == 0 {
+		return 0
+	}
+	return used / capacity
+}
+
+func fillOf(s Store) float64 { return float64(s.UsedBytes) / float64(max(s.CapacityBytes, 1)) }
+
+// hotOver is how much fuller than the mean a store may be and still be preferred
+// for being local or a member, as a part of the mean; hotLeast is what is no
+// difference at all.
+const (
+	hotOver  = 0.03
+	hotLeast = 0.01
+)
+
+// hot reports whether a store is so much fuller than the mean that it is not
+// preferred.
+func hot(s Store, mean float64) bool { return fillOf(s) > mean+max(hotOver*mean, hotLeast) }
+
+// lean weighs a store by how its fill differs from the mean: 1 at the mean, next
+// to nothing where it is hot, more where it is emptier, so that a new store fills
+// faster than others without taking everything.
+func lean(s Store, mean float64) float64 {
+	return min(max(1-(fillOf(s)-mean)/max(hotOver*mean, hotLeast), 0.02), 4)
 }
 
 func classOf(req ChunkRequest, s Store) Class {

@@ -155,7 +155,8 @@ func TestManyListedDomainsAreCounted(t *testing.T) {
 // comes back to it only when there is nothing else.
 func TestBatchSpillsOverWhenMembersFill(t *testing.T) {
 	room := used(10*gib - 128*mib) // two chunks each
-	req := request(store(1, member, room), store(2, member, room), store(3, member, room), store(4), store(5), store(6))
+	rest := used(10*gib - 320*mib) // not so much emptier that the members count as hot
+	req := request(store(1, member, room), store(2, member, room), store(3, member, room), store(4, rest), store(5, rest), store(6, rest))
 	req.Count = 4
 	plan, err := PlaceChunks(req)
 	if err != nil {
@@ -176,25 +177,40 @@ func TestBatchSpillsOverWhenMembersFill(t *testing.T) {
 	}
 }
 
-// Over many seeds, first chunks of new volumes fall on stores in proportion to
-// their free space, so equal ones share equally and nothing herds.
+// Over many seeds, first chunks of new volumes fall on stores of equal fill in
+// proportion to their free space, so equal ones share equally and nothing herds;
+// one fuller than the others gets next to nothing, and an emptier one more, but
+// not everything.
 func TestLotsFollowFreeSpace(t *testing.T) {
-	req := request(store(1, used(8*gib)), store(2, used(6*gib)), store(3), store(4, used(10*gib)))
-	req.Replicas = 1
-	const n = 20000
-	var got [5]int
-	for seed := range uint64(n) {
-		req.Seed = seed
-		plan, err := PlaceChunks(req)
-		if err != nil {
-			t.Fatal(err)
+	shares := func(stores ...Store) (out []float64) {
+		req := request(stores...)
+		req.Replicas = 1
+		const n = 20000
+		got := map[int]int{}
+		for seed := range uint64(n) {
+			req.Seed = seed
+			plan, err := PlaceChunks(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got[int(plan.Chunks[0][0][0])]++
 		}
-		got[plan.Chunks[0][0][0]]++
+		for i := range stores {
+			out = append(out, float64(got[i+1])/n)
+		}
+		return out
 	}
-	for i, share := range []float64{0, 2.0 / 16, 4.0 / 16, 10.0 / 16, 0} {
-		if f := float64(got[i]) / n; f < share-0.02 || f > share+0.02 {
-			t.Errorf("store %d got %.3f of the chunks, want %.3f", i, f, share)
+	near := func(got, want float64) bool { return got > want-0.02 && got < want+0.02 }
+	twice := func(s *Store) { s.CapacityBytes = 20 * gib }
+	got := shares(store(1, used(5*gib)), store(2, used(5*gib)), store(3, twice, used(10*gib)), store(4, used(10*gib)))
+	for i, want := range []float64{0.25, 0.25, 0.5, 0} {
+		if !near(got[i], want) {
+			t.Errorf("store %d of equal fill got %.3f of the chunks, want %.3f", i+1, got[i], want)
 		}
+	}
+	got = shares(store(1, used(5*gib)), store(2, used(5*gib)), store(3, used(6*gib)), store(4, used(4*gib)))
+	if got[2] > 0.02 || !near(got[0], got[1]) || got[3] < 0.5 || got[3] > 0.8 {
+		t.Errorf("fills of 50, 50, 60 and 40 %% got %.3f of the chunks", got)
 	}
 }
 
