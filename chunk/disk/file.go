@@ -97,7 +97,7 @@ func create(k kernel, path string, size int64) (*File, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("size store file %s: %w", path, err), k.close(f), k.remove(path))
 	}
-	d, err := start(k, f, path)
+	d, err := start(k, f, path, os.O_RDWR)
 	if err != nil {
 		return nil, errors.Join(err, k.remove(path))
 	}
@@ -117,16 +117,22 @@ func syncDir(k kernel, path string) error {
 // twice, or a device that is mounted: status.Held.
 func Open(path string) (*File, error) { return open(linux{}, path) }
 
-func open(k kernel, path string) (*File, error) {
-	f, err := k.open(path, os.O_RDWR)
+// OpenReadOnly opens an existing file or device for reading: writes fail. It is
+// locked like any other, so that nobody changes it meanwhile.
+func OpenReadOnly(path string) (*File, error) { return openAs(linux{}, path, os.O_RDONLY) }
+
+func open(k kernel, path string) (*File, error) { return openAs(k, path, os.O_RDWR) }
+
+func openAs(k kernel, path string, mode int) (*File, error) {
+	f, err := k.open(path, mode)
 	if err != nil {
 		return nil, fmt.Errorf("open store file: %w", err)
 	}
-	return start(k, f, path)
+	return start(k, f, path, mode)
 }
 
 // start takes f over, also when it fails.
-func start(k kernel, f *os.File, path string) (_ *File, err error) {
+func start(k kernel, f *os.File, path string, mode int) (_ *File, err error) {
 	d := &File{k: k, f: f, fd: int(f.Fd())}
 	defer func() {
 		if err != nil {
@@ -143,7 +149,7 @@ func start(k kernel, f *os.File, path string) (_ *File, err error) {
 	}
 	// /proc names the same open file, whatever has happened to its path. On a
 	// device O_EXCL keeps the kernel from mounting it, and us from a mounted one.
-	flags := os.O_RDWR | unix.O_DIRECT
+	flags := mode | unix.O_DIRECT
 	if d.device {
 		flags |= os.O_EXCL
 	}

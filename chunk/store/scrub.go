@@ -31,6 +31,9 @@ const (
 	maxBad = 1 << 16
 	// scrubBurst bounds what a pause in the steps saves up.
 	scrubBurst = time.Second
+	// maxPace, in bytes per second, is more than any disk gives; a second of it
+	// in nanoseconds is still a number.
+	maxPace = 4 << 30
 )
 
 // Scrub tells how a scrub fares. It covers the pass that runs, or the last one.
@@ -89,7 +92,7 @@ func (s *Store) StartScrub(from uint32, bytesPerSecond int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c := &s.scrub
-	c.pace = bytesPerSecond
+	c.pace = min(bytesPerSecond, maxPace)
 	if c.Running {
 		return nil
 	}

@@ -14,7 +14,7 @@ import (
 func scrub(t *testing.T, s *Store, from uint32) Scrub {
 	t.Helper()
 	before := s.ScrubStatus().Passes
-	if err := s.StartScrub(from, 1<<30); err != nil {
+	if err := s.StartScrub(from, 1<<60); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 2000 {

@@ -253,30 +253,3 @@ func hostListCommand(c *cli) *cobra.Command {
 	out.register(cmd)
 	return cmd
 }
-
-func storeCommand(c *cli) *cobra.Command {
-	cmd := &cobra.Command{Use: "store", Short: "Stores: the disks of chunk servers"}
-	var out outputFlag
-	ls := &cobra.Command{
-		Use: "ls", Short: "List the stores", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				hs, err := s.hostViews(ctx)
-				if err != nil {
-					return err
-				}
-				all, rows := []storeView{}, [][]string{}
-				for _, h := range hs {
-					for _, st := range h.Stores {
-						all = append(all, st)
-						rows = append(rows, []string{st.ID, st.Host, formatSize(st.Used), formatSize(st.Live), formatSize(st.Capacity), fmt.Sprint(st.Incarnation), st.State})
-					}
-				}
-				return out.show(all, []string{"STORE", "HOST", "USED", "LIVE", "CAPACITY", "INCARNATION", "STATE"}, rows)
-			})
-		},
-	}
-	out.register(ls)
-	cmd.AddCommand(ls)
-	return cmd
-}
