@@ -89,7 +89,7 @@ func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd
 	}
 	h.meta = metaclient.New(metaclient.Config{Addrs: cfg.Meta, Who: cfg.Name})
 	h.undo = append(h.undo, h.meta.Close)
-	dataL, err := listenPatiently(link.Config{Addr: cfg.Data, Echo: true, DSCP: cfg.Network.DSCP})
+	dataL, err := listenPatiently(link.Config{Addr: cfg.Data, Echo: len(link.SplitAddrs(cfg.Data)) > 1, DSCP: cfg.Network.DSCP})
 	if err != nil {
 		return h, err
 	}

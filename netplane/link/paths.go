@@ -19,10 +19,12 @@ import (
 )
 
 // Bounds of probing. Loads are small: a probe is 64 bytes, ten a second on each
-// path, fewer when there are more than maxRate of them in a second.
+// path of a peer with connections, two on others, fewer when there are more than
+// maxRate of them in a second.
 const (
 	defaultEvery = 100 * time.Millisecond
 	maxRate      = 1000 // probes in a second
+	idleEvery    = 5    // rounds between probes to a peer without connections
 	silentAfter  = 3    // probes without an answer: the path is dead
 	doubtAfter   = 2    // and in doubt
 	sizeEvery    = 10   // rounds between probes of the packet size
@@ -157,8 +159,8 @@ func (p *Paths) Watch(addrs string) {
 	p.peer(addrs)
 }
 
-// peer returns what is known of a peer, nil for one with addresses that are
-// names: those are not probed.
+// peer returns what is known of a peer. It is nil for one that is not probed:
+// one with a single address, where there is nothing to choose, or with names.
 func (p *Paths) peer(addrs string) *peer {
 	pr := p.peers[addrs]
 	if pr == nil {
@@ -169,7 +171,7 @@ func (p *Paths) peer(addrs string) *peer {
 		list := SplitAddrs(addrs)
 		for i, a := range list {
 			ap, err := netip.ParseAddrPort(a)
-			if err != nil || len(list) > maxAddrs {
+			if err != nil || len(list) == 1 || len(list) > maxAddrs {
 				return nil
 			}
 			p.last++
@@ -333,7 +335,11 @@ func (p *Paths) tick() (news []PathState) {
 				w.changed = time.Now()
 				news = append(news, w.state(addrs))
 			}
-			if (p.round+w.id)%every == 0 {
+			due := every
+			if !busy {
+				due *= idleEvery
+			}
+			if (p.round+w.id)%due == 0 {
 				p.probe(w)
 			}
 		}

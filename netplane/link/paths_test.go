@@ -185,6 +185,9 @@ func TestOrder(t *testing.T) {
 			t.Error(err)
 		}
 	}()
+	if p.Watch("10.0.0.1:1"); len(p.peers) != 0 || p.order("10.0.0.1:1", 0)[0].addr != "10.0.0.1:1" {
+		t.Error("a peer with one address is probed")
+	}
 	const addrs = "10.0.0.1:1,10.1.0.1:1,10.2.0.1:1,10.3.0.1:1"
 	p.Watch(addrs)
 	ways := p.peers[addrs].paths
@@ -224,6 +227,9 @@ func TestOrder(t *testing.T) {
 	check("0312")
 }
 
+// twoPaths is a peer where nobody answers.
+const twoPaths = "127.0.0.1:9,127.0.0.2:9"
+
 // What the probes know of packet sizes becomes the connection's segment size,
 // and a size that stops passing is given up for the next one.
 func TestPacketSizes(t *testing.T) {
@@ -233,8 +239,8 @@ func TestPacketSizes(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	p.Watch("127.0.0.1:9")
-	w := p.peers["127.0.0.1:9"].paths[0]
+	p.Watch(twoPaths)
+	w := p.peers[twoPaths].paths[0]
 	answer := func(n int) {
 		b := make([]byte, n)
 		copy(b, probeMagic[:])
@@ -294,8 +300,8 @@ func TestForeignPacketsAreNoProbes(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	p.Watch("127.0.0.1:9")
-	w := p.peers["127.0.0.1:9"].paths[0]
+	p.Watch(twoPaths)
+	w := p.peers[twoPaths].paths[0]
 	good := make([]byte, probeBytes)
 	copy(good, probeMagic[:])
 	good[15] = byte(w.id)
