@@ -2,8 +2,8 @@
 // benchmarks and for tests that keep a history of what they did.
 //
 // Duty: URIs, the client's side of the handshake, many requests in flight,
-// answered in any order. Floor: F3. It does not reconnect: whoever uses it
-// knows what may be sent again.
+// answered in any order; a Client for as long as its connection lasts, a
+// Patient that dials again. Floor: F3.
 package client
 
 import (
@@ -42,14 +42,15 @@ type Req struct {
 	User    any          // the caller's
 
 	open atomic.Int32 // what is outstanding: the reply, and the sender's use of Data
-	c    *Client
-	got  uint64 // bytes of a read that have come
+	c    *Client      // whose it is, or was
+	got  uint64       // bytes of a read that have come
 	head [nbd.RequestSize]byte
 }
 
 // Client is one connection to one export. All methods may be called from many
 // goroutines.
 type Client struct {
+	calls
 	nc     net.Conn
 	br     *bufio.Reader
 	out    *socket.Outbox
@@ -159,6 +160,7 @@ func (c *Client) start() error {
 	if err != nil {
 		return err
 	}
+	c.calls = calls{c}
 	c.out, c.pending, c.done = out, map[uint64]*Req{}, make(chan struct{})
 	go c.read()
 	return nil

@@ -12,13 +12,23 @@ import (
 // cut and sent together.
 const pieceBytes = 4 << 20
 
+// starter is what the waiting calls stand on.
+type starter interface {
+	Start(*Req)
+	MaxBytes() uint32
+	Size() uint64
+}
+
+// calls are the calls that wait, of a Client or a Patient.
+type calls struct{ starter }
+
 var (
-	_ io.ReaderAt = (*Client)(nil)
-	_ io.WriterAt = (*Client)(nil)
+	_ io.ReaderAt = calls{}
+	_ io.WriterAt = calls{}
 )
 
 // do sends one request and waits.
-func (c *Client) do(r *Req) error {
+func (c calls) do(r *Req) error {
 	done := make(chan struct{})
 	r.Done = func(*Req) { close(done) }
 	c.Start(r)
@@ -27,7 +37,7 @@ func (c *Client) do(r *Req) error {
 }
 
 // ReadAt implements io.ReaderAt over the export.
-func (c *Client) ReadAt(p []byte, off int64) (int, error) {
+func (c calls) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, status.Errorf(status.Invalid, "a read at offset %d is before the beginning", off)
 	}
@@ -47,16 +57,16 @@ func (c *Client) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // WriteAt implements io.WriterAt over the export.
-func (c *Client) WriteAt(p []byte, off int64) (int, error) {
+func (c calls) WriteAt(p []byte, off int64) (int, error) {
 	return c.write(p, off, 0)
 }
 
 // WriteFUA is WriteAt that is durable when it returns.
-func (c *Client) WriteFUA(p []byte, off int64) (int, error) {
+func (c calls) WriteFUA(p []byte, off int64) (int, error) {
 	return c.write(p, off, nbd.CmdFUA)
 }
 
-func (c *Client) write(p []byte, off int64, flags uint16) (int, error) {
+func (c calls) write(p []byte, off int64, flags uint16) (int, error) {
 	if off < 0 {
 		return 0, status.Errorf(status.Invalid, "a write at offset %d is before the beginning", off)
 	}
@@ -65,7 +75,7 @@ func (c *Client) write(p []byte, off int64, flags uint16) (int, error) {
 
 // pieces sends a range as requests of at most pieceBytes and waits for all. It
 // returns how many bytes are done before the first failure.
-func (c *Client) pieces(cmd, flags uint16, p []byte, off int64) (int, error) {
+func (c calls) pieces(cmd, flags uint16, p []byte, off int64) (int, error) {
 	step := int(min(pieceBytes, c.MaxBytes()))
 	count := (len(p) + step - 1) / step
 	reqs, done := make([]Req, count), make(chan struct{}, count)
@@ -90,7 +100,7 @@ func (c *Client) pieces(cmd, flags uint16, p []byte, off int64) (int, error) {
 }
 
 // ranges sends a command without data for a range of any length.
-func (c *Client) ranges(cmd, flags uint16, off, n uint64) error {
+func (c calls) ranges(cmd, flags uint16, off, n uint64) error {
 	for n > 0 {
 		step := min(n, 1<<31)
 		if err := c.do(&Req{Type: cmd, Flags: flags, Off: off, Len: uint32(step)}); err != nil {
@@ -102,22 +112,22 @@ func (c *Client) ranges(cmd, flags uint16, off, n uint64) error {
 }
 
 // Trim gives a range's space back; whole blocks of it may read as zeros.
-func (c *Client) Trim(off, n uint64) error { return c.ranges(nbd.CmdTrim, 0, off, n) }
+func (c calls) Trim(off, n uint64) error { return c.ranges(nbd.CmdTrim, 0, off, n) }
 
 // WriteZeroes makes a range read as zeros. flags: nbd.CmdFUA, nbd.CmdNoHole,
 // nbd.CmdFastZero.
-func (c *Client) WriteZeroes(off, n uint64, flags uint16) error {
+func (c calls) WriteZeroes(off, n uint64, flags uint16) error {
 	return c.ranges(nbd.CmdWriteZeroes, flags, off, n)
 }
 
 // Cache hints that a range will be read.
-func (c *Client) Cache(off, n uint64) error { return c.ranges(nbd.CmdCache, 0, off, n) }
+func (c calls) Cache(off, n uint64) error { return c.ranges(nbd.CmdCache, 0, off, n) }
 
 // Flush returns when every write that was answered before is durable.
-func (c *Client) Flush() error { return c.do(&Req{Type: nbd.CmdFlush}) }
+func (c calls) Flush() error { return c.do(&Req{Type: nbd.CmdFlush}) }
 
 // BlockStatus describes [off, off+n) by runs of equal allocation.
-func (c *Client) BlockStatus(off, n uint64) ([]nbd.Extent, error) {
+func (c calls) BlockStatus(off, n uint64) ([]nbd.Extent, error) {
 	var out []nbd.Extent
 	for n > 0 {
 		r := &Req{Type: nbd.CmdBlockStatus, Off: off, Len: uint32(min(n, 1<<31))}
