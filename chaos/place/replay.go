@@ -184,12 +184,7 @@ func (r *replay) mark(hosts []int, f func(int)) {
 
 func (r *replay) arrive(e *Event) {
 	r.res.Asked++
-	v := &vm{data: slices.Clone(e.Data), job: &placement.Job{Name: e.VM, Tenant: e.Tenant, Class: e.Class, DurationMs: e.LifeMs,
-		Need: placement.Amounts{placement.CPU: e.CPU, placement.Memory: e.Memory}}}
-	for _, d := range v.data {
-		v.heat += d.Heat
-	}
-	v.gains()
+	v := newVM(e)
 	if !r.place(v) {
 		if r.res.Refused == 0 {
 			r.res.FirstRefusal = r.load()
@@ -203,6 +198,19 @@ func (r *replay) arrive(e *Event) {
 		heap.Push(&r.ends, end{e.AtMs + e.LifeMs, e.VM})
 	}
 }
+
+func newVM(e *Event) *vm {
+	v := &vm{data: slices.Clone(e.Data), job: &placement.Job{Name: e.VM, Tenant: e.Tenant, Class: e.Class, DurationMs: e.LifeMs,
+		Need: placement.Amounts{placement.CPU: e.CPU, placement.Memory: e.Memory}}}
+	for _, d := range v.data {
+		v.heat += d.Heat
+	}
+	v.gains()
+	return v
+}
+
+// Job is what a VM that arrives asks for, with its gains.
+func (e *Event) Job() *placement.Job { return newVM(e).job }
 
 // gains are the production's, of the VM's data as it is now.
 func (v *vm) gains() {
