@@ -34,6 +34,7 @@ import (
 //   - A store's disk that failed a write or a sync is of no use until its
 //     process has been started again.
 //   - Clocks differ by up to 5 % and never step (CLOCK_BOOTTIME).
+//   - Copies leaves a volume at least two replicas, and where disks rot three.
 //   - A store of an old copy of its disk comes with another incarnation, as the
 //     format demands (Amnesia stands for both).
 type Kind string
@@ -69,6 +70,8 @@ const (
 	BitFlip     Kind = "bit-flip"     // a bit changes on a disk
 	LostWrite   Kind = "lost-write"   // the disk says OK and has not written
 	Misdirected Kind = "misdirected"  // the disk has written elsewhere
+	Drain       Kind = "drain"        // a host's chunks are to go elsewhere; later it takes some again
+	Copies      Kind = "copies"       // the volume is to have more, or fewer, replicas
 )
 
 // weights says how often each fault is drawn.
@@ -79,6 +82,7 @@ var weights = []struct {
 	{Reset, 10}, {Partition, 5}, {MuteStore, 4}, {DeafStore, 4}, {SlowNet, 3}, {KillStore, 10}, {KillGate, 6}, {KillHost, 6}, {KillAll, 2},
 	{PowerHost, 8}, {PowerAll, 3}, {PowerFlush, 4}, {Survivor, 4}, {PauseStore, 5}, {PauseGate, 5}, {SlowDisk, 3}, {HangDisk, 4}, {DiskError, 3}, {FullDisk, 2},
 	{LeaderFalls, 6}, {Isolate, 6}, {CutMeta, 4}, {Echo, 2}, {Takeover, 6}, {Handover, 3}, {Amnesia, 3}, {BitFlip, 4}, {LostWrite, 2}, {Misdirected, 2},
+	{Drain, 4}, {Copies, 3},
 }
 
 // Kinds lists every fault there is.
@@ -127,13 +131,17 @@ type shape struct {
 	local           bool // gateway and store of a host are one process
 	rot             bool // one store's disk rots
 	victim          int
-	busy            int // faults per 1,000 operations
-	flushes         int // of 100 operations
-	zeros           int // of 100 writes
+	busy            int           // faults per 1,000 operations
+	flushes         int           // of 100 operations
+	zeros           int           // of 100 writes
+	grace           time.Duration // a member out for longer has its chunks made elsewhere
 }
 
 func (s shape) String() string {
 	out := fmt.Sprintf("%d hosts, %d replicas, %d faults per 1,000 operations", s.hosts, s.replicas, s.busy)
+	if s.grace < time.Minute {
+		out += fmt.Sprintf(", re-placed after %v", s.grace)
+	}
 	if s.local {
 		out += ", hosts are one process"
 	}
@@ -157,6 +165,10 @@ func drawShape(r *rand.Rand) shape {
 	s.zeros = []int{2, 10, 40}[r.IntN(3)]
 	s.rot = s.replicas >= 3 && r.IntN(5) == 0
 	s.victim = r.IntN(s.hosts)
+	s.grace = []time.Duration{time.Second, 3 * time.Second, time.Hour}[r.IntN(3)]
+	if s.grace < time.Hour && r.IntN(2) == 0 {
+		s.hosts++ // somewhere to go
+	}
 	return s
 }
 
@@ -210,7 +222,7 @@ func isRot(k Kind) bool { return k == BitFlip || k == LostWrite || k == Misdirec
 // forget.
 func takesOut(k Kind) bool {
 	switch k {
-	case Reset, SlowNet, KillGate, PauseGate, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk:
+	case Reset, SlowNet, KillGate, PauseGate, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies:
 		return false
 	}
 	return !isRot(k)

@@ -177,11 +177,11 @@ func (a *attachment) allInSync() bool {
 		return false
 	}
 	for _, r := range in.Replicas {
-		if r.State != "in-sync" {
+		if r.State != "in-sync" && r.State != "gone" {
 			return false
 		}
 	}
-	return true
+	return in.Caring == "" || !a.g.w.canCare()
 }
 
 func (p *peer) open() {

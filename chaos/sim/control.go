@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/cairnstore/cairn/chunk/volume"
@@ -11,7 +12,7 @@ import (
 // the volume attached, somebody gets it.
 type controller struct {
 	w      *world
-	agent  *agent
+	asked  int // commands, for the names of sessions
 	asking bool
 	idleAt time.Duration // since when nobody has it; 0: somebody has
 }
@@ -20,7 +21,7 @@ const lookEvery = 50 * time.Millisecond
 
 // boot makes the cluster and its one volume.
 func (w *world) boot() {
-	b := &controller{w: w, agent: newAgent(w, "admin", "", func(f func()) { f() })}
+	b := &controller{w: w}
 	w.boss = b
 	ready := false
 	hosts := 0
@@ -47,8 +48,11 @@ func (w *world) boot() {
 	b.look()
 }
 
+// do asks as `cairn` does, in a session of its own each time: one kept for hours
+// would expire.
 func (b *controller) do(cmd *pb.Command, then func()) {
-	b.agent.do(cmd, func(_ *pb.Result, err error) {
+	b.asked++
+	newAgent(b.w, fmt.Sprintf("admin-%d", b.asked), "", func(f func()) { f() }).do(cmd, func(_ *pb.Result, err error) {
 		if err != nil {
 			b.w.violate("P8", "metadata refuses the operator: %v", err)
 			return
@@ -132,4 +136,16 @@ func (b *controller) serving() *attachment {
 		}
 	}
 	return nil
+}
+
+// drain asks for a host's chunks to go elsewhere, or takes that back.
+func (b *controller) drain(n *node, on bool) {
+	b.w.note("operator", "drain", func() string { return fmt.Sprintf("%s %v", n.host, on) })
+	b.do(&pb.Command{Op: &pb.Command_SetHost{SetHost: &pb.SetHost{Host: n.host, Drained: on}}}, func() {})
+}
+
+// copies asks for another number of replicas.
+func (b *controller) copies(n int) {
+	b.w.note("operator", "replicas", func() string { return fmt.Sprint(n) })
+	b.do(&pb.Command{Op: &pb.Command_SetReplicas{SetReplicas: &pb.SetReplicas{Volume: volumeName, Replicas: uint32(n)}}}, func() {})
 }

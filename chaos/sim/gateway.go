@@ -206,7 +206,7 @@ func (g *gateway) attached(res *pb.Result) {
 	a := &attachment{g: g, epoch: v.Epoch, id: ids.VolumeID(v.Id)}
 	a.client = newClient(w, a)
 	out := a.takeOut()
-	e, err := volume.New(g.now(), volume.Config{Host: g.host, Volume: v, Chunks: res.Chunks}, out)
+	e, err := volume.New(g.now(), volume.Config{Host: g.host, Volume: v, Chunks: res.Chunks, Grace: w.shape.grace}, out)
 	if err != nil {
 		w.violate("P8", "metadata answers an attach with a volume that cannot be: %v", err)
 		return
@@ -240,6 +240,9 @@ func (g *gateway) picture() string {
 	for _, r := range in.Replicas {
 		out += fmt.Sprintf(" %s=%s", r.Host, r.State)
 	}
+	if in.Caring != "" {
+		out += ", cares for " + in.Caring
+	}
 	return out
 }
 
@@ -250,6 +253,8 @@ func (a *attachment) callMeta(c *volume.MetaCall) {
 	switch {
 	case c.Change != nil:
 		cmd.Op = &pb.Command_ChangeMembers{ChangeMembers: c.Change}
+	case c.Move != nil:
+		cmd.Op = &pb.Command_MoveChunks{MoveChunks: c.Move}
 	case c.Allocate != nil:
 		cmd.Op = &pb.Command_Allocate{Allocate: c.Allocate}
 	default:

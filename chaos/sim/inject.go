@@ -120,6 +120,10 @@ func (in *injector) fair(f Fault) bool {
 		return in.w.shape.replicas > 1 && in.quiet()
 	case isRot(f.Kind):
 		return in.w.shape.rot
+	case f.Kind == Copies:
+		return in.copies(f) > 0
+	case f.Kind == Drain:
+		return !in.healed
 	case in.w.shape.rot && (f.Kind == PowerAll || f.Kind == KillAll):
 		return false
 	case in.w.shape.rot && takesOut(f.Kind):
@@ -180,6 +184,11 @@ func (in *injector) do(f Fault) {
 		in.echoUntil = max(in.echoUntil, end)
 	case Takeover:
 		w.boss.attach(g, true)
+	case Drain:
+		w.boss.drain(n, true)
+		w.after(4*f.For+time.Second, func() { w.boss.drain(n, false) })
+	case Copies:
+		w.boss.copies(in.copies(f))
 	case Handover:
 		if a := w.boss.serving(); a != nil {
 			a.g.detach()
@@ -353,4 +362,18 @@ func (g *gateway) agentCut(until time.Duration) {
 	if g.agent != nil {
 		g.agent.blockedUntil = max(g.agent.blockedUntil, until)
 	}
+}
+
+// copies is how many replicas the volume is to have; 0: this is not fair.
+func (in *injector) copies(f Fault) int {
+	w := in.w
+	least := 2
+	if w.shape.rot {
+		least = 3
+	}
+	most := min(w.shape.hosts, 5)
+	if w.shape.replicas < least || most < least {
+		return 0
+	}
+	return least + int(f.Arg)%(most-least+1)
 }

@@ -116,6 +116,13 @@ func (m *meta) do(cmd *pb.Command, reply func(*pb.Result)) {
 			reply(refused(err))
 			return
 		}
+	case *pb.Command_MoveChunks:
+		if v := state.VolumeByID(m.kv, op.MoveChunks.VolumeId); v != nil {
+			if err := server.PlaceMoves(m.kv, m.placer, op.MoveChunks, m.views(v)); err != nil {
+				reply(refused(err))
+				return
+			}
+		}
 	}
 	m.propose(l, cmd, prev, reply)
 }
@@ -212,7 +219,7 @@ func (m *meta) renew(req *pb.RenewRequest, reply func(*pb.RenewReply)) {
 			v := state.VolumeByID(m.kv, x.VolumeId)
 			held := v != nil && v.Epoch == x.Epoch && v.HolderHost == req.Host && v.HolderSession == req.Session
 			if held && l.leases.Grant(x.VolumeId, x.Epoch, req.Host, now) {
-				rep.Volumes = append(rep.Volumes, v)
+				rep.Volumes = append(rep.Volumes, state.Leaving(m.kv, v))
 			} else {
 				rep.Refused = append(rep.Refused, x)
 			}
@@ -234,23 +241,7 @@ func (m *meta) place(op *pb.Allocate) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	req := server.ChunkRequest{Volume: ids.VolumeID(v.Id), Count: len(missing), Replicas: int(v.Replicas), ChunkBytes: v.ChunkBytes, PreferHost: op.PreferHost}
-	for _, n := range m.w.nodes {
-		s := state.StoreByID(m.kv, n.id[:])
-		if s == nil {
-			continue
-		}
-		view := server.StoreView{ID: n.id, Host: n.host, Domain: n.host, Up: n.up(), CapacityBytes: s.CapacityBytes}
-		for _, mem := range v.Members {
-			if bytes.Equal(mem.Store, n.id[:]) {
-				view.Member, view.InSync = true, mem.InSync
-			}
-		}
-		if n.up() {
-			view.UsedBytes = n.store.Usage().UsedBytes
-		}
-		req.Stores = append(req.Stores, view)
-	}
+	req := server.ChunkRequest{Volume: ids.VolumeID(v.Id), Count: len(missing), Replicas: int(v.Replicas), ChunkBytes: v.ChunkBytes, PreferHost: op.PreferHost, Stores: m.views(v)}
 	places, err := m.placer.PlaceChunks(req)
 	if err != nil {
 		return err
@@ -265,6 +256,28 @@ func (m *meta) place(op *pb.Allocate) error {
 	return nil
 }
 
+// views is server.storeViews.
+func (m *meta) views(v *pb.Volume) []server.StoreView {
+	var out []server.StoreView
+	for _, n := range m.w.nodes {
+		s := state.StoreByID(m.kv, n.id[:])
+		if s == nil || s.Retired || state.HostByName(m.kv, n.host).GetDrained() && m.memberOf(v, n) == nil {
+			continue
+		}
+		view := server.StoreView{ID: n.id, Host: n.host, Domain: n.host, Up: n.up(), CapacityBytes: s.CapacityBytes}
+		for _, mem := range v.Members {
+			if bytes.Equal(mem.Store, n.id[:]) {
+				view.Member, view.InSync = true, mem.InSync
+			}
+		}
+		if n.up() {
+			view.UsedBytes = n.store.Usage().UsedBytes
+		}
+		out = append(out, view)
+	}
+	return out
+}
+
 // volume is the volume as the state machine has it now; checkers and fairness
 // look here, the cluster's own parts ask.
 func (m *meta) volume() *pb.Volume { return state.VolumeByName(m.kv, volumeName) }
@@ -274,7 +287,11 @@ func (m *meta) chunks() []*pb.Chunk { return state.Chunks(m.kv, m.volume().GetId
 // inSync reports whether a store is an in-sync member as committed, or not a
 // member yet.
 func (m *meta) member(n *node) *pb.Member {
-	for _, mem := range m.volume().GetMembers() {
+	return m.memberOf(m.volume(), n)
+}
+
+func (m *meta) memberOf(v *pb.Volume, n *node) *pb.Member {
+	for _, mem := range v.GetMembers() {
 		if bytes.Equal(mem.Store, n.id[:]) {
 			return mem
 		}

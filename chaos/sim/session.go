@@ -212,7 +212,7 @@ func (a *agent) query(done func(*pb.Volume)) {
 			w.after(w.span(10*time.Millisecond, 60*time.Millisecond), func() { a.query(done) })
 			return
 		}
-		v := state.VolumeByName(w.meta.kv, volumeName)
+		v := state.Leaving(w.meta.kv, state.VolumeByName(w.meta.kv, volumeName))
 		back(func() { done(v) })
 	})
 }

@@ -69,6 +69,7 @@ type Stats struct {
 	Unknown  int // unanswered, or answered with the end of the session
 	Refused  int // answered with an error that is allowed
 	Attaches int
+	Moves    int // copies of chunks that were made on another store and counted
 	Shakes   int // power losses that may take back what was not flushed
 	Virtual  time.Duration
 	Faults   map[Kind]int
@@ -103,6 +104,9 @@ func (w *world) play() {
 		return
 	}
 	w.faults.heal()
+	for _, n := range w.nodes {
+		w.boss.drain(n, false)
+	}
 	w.converge("healed")
 	w.check.allRead()
 	w.check.equal()
@@ -189,4 +193,10 @@ func (s *Stats) FaultCount() int {
 		n += k
 	}
 	return n
+}
+
+// canCare reports whether what there is to repair could be: no host is drained,
+// so that each chunk finds its place.
+func (w *world) canCare() bool {
+	return int(w.meta.volume().GetReplicas()) <= len(w.nodes)
 }

@@ -136,6 +136,7 @@ func (s *totals) add(r *Result) {
 	s.stats.Ops += x.Ops
 	s.stats.Unknown += x.Unknown
 	s.stats.Attaches += x.Attaches
+	s.stats.Moves += x.Moves
 	s.stats.Events += x.Events
 	s.stats.Shakes += x.Shakes
 	s.stats.Virtual += x.Virtual
@@ -150,7 +151,7 @@ func (s *totals) add(r *Result) {
 func (s *totals) String() string {
 	var b strings.Builder
 	x := s.stats
-	fmt.Fprintf(&b, "seeds %d  operations %d, %d answered  unanswered %d  attaches %d  events %d  virtual %v\nfaults %d:", s.runs, x.Begun, x.Ops, x.Unknown, x.Attaches, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
+	fmt.Fprintf(&b, "seeds %d  operations %d, %d answered  unanswered %d  attaches %d  copies moved %d  events %d  virtual %v\nfaults %d:", s.runs, x.Begun, x.Ops, x.Unknown, x.Attaches, x.Moves, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
 	for _, k := range Kinds() {
 		fmt.Fprintf(&b, " %s %d", k, x.Faults[k])
 	}

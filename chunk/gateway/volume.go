@@ -180,6 +180,8 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_PruneLayer{PruneLayer: c.Prune}})
 	case c.Look:
 		err = v.refresh(ctx)
+	case c.Move != nil:
+		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_MoveChunks{MoveChunks: c.Move}})
 	case c.Allocate != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: c.Allocate}})
 	default:

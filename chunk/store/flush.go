@@ -1,6 +1,8 @@
 package store
 
 import (
+	"slices"
+
 	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
@@ -143,4 +145,25 @@ func (s *Store) applyDrop(k dropKey, lsn uint64) {
 	if k.chunk == 0 {
 		delete(s.vols, k.volume)
 	}
+}
+
+// returns reports whether a request may name a chunk that was dropped: its
+// volume's writer brings a copy of it back to this store, which a sweep had
+// dropped when it was moved away. Not before all of the old one is forgotten, and
+// reads not before there is something.
+func (s *Store) returns(v *vol, q *wire.Request) bool {
+	if v == nil || q.Chunk == 0 || s.drops[dropKey{q.Volume, 0}] > 0 ||
+		slices.ContainsFunc(s.leaving, func(c *chunk) bool { return c.v.id == q.Volume && c.id == q.Chunk }) {
+		return false
+	}
+	switch q.Kind {
+	case wire.Write, wire.Zero, wire.Install, wire.Digest, wire.List:
+		return true
+	}
+	for k := range v.chunks {
+		if k.id == q.Chunk {
+			return true
+		}
+	}
+	return false
 }

@@ -340,7 +340,9 @@ func (s *Store) adopt(c *course) {
 		s.ckpt.loggedBefore = -s.cfg.CheckpointBytes
 	}
 	s.lsn, s.recovered = max(c.top, c.bound, c.cut-1), c.cut-1
-	s.written, s.durable = c.cut-1, c.cut-1 // and not lsn: what says that there is a gap is not durable yet
+	// Not lsn: what says that there is a gap is not durable yet. It is written
+	// before anything that claims so.
+	s.written, s.durable = s.lsn, c.cut-1
 	s.life = c.life + 1
 	lost := !c.sameRun && !c.clean
 	if c.damage != "" {

@@ -276,7 +276,7 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 		out.fail(c, q.Kind, q.ID, errSuperseded(q))
 		return nil
 	}
-	if q.Kind != wire.Drop && s.dropped(q.Volume, q.Chunk, 0) {
+	if q.Kind != wire.Drop && s.dropped(q.Volume, q.Chunk, 0) && !s.returns(v, q) {
 		out.fail(c, q.Kind, q.ID, status.Errorf(status.NotFound, "volume %d or its chunk %d was dropped", q.Volume, q.Chunk))
 		return nil
 	}

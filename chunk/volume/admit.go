@@ -260,7 +260,7 @@ func (e *Engine) allocated(ev *MetaDone) {
 		e.adoptMembers(v)
 	}
 	for _, c := range ev.Result.GetChunks() {
-		if err := e.addChunk(c); err != nil {
+		if err := e.adoptChunk(c); err != nil {
 			e.unwant(ids.ChunkIndex(c.Index), status.Of(err))
 			continue
 		}
@@ -286,30 +286,4 @@ func (e *Engine) unwant(i ids.ChunkIndex, k status.Kind) {
 	for _, p := range waiting {
 		e.partDone(p.op, k)
 	}
-}
-
-// addChunk enters an allocated chunk into the map.
-func (e *Engine) addChunk(c *pb.Chunk) error {
-	ck := e.chunks[ids.ChunkIndex(c.Index)]
-	if ck == nil {
-		ck = &chunk{index: ids.ChunkIndex(c.Index)}
-	}
-	var reps []*replica
-	for _, b := range c.Stores {
-		id, err := ids.StoreIDFromBytes(b)
-		if err != nil {
-			return status.Errorf(status.Internal, "chunk %d: %w", c.Id, err)
-		}
-		r := e.byStore[id]
-		if r == nil {
-			return status.Errorf(status.Internal, "chunk %d names store %s, which is no member of the volume", c.Id, id.Short())
-		}
-		reps = append(reps, r)
-	}
-	if len(reps) > maxReplicas {
-		return status.Errorf(status.Unsupported, "chunk %d has %d replicas: at most %d are possible", c.Id, len(reps), maxReplicas)
-	}
-	ck.id, ck.replicas = ids.ChunkID(c.Id), reps
-	e.chunks[ck.index] = ck
-	return nil
 }

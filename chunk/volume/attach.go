@@ -27,6 +27,7 @@ type attach struct {
 	best      map[blockKey]wire.Entry // the newest state of each block above the floor
 	has       map[*replica]map[blockKey]wire.Entry
 	transfers []*transfer // not started
+	byID      map[ids.ChunkID]*chunk
 }
 
 type attachPhase uint8
@@ -96,7 +97,10 @@ func (e *Engine) insufficient(reached int) string {
 	}
 	for _, c := range e.sortedChunks() {
 		whole, all := false, true
-		for _, r := range c.replicas {
+		for pos, r := range c.replicas {
+			if c.fills[pos] != nil {
+				continue
+			}
 			sealed := r.inSync && r.up && r.sealed && !r.excluding
 			whole = whole || (sealed && r.intact)
 			all = all && (!r.inSync || sealed)
@@ -116,6 +120,10 @@ func (e *Engine) beginReconcile(members []*replica) {
 	a.best, a.has, a.floor, a.transfers = map[blockKey]wire.Entry{}, map[*replica]map[blockKey]wire.Entry{}, 0, nil
 	for _, r := range members {
 		a.floor = max(a.floor, r.floor)
+	}
+	a.byID = map[ids.ChunkID]*chunk{}
+	for _, c := range e.chunks {
+		a.byID[c.id] = c
 	}
 	for _, r := range members {
 		a.has[r] = map[blockKey]wire.Entry{}
@@ -146,6 +154,9 @@ func (e *Engine) listNewer(r *replica, q wire.Request) {
 			return
 		}
 		for _, en := range rep.Entries {
+			if c := a.byID[en.Chunk]; c == nil || !c.heldBy(r) {
+				continue // a copy that was never finished, or has moved away
+			}
 			k := blockKey{en.Chunk, en.Layer, en.Block}
 			a.has[r][k] = en
 			if b, ok := a.best[k]; !ok || better(en, b) {
@@ -175,10 +186,6 @@ func better(a, b wire.Entry) bool {
 func (e *Engine) listed() {
 	a := e.attach
 	a.phase = attachCopy
-	byID := map[ids.ChunkID]*chunk{}
-	for _, c := range e.chunks {
-		byID[c.id] = c
-	}
 	keys := make([]blockKey, 0, len(a.best))
 	for k := range a.best {
 		keys = append(keys, k)
@@ -191,10 +198,7 @@ func (e *Engine) listed() {
 	lists := map[group][]wire.Entry{}
 	var order []group
 	for _, k := range keys {
-		c := byID[k.chunk]
-		if c == nil {
-			continue
-		}
+		c := a.byID[k.chunk]
 		g := group{chunk: k.chunk}
 		if g.have, g.lack = e.holders(c, k); g.lack == 0 {
 			continue
@@ -205,7 +209,7 @@ func (e *Engine) listed() {
 		lists[g] = append(lists[g], a.best[k])
 	}
 	for _, g := range order {
-		a.transfers = append(a.transfers, e.attachTransfer(byID[g.chunk], g.have, g.lack, lists[g]))
+		a.transfers = append(a.transfers, e.attachTransfer(a.byID[g.chunk], g.have, g.lack, lists[g]))
 	}
 	e.nextTransfers()
 }
@@ -215,7 +219,7 @@ func (e *Engine) listed() {
 func (e *Engine) holders(c *chunk, k blockKey) (have, lack uint16) {
 	a := e.attach
 	for pos, r := range c.replicas {
-		if a.has[r] == nil {
+		if a.has[r] == nil || c.fills[pos] != nil {
 			continue
 		}
 		if en := a.has[r][k]; better(a.best[k], en) {

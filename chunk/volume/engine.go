@@ -19,8 +19,11 @@
 //  8. membership    exclusion before acknowledgement            (member.go)
 //  9. attach        seal, reconcile, settle, serve              (attach.go)
 //  10. join         a member that was out catches up            (join.go)
-//  11. transfer     how blocks are copied in attach and join    (transfer.go)
-//  12. layers       what a snapshot is, the cut, and what goes  (layer.go, cut.go, reclaim.go)
+//  11. catch up     what a joiner and a new copy have in common (catchup.go)
+//  12. copies       chunks move to other stores                 (fill.go, plan.go)
+//  13. transfer     how blocks are copied in all of these       (transfer.go)
+//  14. pace         background copies yield to the guest        (pace.go)
+//  15. layers       what a snapshot is, the cut, and what goes  (layer.go, cut.go, reclaim.go)
 package volume
 
 import (
@@ -42,6 +45,15 @@ type Config struct {
 	Stall    time.Duration // an in-sync replica that makes no progress for so long is excluded (default 1 s)
 	SealWait time.Duration // attach waits so long for members beyond a sufficient set (default 1.5 s)
 	Flush    time.Duration // the engine flushes by itself so often when dirty (default 1 s)
+	Grace    time.Duration // the chunks of a member that is out for longer go elsewhere (default 10 min)
+	CopyRate int64         // bytes per second that joins and new copies may use at most (default 256 MiB)
+	Budget   Budget        // shared by the engines of a host; nil: no further limit
+}
+
+// Budget is what all background copies of a host share. Take is called under the
+// engine's lock and must not block; false: not now.
+type Budget interface {
+	Take(now time.Duration, bytes int) bool
 }
 
 const (
@@ -76,10 +88,12 @@ type Engine struct {
 	volume   ids.VolumeID
 	epoch    ids.Epoch
 	revision uint64
-	size     uint64 // bytes
-	limit    uint64 // bytes; > 0: operations end here, below the size
-	cuts     uint32 // of the map, up to this one
-	perChunk uint32 // blocks
+	size     uint64   // bytes
+	limit    uint64   // bytes; > 0: operations end here, below the size
+	cuts     uint32   // of the map, up to this one
+	perChunk uint32   // blocks
+	copies   int      // wanted of each chunk
+	nobody   *replica // stands at the positions of a chunk whose replica has left
 	replicas []*replica
 	byStore  map[ids.StoreID]*replica
 	chunks   map[ids.ChunkIndex]*chunk
@@ -116,6 +130,9 @@ type Engine struct {
 	alloc    allocState
 	attach   *attach
 	full     fullState
+	moves    moveState
+	pace     pacer
+	lag      lagState
 	lastTick time.Duration
 	// until then nobody made progress, or this process did not run
 	stillUntil time.Duration
@@ -137,13 +154,16 @@ type Stats struct {
 	Repaired               uint64 // blocks rewritten from a good copy
 	ReadBlocks             uint64 // of clients' reads, that replicas answered
 	LocalBlocks            uint64 // of those, by the replica of this host: ≤ ReadBlocks
+	Moved                  uint64 // copies of chunks that took another's place, or came on top
+	CopiedBytes            uint64 // data that joins and new copies have sent
 }
 
 // chunk is one allocated, or just being allocated, chunk.
 type chunk struct {
 	index    ids.ChunkIndex
 	id       ids.ChunkID // 0 while being allocated
-	replicas []*replica  // position = bit in job.need and job.have
+	replicas []*replica  // position = bit in job.need and job.have; e.nobody where one has left
+	fills    []*fill     // by position: the copy there is being made and does not count; nil: it counts
 	jobs     []*job      // in flight or merging; bounded by the operations in flight
 }
 
@@ -172,15 +192,24 @@ func New(now time.Duration, cfg Config, out *Out) (*Engine, error) {
 	if v.ChunkBytes == 0 || v.ChunkBytes%ids.BlockSize != 0 || v.SizeBytes%ids.BlockSize != 0 {
 		return nil, status.Errorf(status.Invalid, "volume %q has a size of %d and chunks of %d bytes: both must be whole blocks", v.Name, v.SizeBytes, v.ChunkBytes)
 	}
+	if cfg.Grace == 0 {
+		cfg.Grace = 10 * time.Minute
+	}
+	if cfg.CopyRate == 0 {
+		cfg.CopyRate = 256 << 20
+	}
 	e := &Engine{cfg: cfg, volume: ids.VolumeID(v.Id), epoch: ids.Epoch(v.Epoch), revision: v.Revision,
 		size: v.SizeBytes, perChunk: uint32(v.ChunkBytes / ids.BlockSize),
 		byStore: map[ids.StoreID]*replica{}, chunks: map[ids.ChunkIndex]*chunk{}, now: now, lastTick: now, out: out}
 	e.cfg.Volume, e.cfg.Chunks = nil, nil
+	e.copies, e.nobody = int(v.Replicas), &replica{index: -1}
+	e.moves.look = true
+	e.pace.init(now, cfg.CopyRate)
 	e.inFlight.init()
 	e.layers.begin(v)
 	e.addMembers(v.Members)
 	for _, c := range cfg.Chunks {
-		if err := e.addChunk(c); err != nil {
+		if err := e.adoptChunk(c); err != nil {
 			return nil, err
 		}
 	}
@@ -250,9 +279,11 @@ func (e *Engine) settle() {
 	e.startAllocate()
 	e.startFlush()
 	e.stepJoins()
+	e.stepFills()
 	e.startChange()
 	e.stepCut()
 	e.stepReclaim()
+	e.startMoves()
 	e.stepDetach()
 }
 
@@ -265,6 +296,9 @@ func (e *Engine) tick() {
 	e.retryFull()
 	e.retryStuck()
 	e.autoFlush()
+	e.watchLag()
+	e.planMoves()
+	e.resumeCopies()
 }
 
 // submit admits one operation, or keeps it until the volume serves.
@@ -442,6 +476,7 @@ func (e *Engine) refresh(ev *Refresh) {
 	e.takeSize(v, ev.Chunks, ev.Whole)
 	e.setQos(v.Qos)
 	e.layers.take(v)
+	e.noteVolume(v)
 	e.member.news = v
 	e.takeNews()
 }

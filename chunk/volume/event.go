@@ -72,6 +72,7 @@ type LinkAction struct {
 type MetaCall struct {
 	Allocate *pb.Allocate
 	Change   *pb.ChangeMembers
+	Move     *pb.MoveChunks
 	Detach   *pb.Detach
 	Prune    *pb.PruneLayer
 	Look     bool // bring the volume as it is now as a Refresh, and then the answer

@@ -18,6 +18,8 @@ type Info struct {
 	Merging  bool   // a deleted layer waits to be merged, or is
 	MergeWhy string // why that was given up the last time
 	Replicas []ReplicaInfo
+	Caring   string // what is being repaired, or ought to be; "": nothing
+	Filling  int    // copies of chunks being made on other stores
 }
 
 // ReplicaInfo is the state of one member.
@@ -32,7 +34,8 @@ type ReplicaInfo struct {
 // Info returns a picture of the engine.
 func (e *Engine) Info() Info {
 	in := Info{State: e.state, Why: e.why, Epoch: e.epoch, Revision: e.revision, Size: e.size, Floor: e.floor,
-		InFlight: e.inFlight.len, Stats: e.stats, Layers: max(1, len(e.layers.all)), Merging: e.reclaiming(), MergeWhy: e.reclaimWhy}
+		InFlight: e.inFlight.len, Stats: e.stats, Layers: max(1, len(e.layers.all)), Merging: e.reclaiming(), MergeWhy: e.reclaimWhy,
+		Caring: e.caring(), Filling: len(e.moves.fills)}
 	for _, r := range e.replicas {
 		in.Replicas = append(in.Replicas, ReplicaInfo{Index: r.index, Store: r.store, Host: r.host, Addr: r.addr,
 			State: r.stateName(), JoinedBytes: r.joinedBytes})

@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"cmp"
 	"slices"
 	"time"
 
@@ -54,10 +53,10 @@ func (e *Engine) stepJoins() {
 		return
 	}
 	for _, r := range e.replicas {
-		if r.inSync {
+		if r.inSync || r.gone {
 			continue
 		}
-		if r.join == nil && r.up && e.now >= r.joinAfter {
+		if r.join == nil && r.up && e.now >= r.joinAfter && !e.unclear(r) {
 			e.beginJoin(r)
 		}
 		if r.join != nil {
@@ -81,7 +80,7 @@ func (e *Engine) beginJoin(r *replica) {
 		r.sealed = true
 		jn.phase, jn.from = joinCopy, ids.MakeVersion(e.epoch, e.counter+1)
 		for _, c := range e.sortedChunks() { // later ones have nothing below from
-			if slices.Contains(c.replicas, r) {
+			if c.heldBy(r) {
 				jn.queue = append(jn.queue, c)
 			}
 		}
@@ -99,13 +98,13 @@ func (e *Engine) stepJoin(r *replica, jn *join) {
 			}
 			jn.queue = jn.queue[1:]
 			jn.active++
-			e.compareChunk(r, jn, c, sources)
+			e.compareChunk(e.joinCatchUp(r, jn), c, sources)
 		}
 		if r.join == jn && jn.active == 0 && len(jn.queue) == 0 {
 			e.require(r, jn)
 		}
 	case joinSettle:
-		if e.answeredUpTo(r, jn.mark) {
+		if e.answeredUpTo(r, nil, jn.mark) {
 			jn.phase = joinSettling
 			e.settleJoin(r, jn)
 		}
@@ -117,7 +116,7 @@ func (e *Engine) stepJoin(r *replica, jn *join) {
 func (e *Engine) sources(c *chunk, from ids.Version) []*replica {
 	var out []*replica
 	for pos, r := range c.replicas {
-		if !r.readable() || r.merging > 0 || slices.ContainsFunc(c.jobs, func(j *job) bool {
+		if c.fills[pos] != nil || !r.readable() || r.merging > 0 || slices.ContainsFunc(c.jobs, func(j *job) bool {
 			return j.version != 0 && j.version < from && j.have&(1<<pos) == 0
 		}) {
 			continue
@@ -137,7 +136,7 @@ func (e *Engine) require(r *replica, jn *join) {
 	jn.required, jn.phase, jn.mark = true, joinSettle, e.counter
 	for _, j := range e.inFlight.all() {
 		for pos, o := range j.c.replicas {
-			if o != r {
+			if o != r || j.c.fills[pos] != nil {
 				continue
 			}
 			j.need |= 1 << pos
@@ -152,10 +151,11 @@ func (e *Engine) require(r *replica, jn *join) {
 	}
 }
 
-// answeredUpTo reports whether the replica has answered every write up to mark.
-func (e *Engine) answeredUpTo(r *replica, mark uint64) bool {
+// answeredUpTo reports whether the replica has answered every write up to mark,
+// of one chunk or, with nil, of all.
+func (e *Engine) answeredUpTo(r *replica, c *chunk, mark uint64) bool {
 	for i := range r.slots {
-		if j := r.slots[i].job; j != nil && j.version.Counter() <= mark {
+		if j := r.slots[i].job; j != nil && (c == nil || j.c == c) && j.version.Counter() <= mark {
 			return false
 		}
 	}
@@ -204,101 +204,14 @@ func (e *Engine) abortJoin(r *replica, why string) {
 	e.letGo(r)
 }
 
-// pair asks the same of the joiner and a survivor and continues with both
-// answers; a failure of either gives the join up.
-func (e *Engine) pair(r *replica, jn *join, s *replica, q wire.Request, then func(joiner, survivor *wire.Reply)) {
-	var a, b *wire.Reply
-	got := func() {
-		if r.join != jn || jn.phase != joinCopy || a == nil || b == nil {
-			return
-		}
-		for _, rep := range []*wire.Reply{a, b} {
-			if rep.Status != status.OK {
-				e.abortJoin(r, rep.Err().Error())
-				return
-			}
-		}
-		then(a, b)
-	}
-	qa, qb := q, q
-	e.call(r, &qa, func(rep *wire.Reply) { a = rep; got() })
-	e.call(s, &qb, func(rep *wire.Reply) { b = rep; got() })
-}
-
-// compareChunk compares digests per 4 MiB and copies the ranges that differ.
-func (e *Engine) compareChunk(r *replica, jn *join, c *chunk, sources []*replica) {
-	q := wire.Request{Kind: wire.Digest, Chunk: c.id, Count: e.perChunk, Limit: jn.from}
-	e.pair(r, jn, sources[0], q, func(joiner, survivor *wire.Reply) {
-		var ranges []int
-		for i := range max(len(joiner.Digests), len(survivor.Digests)) {
-			if i >= len(joiner.Digests) || i >= len(survivor.Digests) || joiner.Digests[i] != survivor.Digests[i] {
-				ranges = append(ranges, i)
-			}
-		}
-		e.copyRanges(r, jn, c, sources, ranges)
-	})
-}
-
-// copyRanges lists and copies one range after the other.
-func (e *Engine) copyRanges(r *replica, jn *join, c *chunk, sources []*replica, ranges []int) {
-	if len(ranges) == 0 {
-		jn.active--
-		e.stepJoin(r, jn)
-		return
-	}
-	first := uint32(ranges[0]) * wire.DigestBlocks
-	q := wire.Request{Kind: wire.List, Chunk: c.id, Block: ids.Block(first), Count: min(wire.DigestBlocks, e.perChunk-first)}
-	e.pair(r, jn, sources[0], q, func(joiner, survivor *wire.Reply) {
-		t := &transfer{from: sources, to: []*replica{r}, limit: jn.from, runs: runs(difference(jn.from, joiner.Entries, survivor.Entries)),
-			live: func() bool { return r.join == jn && jn.phase == joinCopy },
-			hope: func() bool {
-				return slices.ContainsFunc(c.replicas, func(o *replica) bool { return o.inSync && !slices.Contains(sources, o) })
-			}}
-		t.ended = func(f *failure) {
-			r.joinedBytes += t.bytes
-			if f != nil {
-				e.abortJoin(r, f.rep.Err().Error())
-				return
-			}
-			e.copyRanges(r, jn, c, sources, ranges[1:])
-		}
-		e.runTransfer(t)
-	})
-}
-
-// difference lists what the joiner is to be given of the survivor's states below
-// from: data to be read, and states without data. Sorted by layer and block within
-// each.
-func difference(from ids.Version, joiner, survivor []wire.Entry) []wire.Entry {
-	type place struct {
-		layer ids.LayerID
-		block ids.Block
-	}
-	mine := map[place]wire.Entry{}
-	for _, en := range joiner {
-		mine[place{en.Layer, en.Block}] = en
-	}
-	var data, direct []wire.Entry
-	for _, en := range survivor {
-		m, ok := mine[place{en.Layer, en.Block}]
-		delete(mine, place{en.Layer, en.Block})
-		switch {
-		case en.Version >= from || (ok && m.Version >= from):
-		case ok && m.Version == en.Version && m.Kind == en.Kind && m.Sum == en.Sum:
-		case ok && m.Version == en.Version && en.Kind == wire.EntryPoison: // the joiner has the last good copy
-		case en.Kind == wire.EntryData:
-			data = append(data, en)
-		default:
-			direct = append(direct, en)
-		}
-	}
-	for _, m := range mine { // the survivor has a hole
-		if m.Version < from {
-			direct = append(direct, wire.Entry{Chunk: m.Chunk, Layer: m.Layer, Block: m.Block, Kind: wire.EntryHole})
-		}
-	}
-	byPlace := func(a, b wire.Entry) int { return cmp.Or(cmp.Compare(a.Layer, b.Layer), cmp.Compare(a.Block, b.Block)) }
-	slices.SortFunc(data, byPlace)
-	slices.SortFunc(direct, byPlace)
-	return append(direct, data...)
+// joinCatchUp is what the copying of a join needs to know of it.
+func (e *Engine) joinCatchUp(r *replica, jn *join) *catchUp {
+	return &catchUp{r: r, from: jn.from,
+		live:   func() bool { return r.join == jn && jn.phase == joinCopy },
+		fail:   func(why string) { e.abortJoin(r, why) },
+		copied: func(n uint64) { r.joinedBytes += n },
+		done: func() {
+			jn.active--
+			e.stepJoin(r, jn)
+		}}
 }

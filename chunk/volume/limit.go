@@ -85,6 +85,9 @@ func (e *Engine) forgetCut(v *pb.Volume, chunks []*pb.Chunk) bool {
 		}
 	}
 	for _, c := range gone {
+		for pos := range c.replicas {
+			e.vacate(c, pos)
+		}
 		delete(e.chunks, c.index)
 	}
 	return true

@@ -88,7 +88,7 @@ func (w *world) everywhere(block uint64, r *register, val byte, since int, durab
 		if len(b.data) > 0 {
 			got = b.data[0]
 		}
-		if m.InSync && (durable || s.intact) && got != val && !slices.Contains(later, got) {
+		if m.InSync && w.holds(block, i) && (durable || s.intact) && got != val && !slices.Contains(later, got) {
 			w.fail("block %d: answered with %d (durable: %v), but in-sync member %d holds %d", block, val, durable, i, got)
 		}
 	}

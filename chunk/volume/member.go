@@ -17,6 +17,7 @@ type memberState struct {
 	call      *MetaCall
 	excluding []*replica
 	adding    *replica
+	moving    []*fill
 	after     time.Duration // no call before
 	refused   *replica      // its addition met a conflict: the next news decide
 	news      *pb.Volume    // from metadata, to be taken when no call is under way
@@ -111,9 +112,10 @@ func (e *Engine) mayExclude(out []*replica) bool {
 	}
 	for _, c := range e.chunks {
 		left, whole, hit := 0, 0, false
-		for _, r := range c.replicas {
+		for pos, r := range c.replicas {
 			gone := slices.Contains(out, r)
 			switch {
+			case c.fills[pos] != nil:
 			case gone:
 				hit = hit || r.inSync
 			case serves(r):
@@ -123,7 +125,7 @@ func (e *Engine) mayExclude(out []*replica) bool {
 				left++
 			}
 		}
-		if hit && (left < MinInSync(len(c.replicas)) || whole == 0) {
+		if hit && (left < MinInSync(c.count()) || whole == 0) {
 			return false
 		}
 	}
@@ -156,6 +158,8 @@ func (e *Engine) metaDone(ev *MetaDone) {
 	switch {
 	case ev.Call == e.alloc.call:
 		e.allocated(ev)
+	case ev.Call == e.member.call && ev.Call.Move != nil:
+		e.moved(ev)
 	case ev.Call == e.member.call:
 		e.changed(ev)
 	case ev.Call == e.look:
@@ -213,8 +217,9 @@ func (e *Engine) excluded(r *replica) {
 		e.stats.Excluded++
 	}
 	r.inSync, r.excluding, r.doubt, r.join = false, false, false, nil
-	r.joinAfter = e.now + joinBackoff
+	r.joinAfter, r.outSince = max(r.joinAfter, e.now+joinBackoff), e.now
 	e.letGo(r)
+	e.unasked(r)
 	if e.attach != nil {
 		e.attach.phase = attachSeal
 	}
@@ -226,7 +231,10 @@ func (e *Engine) letGo(r *replica) {
 	if r.up {
 		e.dropLink(r)
 	}
-	e.out.Links = append(e.out.Links, LinkAction{r.index, false}, LinkAction{r.index, true})
+	e.out.Links = append(e.out.Links, LinkAction{r.index, false})
+	if !r.gone {
+		e.out.Links = append(e.out.Links, LinkAction{r.index, true})
+	}
 	for _, j := range e.inFlight.all() {
 		for pos, o := range j.c.replicas {
 			if o == r {
@@ -250,13 +258,14 @@ func (e *Engine) adoptMembers(v *pb.Volume) {
 	}
 	e.revision = v.Revision
 	e.addMembers(v.Members)
+	e.dropMembers(v.Members)
 	for _, m := range v.Members {
 		id, err := ids.StoreIDFromBytes(m.Store)
 		if err != nil {
 			continue
 		}
 		r := e.byStore[id]
-		r.host, r.addr = m.Host, m.DataAddr
+		r.host, r.addr, r.leaving = m.Host, m.DataAddr, m.Leaving
 		switch {
 		case r.inSync && !m.InSync:
 			e.excluded(r)

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"slices"
+	"time"
 
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
@@ -21,6 +22,7 @@ type read struct {
 	moved uint8  // times it was asked again because of its layers
 	until uint64 // counter when the data came: later writes do not matter
 	legs  legs   // by position
+	at    time.Duration
 	req   wire.Request
 }
 
@@ -43,7 +45,7 @@ func (e *Engine) freeRead(rd *read) {
 
 func (e *Engine) startRead(c *chunk, p piece, first ids.Block, count uint32) {
 	rd := e.newRead()
-	rd.op, rd.piece, rd.c, rd.first, rd.count = p.op, p, c, first, count
+	rd.op, rd.piece, rd.c, rd.first, rd.count, rd.at = p.op, p, c, first, count, e.now
 	e.sendRead(rd)
 }
 
@@ -53,6 +55,8 @@ func (e *Engine) sendRead(rd *read) {
 	best, pos, hope := (*replica)(nil), 0, false
 	for i, r := range rd.c.replicas {
 		switch {
+		case rd.c.fills[i] != nil:
+			hope = hope || rd.c.fills[i].asked // it may count by now
 		case !r.inSync || rd.bad&(1<<i) != 0:
 		case !r.readable():
 			hope = true
@@ -112,12 +116,16 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 		}
 		fallthrough
 	default:
-		e.replicaFailed(r, rep)
+		if rd.c.replicas[pos] == r { // or its copy has moved away, and it has dropped it
+			e.replicaFailed(r, rep)
+		}
 		if e.state == Ended {
 			return
 		}
 	}
-	rd.bad |= 1 << pos
+	if rd.c.replicas[pos] == r {
+		rd.bad |= 1 << pos
+	}
 	e.sendRead(rd)
 }
 
@@ -234,6 +242,7 @@ func (e *Engine) answerRead(rd *read) {
 			return
 		}
 	}
+	e.pace.guest(e.now - rd.at)
 	e.cause = cause{legs: &rd.legs, replicas: rd.c.replicas}
 	e.partDone(rd.op, status.OK)
 	e.cause = cause{}

@@ -39,7 +39,12 @@ type reclaim struct {
 // quiet reports whether every member is in sync and serves.
 func (e *Engine) quiet() bool {
 	for _, r := range e.replicas {
-		if !r.readable() || r.join != nil {
+		if !r.gone && (!r.readable() || r.join != nil) {
+			return false
+		}
+	}
+	for _, f := range e.moves.fills { // nor are copies compared meanwhile
+		if f.phase != fillWait {
 			return false
 		}
 	}
@@ -122,6 +127,9 @@ func (e *Engine) layerList() []wire.Entry {
 func (e *Engine) tellLayers(rc *reclaim) {
 	list := e.layerList()
 	for _, r := range e.replicas {
+		if r.gone {
+			continue
+		}
 		rc.active++
 		q := &wire.Request{Kind: wire.Layers, Layer: e.layers.last, Entries: list}
 		e.call(r, q, func(rep *wire.Reply) {
@@ -138,7 +146,7 @@ func (e *Engine) tellLayers(rc *reclaim) {
 			}
 		})
 	}
-	rc.told = len(e.replicas) == 0
+	rc.told = rc.active == 0
 }
 
 // mergeChunks keeps reclaimChunks under way, and ends with the commit.
@@ -159,8 +167,11 @@ func (e *Engine) mergeChunks() {
 
 func (e *Engine) mergeChunk(rc *reclaim, c *chunk) {
 	rc.active++
-	left := len(c.replicas)
-	for _, r := range c.replicas {
+	left := c.count()
+	for pos, r := range c.replicas {
+		if r.index < 0 || c.fills[pos] != nil {
+			continue
+		}
 		r.merging++
 		e.call(r, &wire.Request{Kind: wire.Merge, Chunk: c.id, Layer: rc.layer}, func(rep *wire.Reply) {
 			r.merging--

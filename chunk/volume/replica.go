@@ -36,7 +36,13 @@ type replica struct {
 	joinTries   int           // that failed since the last success
 	joinedBytes uint64
 
-	merging   int // merges it has to answer
+	merging  int           // merges it has to answer
+	leaving  bool          // metadata wants its chunks elsewhere
+	gone     bool          // no member any more; its index stays
+	outSince time.Duration // of a member that is out: since when this engine knows
+	filling  int           // copies being made on it, and from it
+	pulse    pulse
+
 	slots     []slot
 	free      []uint32
 	busy      int // requests outstanding
@@ -65,6 +71,8 @@ func (r *replica) writable() bool {
 
 func (r *replica) stateName() string {
 	switch {
+	case r.gone:
+		return "gone"
 	case r.readable():
 		return "in-sync"
 	case r.inSync:
@@ -79,11 +87,17 @@ func (r *replica) stateName() string {
 func (e *Engine) addMembers(ms []*pb.Member) {
 	for _, m := range ms {
 		id, err := ids.StoreIDFromBytes(m.Store)
-		if err != nil || e.byStore[id] != nil {
+		if err != nil {
+			continue
+		}
+		if r := e.byStore[id]; r != nil {
+			if r.gone {
+				e.comeBack(r, m)
+			}
 			continue
 		}
 		r := &replica{index: len(e.replicas), store: id, host: m.Host, addr: m.DataAddr, local: m.Host == e.cfg.Host,
-			incarnation: ids.Incarnation(m.Incarnation), inSync: m.InSync}
+			incarnation: ids.Incarnation(m.Incarnation), inSync: m.InSync, leaving: m.Leaving, outSince: e.now}
 		e.replicas = append(e.replicas, r)
 		e.byStore[id] = r
 		e.out.Links = append(e.out.Links, LinkAction{r.index, true})
@@ -128,6 +142,9 @@ func (e *Engine) replies(ev *Replies) {
 			continue
 		}
 		r.lastReply = e.now
+		if s := &r.slots[i]; s.job != nil {
+			r.pulse.add(e.now - s.at)
+		}
 		if rep.Status == status.Fenced { // before its slot is freed: end answers what is in it
 			e.endFenced(fmt.Sprintf("store %s on %s has sealed epoch %d", r.store.Short(), r.host, rep.Epoch))
 			return
@@ -242,7 +259,10 @@ func (e *Engine) lostPower(r *replica) {
 	e.exclude(r, "it lost power, or a flush failed, since the floor")
 	for _, c := range e.sortedChunks() {
 		whole, any := false, false
-		for _, o := range c.replicas {
+		for pos, o := range c.replicas {
+			if c.fills[pos] != nil {
+				continue
+			}
 			any = any || o.inSync
 			whole = whole || (o.inSync && !o.doubt)
 		}
@@ -283,6 +303,7 @@ func (e *Engine) linkGone(r *replica, why string) {
 	if r.join != nil {
 		e.abortJoin(r, why)
 	}
+	e.failFills(r, why)
 	if e.attach != nil && r.inSync && e.attach.phase > attachExclude {
 		e.attach.phase = attachSeal // also when it owed no answer: the list of members has changed
 	}

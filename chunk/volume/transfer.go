@@ -25,6 +25,8 @@ type transfer struct {
 	hope   func() bool      // whether a good copy may turn up that no source has; may be nil
 	ended  func(f *failure) // called once: nil, or why not
 	over   bool
+	paced  bool // it yields to the guest
+	held   bool // it waits for the pacer
 }
 
 // failure is a replica's answer that ended a transfer.
@@ -70,6 +72,9 @@ func sameRun(a, b wire.Entry) bool {
 func (e *Engine) runTransfer(t *transfer) {
 	for !t.over && t.active < transferWindow && len(t.runs) > 0 {
 		run := t.runs[0]
+		if t.paced && !e.mayCopy(t, len(run)) {
+			return
+		}
 		t.runs = t.runs[1:]
 		t.active++
 		if run[0].Kind == wire.EntryData {

@@ -48,6 +48,12 @@ type world struct {
 	cuts    []CutNews // not looked at yet
 	onCuts  func()
 	prunes  int
+	copies  uint32           // of each chunk
+	leaving map[int]bool     // members whose chunks are to go elsewhere
+	left    map[int]bool     // members no more
+	spare   []int            // stores that are no members
+	moves   []*pb.MoveChunks // that were committed
+	grace   time.Duration
 }
 
 // register is what one block may hold.
@@ -63,13 +69,14 @@ type register struct {
 
 func newWorld(t *testing.T, seed uint64) *world {
 	w := &world{t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), blocks: map[uint64]*register{}, done: map[*Op]func(status.Kind){}}
+	w.copies, w.leaving, w.left = testStores, map[int]bool{}, map[int]bool{}
 	w.vol = &pb.Volume{Id: 1, Name: "v", SizeBytes: testSize, ChunkBytes: testChunk, Revision: 1}
 	w.addStores(testStores)
 	return w
 }
 
 func (w *world) addStores(n int) {
-	w.stores, w.vol.Members = nil, nil
+	w.stores, w.vol.Members, w.copies = nil, nil, uint32(n)
 	for i := range n {
 		s := newMemStore(i)
 		w.stores = append(w.stores, s)
@@ -103,7 +110,7 @@ func (w *world) attach() {
 	}
 	w.vol.Epoch++
 	w.giveUpOpen()
-	e, err := New(w.now, Config{Host: "host-1", Volume: w.known(), Chunks: w.chunks}, &w.out)
+	e, err := New(w.now, Config{Host: "host-1", Volume: w.known(), Chunks: w.chunks, Grace: w.grace}, &w.out)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -126,12 +133,14 @@ func (w *world) serving() {
 func (w *world) known() *pb.Volume {
 	v := &pb.Volume{Id: 1, Name: "v", SizeBytes: w.vol.SizeBytes, ChunkBytes: testChunk, Epoch: w.vol.Epoch, Revision: w.vol.Revision,
 		Qos: w.vol.Qos, ShrunkFrom: w.vol.ShrunkFrom, Cuts: w.vol.Cuts, CutUpto: w.vol.CutUpto,
-		Top: w.vol.Top, LastLayer: w.vol.LastLayer}
+		Top: w.vol.Top, LastLayer: w.vol.LastLayer, Replicas: w.copies}
 	for _, l := range w.vol.Layers {
 		v.Layers = append(v.Layers, proto.Clone(l).(*pb.Layer))
 	}
-	for _, m := range w.vol.Members {
-		v.Members = append(v.Members, &pb.Member{Store: m.Store, Incarnation: m.Incarnation, Host: m.Host, InSync: m.InSync})
+	for i, m := range w.vol.Members {
+		if !w.left[i] {
+			v.Members = append(v.Members, &pb.Member{Store: m.Store, Incarnation: m.Incarnation, Host: m.Host, InSync: m.InSync, Leaving: w.leaving[i]})
+		}
 	}
 	return v
 }
@@ -255,6 +264,8 @@ func (w *world) commit(m *MetaCall) (*pb.Result, error) {
 	switch {
 	case m.Allocate != nil:
 		return w.allocate(m.Allocate)
+	case m.Move != nil:
+		return w.move(m.Move)
 	case m.Change != nil:
 		r := w.change(m.Change.Changes[0])
 		return &pb.Result{Members: []*pb.MemberResult{r}}, nil
@@ -278,8 +289,10 @@ func (w *world) allocate(a *pb.Allocate) (*pb.Result, error) {
 		c := w.chunkAt(i)
 		if c == nil {
 			c = &pb.Chunk{Index: i, Id: uint64(i) + 100}
-			for _, s := range w.stores {
-				c.Stores = append(c.Stores, s.id[:])
+			for i, m := range w.vol.Members {
+				if !w.left[i] && len(c.Stores) < int(w.copies) {
+					c.Stores = append(c.Stores, m.Store)
+				}
 			}
 			w.chunks = append(w.chunks, c)
 		}
@@ -430,7 +443,7 @@ func (w *world) down() int {
 
 func (w *world) same() {
 	w.t.Helper()
-	for _, s := range w.stores[1:] {
+	for _, s := range w.stores[1:len(w.vol.Members)] {
 		for k, b := range w.stores[0].blocks {
 			if o := s.blocks[k]; o.en != b.en || !bytes.Equal(o.data, b.data) {
 				w.fail("%v differs between members: %+v and %+v", k, b.en, o.en)

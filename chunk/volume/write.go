@@ -181,8 +181,8 @@ func (e *Engine) issue(j *job) {
 		}
 	}
 	e.inFlight.push(j)
-	for pos, r := range j.c.replicas {
-		if r.required() {
+	for pos := range j.c.replicas {
+		if j.c.required(pos) {
 			j.need |= 1 << pos
 		}
 		e.sendJob(j, pos)
@@ -203,8 +203,14 @@ func (e *Engine) sendJob(j *job, pos int) {
 	if (j.have|j.sent)&bit != 0 || !r.writable() || (r.join != nil && j.version < r.join.from) {
 		return
 	}
-	q := &j.reqs[pos]
-	if j.orphan { // the old one may still be with the connection that went
+	if f := j.c.fills[pos]; f != nil && !f.takes(j.version) {
+		return
+	}
+	var q *wire.Request
+	if pos < len(j.reqs) {
+		q = &j.reqs[pos]
+	}
+	if j.orphan || q == nil { // the old one may still be with the connection that went
 		q = new(wire.Request)
 	}
 	*q = wire.Request{Kind: wire.Write, Chunk: j.c.id, Layer: j.layer, Block: j.first, Count: j.count, Version: j.version}
@@ -212,7 +218,7 @@ func (e *Engine) sendJob(j *job, pos int) {
 		q.Kind = wire.Zero
 	} else {
 		q.Sums, q.Data = j.sums, j.data()
-		if !r.required() { // the client may have its buffer back before a joiner has sent it
+		if !j.c.required(pos) { // the client may have its buffer back before a joiner has sent it
 			q.Data = append([]byte(nil), q.Data...)
 		}
 	}
@@ -234,13 +240,17 @@ func (e *Engine) accepted(r *replica, j *job, pos int, rep *wire.Reply) {
 			e.check(j)
 		}
 	case status.NoSpace:
-		if r.inSync {
+		if f := j.c.fills[pos]; f != nil && !f.asked {
+			e.failFill(f, "no space")
+		} else if r.inSync {
 			e.isFull(j)
 		} else {
 			e.abortJoin(r, "no space")
 		}
 	default:
-		e.replicaFailed(r, rep)
+		if j.c.replicas[pos] == r { // or its copy has moved away, and it has dropped it
+			e.replicaFailed(r, rep)
+		}
 	}
 	e.recycle(j)
 }
@@ -264,6 +274,7 @@ func (e *Engine) check(j *job) {
 		e.flush.wanted = true
 	}
 	e.stats.MaxWriteStall = max(e.stats.MaxWriteStall, e.now-j.startedAt)
+	e.pace.guest(e.now - j.startedAt)
 	e.finish(j, status.OK)
 }
 

@@ -59,6 +59,8 @@ func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 		err = s.place(t, op.Allocate)
 	case *pb.Command_SetPlacement:
 		err = s.cfg.Placer.CheckPolicy(op.SetPlacement.GetPlacement())
+	case *pb.Command_MoveChunks:
+		err = s.placeMoves(t, op.MoveChunks)
 	}
 	if err != nil {
 		return nil, err
@@ -75,6 +77,8 @@ func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	switch op := cmd.Op.(type) {
 	case *pb.Command_Attach:
 		return res, s.finishAttach(ctx, t, op.Attach, prev, res.Volume)
+	case *pb.Command_HandOver:
+		t.leases.handed(res.Volume, boottime())
 	case *pb.Command_DeleteVolume:
 		t.leases.forget(res.Volume.GetId())
 	case *pb.Command_BindVm, *pb.Command_PutVm, *pb.Command_DeleteVm, *pb.Command_SetPlacement, *pb.Command_RegisterHost:
@@ -177,7 +181,7 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 		}
 		for _, l := range req.Leases {
 			if v := holds(kv, req, l); v != nil && t.leases.grant(l.VolumeId, l.Epoch, req.Host, now) {
-				rep.Volumes = append(rep.Volumes, v)
+				rep.Volumes = append(rep.Volumes, state.Leaving(kv, v))
 				held[v.Id] = true
 			} else {
 				rep.Refused = append(rep.Refused, l)
@@ -254,7 +258,7 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 		if v == nil {
 			return status.Errorf(status.NotFound, "there is no volume %q", q.Volume)
 		}
-		rep.Volumes = []*pb.Volume{v}
+		rep.Volumes = []*pb.Volume{state.Leaving(kv, v)}
 		if req.WithChunks {
 			rep.Chunks = state.Chunks(kv, v.Id)
 		}

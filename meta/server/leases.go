@@ -161,3 +161,14 @@ func (l *leases) attached(v, prev *pb.Volume, gone bool, now time.Duration) time
 	l.rows[v.Id] = lease{epoch: v.Epoch, host: v.HolderHost, until: max(now, end) + l.length, older: end}
 	return end
 }
+
+// handed records a committed hand-over. Its old holder had an answered attach,
+// so that all older epochs had ended, and says that it serves no more itself:
+// there is nothing to wait for.
+func (l *leases) handed(v *pb.Volume, now time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if r, ok := l.rows[v.Id]; !ok || r.epoch < v.Epoch {
+		l.rows[v.Id] = lease{epoch: v.Epoch, host: v.HolderHost, until: now + l.length}
+	}
+}

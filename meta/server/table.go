@@ -34,3 +34,6 @@ func (t LeaseTable) Clear(v *pb.Volume) time.Duration { return t.l.clear(v) }
 func (t LeaseTable) Attached(v, prev *pb.Volume, gone bool, now time.Duration) time.Duration {
 	return t.l.attached(v, prev, gone, now)
 }
+
+// Handed records a committed hand-over.
+func (t LeaseTable) Handed(v *pb.Volume, now time.Duration) { t.l.handed(v, now) }

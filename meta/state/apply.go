@@ -60,7 +60,7 @@ func Apply(kv KV, cmd *pb.Command) *pb.Result {
 	}
 	touch(kv, cmd.Session, now, cmd.Seq)
 	kept := res
-	if cmd.GetAttach() != nil && len(res.Chunks) > 0 {
+	if (cmd.GetAttach() != nil || cmd.GetHandOver() != nil) && len(res.Chunks) > 0 {
 		kept = proto.Clone(res).(*pb.Result)
 		kept.Chunks = nil // a map can be larger than a value may be
 	}
@@ -92,7 +92,7 @@ func remembered(kv KV, cmd *pb.Command) *pb.Result {
 	}
 	res := &pb.Result{}
 	if load(kv, key(tReply, cmd.Session, "\x00", cmd.Seq), res) {
-		if at := cmd.GetAttach(); at != nil && res.Status == 0 && res.Volume != nil {
+		if moved := cmd.GetAttach() != nil || cmd.GetHandOver() != nil; moved && res.Status == 0 && res.Volume != nil {
 			res.Chunks = Chunks(kv, res.Volume.Id)
 		}
 		return res
@@ -254,6 +254,12 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.bindVM(op.BindVm)
 	case *pb.Command_SetPlacement:
 		return a.setPlacement(op.SetPlacement.GetPlacement())
+	case *pb.Command_MoveChunks:
+		return a.moveChunks(op.MoveChunks)
+	case *pb.Command_SetReplicas:
+		return a.setReplicas(op.SetReplicas)
+	case *pb.Command_HandOver:
+		return a.handOver(op.HandOver)
 	}
 	return nil, status.Errorf(status.Unsupported, "%w: is the client newer than this service?", errNoOp)
 }

@@ -108,6 +108,9 @@ func (a *apply) cutSome(v *pb.Volume, due []byte) {
 		for _, s := range c.Stores {
 			Waste(a.kv, s, v.Id, c.Id)
 		}
+		for _, f := range c.Filling {
+			Waste(a.kv, f.Store, v.Id, c.Id)
+		}
 		a.kv.Delete(key(tChunk, v.Id, c.Index))
 		v.ChunkCount--
 	}

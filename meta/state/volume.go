@@ -216,24 +216,27 @@ func (a *apply) attach(op *pb.Attach) (*pb.Result, error) {
 	}
 	mine := v.HolderHost == op.Host && v.HolderSession == op.Session
 	gone := op.PredecessorGone && v.HolderHost == op.Host
-	if v.HolderSession != "" && !mine && !gone && !op.Takeover {
+	if v.HolderSession != "" && !v.Maintenance && !mine && !gone && !op.Takeover {
 		return nil, status.Errorf(status.Held, "volume %s is held by host %s (session %s): detach it there, or take it over", v.Name, v.HolderHost, v.HolderSession)
 	}
 	if err := checkTrusted(v); err != nil {
 		return nil, err
 	}
-	if v.Epoch >= ids.MaxEpoch {
-		return nil, status.Errorf(status.TooBig, "volume %s has used all %d writer epochs: copy it to a new volume", v.Name, ids.MaxEpoch)
+	if op.Maintenance && v.HolderSession != "" && !(mine && v.Maintenance) {
+		return nil, status.Errorf(status.Held, "volume %s is held by host %s: its writer repairs it", v.Name, v.HolderHost)
 	}
-	v.Epoch++
+	if err := a.nextEpoch(v); err != nil {
+		return nil, err
+	}
 	giveUpOpen(v)
 	// Moved: some epoch since the last detach is not known to be dead, only its
-	// lease can end it.
-	v.Moved = v.HolderSession != "" && (v.Moved || !mine && !gone)
+	// lease can end it. A maintenance session never serves a read.
+	v.Moved = v.HolderSession != "" && (v.Moved || !v.Maintenance && !mine && !gone)
+	v.Maintenance = op.Maintenance
 	v.HolderHost, v.HolderSession, v.AttachedUnixNs = op.Host, op.Session, a.now
 	put(a.kv, key(tVolume, v.Id), v)
 	a.event("volume %s attached on host %s, epoch %d", v.Name, op.Host, v.Epoch)
-	return &pb.Result{Volume: v, Chunks: Chunks(a.kv, v.Id)}, nil
+	return &pb.Result{Volume: Leaving(a.kv, v), Chunks: Chunks(a.kv, v.Id)}, nil
 }
 
 // current returns the volume if epoch is its current one.
@@ -255,6 +258,7 @@ func (a *apply) detach(op *pb.Detach) (*pb.Result, error) {
 	}
 	a.event("volume %s detached from host %s", v.Name, v.HolderHost)
 	v.HolderHost, v.HolderSession, v.AttachedUnixNs, v.Moved = "", "", 0, false
+	v.Maintenance = false
 	put(a.kv, key(tVolume, v.Id), v)
 	return &pb.Result{Volume: v}, nil
 }

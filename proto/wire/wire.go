@@ -100,7 +100,8 @@ const (
 	// version is below Limit, even if that means an older version or a hole.
 	// Fenced.
 	Install Kind = 11
-	// Drop forgets Chunk, or with Chunk = 0 the whole volume, for good.
+	// Drop forgets Chunk, or with Chunk = 0 the whole volume, for good. A chunk
+	// may be brought back with other content, when a copy of it moves here again.
 	// Epoch must be at or above the sealed epoch.
 	Drop Kind = 12
 	// Stat returns the volume's live blocks in Reply.Count64 (all volumes and
