@@ -83,7 +83,7 @@ func placesFor(kv state.KV, v *pb.Volume, c *pb.Chunk, from []byte, stores []Sto
 	var out []StoreView
 	for _, s := range stores {
 		h := state.HostByName(kv, s.Host)
-		if s.Up && !taken[s.Domain] && (!s.Member || s.InSync) && !bytes.Equal(s.ID[:], from) && !h.GetDrained() {
+		if s.Up && !taken[s.Domain] && (!s.Member || s.InSync) && !bytes.Equal(s.ID[:], from) && !h.GetDrained() && !state.HasWaste(kv, s.ID[:], v.Id, c.Id) {
 			out = append(out, s)
 		}
 	}

@@ -113,7 +113,7 @@ func (m *mover) plan(c *pb.Chunk, mv *pb.ChunkMove) {
 	if old := member(m.v, mv.To); !m.mayHold(c, mv) || old != nil && !old.InSync {
 		return
 	}
-	if m.kv.Get(key(tWaste, mv.To, m.v.Id, c.Id)) != nil {
+	if HasWaste(m.kv, mv.To, m.v.Id, c.Id) {
 		return // it has an old copy yet to drop, and would drop this one
 	}
 	m.join(m.v, mv.To)
@@ -164,6 +164,11 @@ func (m *mover) done(c *pb.Chunk, mv *pb.ChunkMove) {
 	default: // what it was to replace was given up meanwhile
 		m.leave(c, mv.To)
 	}
+}
+
+// HasWaste reports whether a store has an old copy of a chunk yet to drop.
+func HasWaste(kv KV, store []byte, volume, chunk uint64) bool {
+	return kv.Get(key(tWaste, store, volume, chunk)) != nil
 }
 
 // leave notes that a store has nothing of a chunk any more, and is to drop it.
