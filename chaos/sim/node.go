@@ -110,6 +110,7 @@ func (n *node) start() {
 	}
 	n.register()
 	n.steps(n.life)
+	n.sweeps(n.life)
 }
 
 func (n *node) register() {

@@ -188,6 +188,6 @@ func TestPlantedPatchesApply(t *testing.T) {
 		t.Fatalf("%d planted bugs: %v", len(names), err)
 	}
 	for _, n := range names {
-		plant(t, t.TempDir(), n)
+		t.Run(bugName(n), func(t *testing.T) { plant(t, t.TempDir(), n) })
 	}
 }

@@ -16,6 +16,7 @@
 //	link.go      a connection: ordered, cut at any request, stalled one way
 //	gateway.go   the gateway shell: what chunk/gateway does, in virtual time
 //	meta.go      the metadata service: one log, leaders that come and go
+//	sweep.go     copies that have moved away are dropped
 //	session.go   its client: numbers, retries, unknown outcomes
 //	control.go   the operator: somebody has the volume attached, always
 //	load.go      the guests: operations with values never used again

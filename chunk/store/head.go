@@ -1,6 +1,8 @@
 package store
 
 import (
+	"cmp"
+	"maps"
 	"slices"
 
 	"github.com/cairnstore/cairn/proto/ids"
@@ -28,17 +30,24 @@ func (s *Store) writeHead() error {
 			w.add(kindSegments, uint64(seg.n)|uint64(seg.life)<<32, seg.gen, seg.last|uint64(seg.tail)<<lastBits)
 		}
 	}
-	for id, v := range s.vols {
+	// In order: the same requests give the same bytes, always.
+	volumes := slices.Sorted(maps.Keys(s.vols))
+	for _, id := range volumes {
+		v := s.vols[id]
 		r := v.record()
 		w.add(kindVolumes, uint64(id), uint64(r.layer)|uint64(r.flags)<<32, r.version)
 		v.logged = v.floor
 	}
-	for id, v := range s.vols {
+	for _, id := range volumes {
+		v := s.vols[id]
 		for _, m := range v.marks {
 			w.add(kindLayerTable, uint64(id), uint64(m.id)|uint64(m.into)<<32, uint64(v.lastLayer))
 		}
 	}
-	for k, lsn := range s.drops {
+	for _, k := range slices.SortedFunc(maps.Keys(s.drops), func(a, b dropKey) int {
+		return cmp.Or(cmp.Compare(a.volume, b.volume), cmp.Compare(a.chunk, b.chunk))
+	}) {
+		lsn := s.drops[k]
 		w.add(kindDrops, uint64(k.volume), uint64(k.chunk), lsn)
 	}
 	for _, g := range s.gaps {

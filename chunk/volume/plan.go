@@ -249,7 +249,7 @@ func (e *Engine) dropMembers(ms []*pb.Member) {
 			continue
 		}
 		r.gone, r.inSync, r.excluding, r.doubt, r.join, r.leaving = true, false, false, false, nil, false
-		for _, c := range e.chunks {
+		for _, c := range e.sortedChunks() {
 			for pos, o := range c.replicas {
 				if o == r {
 					e.vacate(c, pos)
