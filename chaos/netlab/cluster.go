@@ -295,7 +295,9 @@ func (c *Cluster) Close() error {
 			select {
 			case <-p.ended:
 			case <-late:
-				errs = append(errs, status.Errorf(status.Timeout, "%s did not stop and was killed", p.name), p.cmd.Process.Kill())
+				// Its goroutines in its log say what it waits for.
+				errs = append(errs, status.Errorf(status.Timeout, "%s did not stop in %v and was killed: the end of %s says what it waited for", p.name, stopWait, c.log(p.name)),
+					p.cmd.Process.Signal(syscall.SIGQUIT))
 				<-p.ended
 			}
 		}

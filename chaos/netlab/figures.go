@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -287,6 +288,9 @@ func (m *measurement) spread(ctx context.Context) error {
 		return err
 	}
 	m.probe = p
+	if err := m.countSpread(); err != nil {
+		return err
+	}
 	first, err := m.passed()
 	if err != nil {
 		return err
@@ -298,7 +302,7 @@ func (m *measurement) spread(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	all := uint64(0)
+	all := 0
 	for i := range then {
 		all += then[i] - first[i]
 	}
@@ -307,16 +311,36 @@ func (m *measurement) spread(ctx context.Context) error {
 	return nil
 }
 
-// passed is how many packets each spine has had from host-1.
-func (m *measurement) passed() (out []uint64, err error) {
-	for s := 1; s <= m.cfg.Spines; s++ {
-		k, err := m.lab.nodes[fmt.Sprintf("spine-%d", s)].nl.LinkByName("h1")
+// passed is how many packets of probes host-1 has sent to each spine. Storage
+// traffic chooses its paths itself, and is not counted.
+func (m *measurement) passed() (out []int, err error) {
+	err = m.lab.In("host-1", func() error {
+		text, err := exec.Command("/usr/sbin/nft", "list", "chain", "inet", "spread", "out").CombinedOutput()
 		if err != nil {
-			return nil, err
+			return fmt.Errorf("nft on host-1: %s: %w", strings.TrimSpace(string(text)), err)
 		}
-		out = append(out, k.Attrs().Statistics.RxPackets)
+		for _, c := range counted.FindAllSubmatch(text, -1) {
+			n, err := strconv.Atoi(string(c[1]))
+			if err != nil {
+				return err
+			}
+			out = append(out, n)
+		}
+		return nil
+	})
+	if err == nil && len(out) != m.cfg.Spines {
+		err = status.Errorf(status.Internal, "nft on host-1 has %d counters for %d spines", len(out), m.cfg.Spines)
 	}
-	return out, nil
+	return out, err
+}
+
+// countSpread begins to count.
+func (m *measurement) countSpread() error {
+	rules := "table inet spread {\n chain out {\n type filter hook output priority 0;\n"
+	for s := 1; s <= m.cfg.Spines; s++ {
+		rules += fmt.Sprintf(" oifname \"s%d\" udp dport %d counter\n", s, probePort)
+	}
+	return m.lab.nodes["host-1"].nft(rules + " }\n}\n")
 }
 
 // hasRoute says whether a node's kernel has a route of ours.
