@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -165,6 +166,7 @@ func TestStorageRidesOutCuts(t *testing.T) {
 				}
 			}
 			w.isolated(before)
+			w.commands()
 			must(t, check.Linearizable(context.Background(), w.io.History()))
 			w.kept()
 		})
@@ -182,6 +184,50 @@ func (w *world) isolated(before uint64) {
 	}
 	must(w.t, w.Do("heal", "all"))
 	await(w.t, "host-3 in sync again", func() bool { _, n := w.members(); return n == 3 })
+}
+
+// commands are those people look and act with, against a real cluster.
+func (w *world) commands() {
+	w.t.Helper()
+	svg := filepath.Join(w.t.TempDir(), "net.svg")
+	show := w.cairn("net", "show", "--svg", svg)
+	for _, want := range []string{"the storage network is well", "SPINE-1", "10.101.1.1/31", "host-2", "in use"} {
+		if !strings.Contains(show, want) {
+			w.t.Errorf("net show has no %q:\n%s", want, show)
+		}
+	}
+	if b, err := os.ReadFile(svg); err != nil || !strings.Contains(string(b), ">spine-2<") {
+		w.t.Errorf("the picture: %v\n%s", err, b)
+	}
+	w.cairn("route", "add", "--host", "host-2", "10.255.0.99", "via", "10.101.2.0", "dev", "s1")
+	if ls := w.cairn("route", "ls", "host-2"); !strings.Contains(ls, "10.255.0.99/32") {
+		w.t.Errorf("route ls after route add:\n%s", ls)
+	}
+	w.cairn("route", "rm", "--host", "host-2", "10.255.0.99")
+	if ls := w.cairn("route", "ls", "host-2"); strings.Contains(ls, "10.255.0.99") {
+		w.t.Errorf("route ls after route rm:\n%s", ls)
+	}
+	var last uint64
+	for line := range strings.Lines(w.cairn("route", "watch", "--once", "-o", "json", "host-2")) {
+		var e struct {
+			Seq               uint64
+			Node, What, Cause string
+		}
+		must(w.t, json.Unmarshal([]byte(line), &e))
+		if e.Seq <= last || e.Node != "host-2" || e.What == "" {
+			w.t.Errorf("event %+v after #%d", e, last)
+		}
+		last = e.Seq
+	}
+	if last == 0 {
+		w.t.Error("no events")
+	}
+	for _, bad := range [][]string{{"route", "add", "--host", "host-2", "10.255.0.99", "via", "10.101.2.0", "dev", "nowhere"},
+		{"route", "rm", "--host", "host-2", "10.255.0.1"}, {"route", "ls", "host-9"}} {
+		if out, err := w.c.Cairn(context.Background(), bad...); err == nil {
+			w.t.Errorf("%v was done: %s", bad, out)
+		}
+	}
 }
 
 // kept checks that no byte has left the storage network, and that it would have

@@ -350,6 +350,9 @@ func (l *Lab) hasRoute(node string, to netip.Prefix) (bool, error) {
 		return false, err
 	}
 	for _, r := range rs {
+		if r.Dst == nil {
+			continue
+		}
 		bits, _ := r.Dst.Mask.Size()
 		if a, _ := netip.AddrFromSlice(r.Dst.IP); netip.PrefixFrom(a.Unmap(), bits) == to {
 			return true, nil

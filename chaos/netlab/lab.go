@@ -237,6 +237,9 @@ func (l *Lab) Hops(name string) (map[netip.Prefix]int, error) {
 		return nil, err
 	}
 	for _, r := range routes {
+		if r.Dst == nil {
+			continue // a default route
+		}
 		a, _ := netip.AddrFromSlice(r.Dst.IP)
 		a = a.Unmap()
 		if bits, _ := r.Dst.Mask.Size(); bits == a.BitLen() {

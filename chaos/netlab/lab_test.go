@@ -5,6 +5,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -111,43 +114,83 @@ func TestBirdComesBack(t *testing.T) {
 	}
 }
 
-// A host that says it has another's address changes nobody's route.
+// lies is what a host's BIRD says when somebody else wrote its configuration:
+// everything is announced, a default route, another's address and nobody's.
+const lies = `
+protocol static lies4 { ipv4 { preference 300; }; route 0.0.0.0/0 unreachable; route 10.255.0.2/32 unreachable; route 10.255.0.77/32 unreachable; }
+protocol static lies6 { ipv6 { preference 300; }; route ::/0 unreachable; route fd00:ca1f::2/128 unreachable; route fd00:ca1f::77/128 unreachable; }
+`
+
+// A host that announces a default route, another's address and nobody's changes
+// nobody's routes, with every protocol; its own address is believed all the
+// while, which shows that it is heard.
 func TestLiarIsNotBelieved(t *testing.T) {
 	for _, p := range []bird.Protocol{bird.BGP, bird.RIP, bird.OSPF} {
 		t.Run(string(p), func(t *testing.T) {
 			l := newLab(t, p, 2, 3)
-			before, err := l.Hops("host-1")
+			before, err := l.routeTexts("host-1")
 			must(t, err)
-			lie := l.Topology
-			lie.Nodes = append([]bird.Node(nil), lie.Nodes...)
-			// It claims host 2's address as a second one of its own, and one nobody has.
-			text := lie
-			text.Nodes[2].Addrs = []netip.Addr{Stable(2), netip.MustParseAddr("fd00:ca1f::77")}
-			text.Nodes[1].Addrs = []netip.Addr{Stable(7)}
-			must(t, l.Agent("host-3").Apply(text))
-			await(t, "the lie takes host 3's own address away", func() bool {
+			n := l.nodes["host-3"]
+			must(t, n.agent.Close())
+			n.agent = nil
+			await(t, "the honest host gone", func() bool {
 				hops, err := l.Hops("host-1")
 				must(t, err)
 				return hops[netip.PrefixFrom(Stable(3), 32)] == 0
 			})
-			after, err := l.Hops("host-1")
+			text, err := l.Topology.Config("host-3")
 			must(t, err)
-			to := netip.PrefixFrom(Stable(2), 32)
-			if after[to] != before[to] {
-				t.Errorf("%d next hops to host 2 before the lie, %d after", before[to], after[to])
-			}
-			for dst := range after {
-				if _, had := before[dst]; !had {
-					t.Errorf("the lie brought a route to %v", dst)
+			for _, f := range []string{"4", "6"} {
+				honest := "filter announce" + f + " { if source = RTS_STATIC then accept; reject; }"
+				if !strings.Contains(text, honest) {
+					t.Fatalf("no such filter in\n%s", text)
 				}
+				text = strings.Replace(text, honest, "filter announce"+f+" { accept; }", 1)
+			}
+			dir := t.TempDir()
+			must(t, os.WriteFile(dir+"/bird.conf", []byte(text+lies), 0o600))
+			liar := exec.Command("/usr/sbin/bird", "-f", "-c", dir+"/bird.conf", "-s", dir+"/bird.ctl")
+			liar.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+			must(t, l.In("host-3", liar.Start))
+			defer func() {
+				must(t, liar.Process.Kill())
+				_ = liar.Wait() // killed
+			}()
+			await(t, "the liar is heard", func() bool {
+				hops, err := l.Hops("host-1")
+				must(t, err)
+				return hops[netip.PrefixFrom(Stable(3), 32)] == 2 && hops[netip.MustParsePrefix("fd00:ca1f::3/128")] == 2
+			})
+			after, err := l.routeTexts("host-1")
+			must(t, err)
+			if !slices.Equal(before, after) {
+				t.Errorf("host-1's routes were\n%s\nand are\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
 			}
 			probe, err := l.Probe(1, 2, 1, 1)
 			must(t, err)
+			if lost := probe.Lost(); lost != 0 {
+				t.Errorf("%d packets to the host whose address was claimed are lost", lost)
+			}
 			if _, err := probe.Stop(); err != nil {
 				t.Error(err)
 			}
 		})
 	}
+}
+
+// routeTexts are BIRD's routes of a node in the kernel, default routes included.
+func (l *Lab) routeTexts(node string) (out []string, err error) {
+	rs, err := l.nodes[node].routesOf(bird.KernelProtocol)
+	for _, r := range rs {
+		hops := []string{r.Gw.String()}
+		for _, h := range r.MultiPath {
+			hops = append(hops, h.Gw.String())
+		}
+		slices.Sort(hops)
+		out = append(out, fmt.Sprintf("%v by %v", r.Dst, hops))
+	}
+	slices.Sort(out)
+	return out, err
 }
 
 // A second routing daemon in one namespace is refused, and changes nothing.

@@ -167,7 +167,13 @@ func (w *writer) bgp(f string) {
 			}
 			w.f("protocol bgp %s {", session(p.peer.Name, f))
 			w.f("  local %v as %d; neighbor %v as %d; interface \"%s\";", local, w.n.ASN, p.far[j], p.peer.ASN, p.link)
-			w.f("  ttl security on; hold time 9; keepalive time 3; connect retry time 1; connect delay time 1; error wait time 1,4;%s%s", key, w.bfd())
+			// Hosts call, spines wait: two that call each other at once, as after
+			// every healing, close one connection as an error, and wait for it.
+			passive := ""
+			if w.n.Spine {
+				passive = " passive on;"
+			}
+			w.f("  ttl security on; hold time 9; keepalive time 3; connect retry time 1; connect delay time 1; error wait time 1,2;%s%s%s", passive, key, w.bfd())
 			w.f("  ipv%s { import filter %s; export filter announce%s; import limit %d action restart; next hop self; };\n}", f, w.from(i, f), f, maxNodes)
 		}
 	}
