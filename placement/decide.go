@@ -259,12 +259,15 @@ func (h *node) look(j *Job, gain float64) (l Look) {
 // bindTries bounds how often one call decides anew after a conflict.
 const bindTries = 16
 
+// ErrNoHost is what Place returns when no host fits; None says why.
+var ErrNoHost = status.Errorf(status.NoSpace, "no host fits: add hosts, stop a VM or ask for less")
+
 // Place decides and binds, again after a conflict with another scheduler. It
 // returns how many conflicts there were.
 func (s *Scheduler) Place(j *Job) (d Decision, conflicts int, err error) {
 	for conflicts < bindTries {
 		if d = s.Decide(j); d.Host < 0 {
-			return d, conflicts, s.None(j)
+			return d, conflicts, ErrNoHost
 		}
 		if err = s.Fleet.Bind(j, d.Host); err != ErrConflict {
 			return d, conflicts, err
@@ -274,7 +277,7 @@ func (s *Scheduler) Place(j *Job) (d Decision, conflicts int, err error) {
 	return Decision{Host: -1}, conflicts, ErrConflict
 }
 
-// None counts why no host fits.
+// None counts why no host fits; it looks at every host.
 func (s *Scheduler) None(j *Job) error {
 	count := map[string]int{}
 	for _, h := range s.Fleet.hosts {

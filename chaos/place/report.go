@@ -21,7 +21,7 @@ func Report(sizes []int, seed uint64, done func(*Result)) error {
 			if err != nil {
 				return err
 			}
-			if err := Compare(t, done); err != nil {
+			if err := Compare(t, placement.Policies, done); err != nil {
 				return err
 			}
 		}
@@ -29,14 +29,14 @@ func Report(sizes []int, seed uint64, done func(*Result)) error {
 	return nil
 }
 
-// Compare replays one trace under every policy and, where VMs churn, every
-// rival.
-func Compare(t *Trace, done func(*Result)) error {
+// Compare replays one trace under policies and, where VMs churn and all policies
+// are asked for, under every rival.
+func Compare(t *Trace, policies []placement.Policy, done func(*Result)) error {
 	var cfgs []Config
-	for _, p := range placement.Policies {
+	for _, p := range policies {
 		cfgs = append(cfgs, Config{Policy: p})
 	}
-	if strings.HasPrefix(t.Name, "churn") {
+	if strings.HasPrefix(t.Name, "churn") && len(policies) == len(placement.Policies) {
 		for _, v := range Rivals {
 			cfgs = append(cfgs, Config{Rival: v})
 		}

@@ -2,6 +2,7 @@ package place
 
 import (
 	"math/rand/v2"
+	"slices"
 
 	"github.com/cairnstore/cairn/placement"
 )
@@ -57,19 +58,13 @@ func (v *rival) place(m *vm) int {
 	}
 	if v.kind == DataFollows {
 		for i, data := range m.data {
-			v.r.res.DataMoved += v.moved(data, d.Host)
+			if slices.Contains(data.Hosts, d.Host) {
+				continue
+			}
+			v.r.res.DataMoved += float64(data.Bytes)
 			m.data[i].Hosts = append([]int{d.Host}, data.Hosts[1:]...)
 		}
 		m.gains()
 	}
 	return d.Host
-}
-
-func (v *rival) moved(d Data, host int) float64 {
-	for _, h := range d.Hosts {
-		if h == host {
-			return 0
-		}
-	}
-	return float64(d.Bytes)
 }

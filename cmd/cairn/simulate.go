@@ -1,14 +1,17 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cairnstore/cairn/chaos/place"
+	"github.com/cairnstore/cairn/placement"
 )
 
 func placeSimulate() *cobra.Command {
@@ -16,30 +19,36 @@ func placeSimulate() *cobra.Command {
 	var sizes []int
 	var seed uint64
 	var write, docs string
+	var policies []string
 	cmd := &cobra.Command{
 		Use: "simulate TRACE", Short: "Replay a trace over the production scheduler, in virtual time", Args: cobra.ExactArgs(1),
 		Long: fmt.Sprintf(`Replay a trace over the production scheduler, in virtual time, under every policy. TRACE is a
-file, or "all", or one of the synthetic traces: %v.
+file, or "all", or some of the synthetic traces, with commas: %v.
 The same seed gives the same placements.`, place.Names),
 		Example: "  cairn place simulate churn-0.95 --hosts 1000\n  cairn place simulate mytrace.txt\n  cairn place simulate all --hosts 100,1000,10000 --docs docs",
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			traces, err := traces(args[0], sizes, seed)
 			if err != nil {
 				return err
 			}
-			if write != "" {
-				return writeTrace(write, traces[0])
-			}
-			var rs []*place.Result
-			var rows [][]string
-			for _, make := range traces {
-				t, err := make()
+			var ps []placement.Policy
+			for _, name := range policies {
+				p, err := placement.ParsePolicy(name)
 				if err != nil {
 					return err
 				}
-				if err := place.Compare(t, func(r *place.Result) { rs, rows = append(rs, r), append(rows, r.Row()); say("%v", r) }); err != nil {
-					return err
-				}
+				ps = append(ps, p)
+			}
+			if write != "" {
+				return writeTrace(write, traces[0])
+			}
+			rs, err := replayAll(cmd.Context(), traces, ps)
+			if err != nil {
+				return err
+			}
+			var rows [][]string
+			for _, r := range rs {
+				rows = append(rows, r.Row())
 			}
 			if docs != "" {
 				return writePlaceDocs(docs, rs)
@@ -50,15 +59,42 @@ The same seed gives the same placements.`, place.Names),
 	f := cmd.Flags()
 	f.IntSliceVar(&sizes, "hosts", []int{100}, "hosts of a synthetic trace; several for several runs")
 	f.Uint64Var(&seed, "seed", 1, "where a synthetic trace's randomness comes from")
+	f.StringSliceVar(&policies, "policies", []string{"local", "min", "max", "balanced"}, "policies to replay it under")
 	f.StringVar(&write, "write", "", "write the synthetic trace to this file instead of replaying it")
 	f.StringVar(&docs, "docs", "", "write the table and the plots of docs/PLACEMENT.md below this folder")
 	out.register(cmd)
 	return cmd
 }
 
+// replayAll replays, and leaves a replay behind when the user stops it: nothing
+// is left but memory, and the process ends.
+func replayAll(ctx context.Context, traces []func() (*place.Trace, error), ps []placement.Policy) ([]*place.Result, error) {
+	var rs []*place.Result
+	done := make(chan error, 1)
+	go func() {
+		for _, make := range traces {
+			t, err := make()
+			if err == nil {
+				err = place.Compare(t, ps, func(r *place.Result) { rs = append(rs, r); say("%v", r) })
+			}
+			if err != nil {
+				done <- err
+				return
+			}
+		}
+		done <- nil
+	}()
+	select {
+	case err := <-done:
+		return rs, err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("the simulation was interrupted: %w", ctx.Err())
+	}
+}
+
 // traces are made one at a time: a large one is hundreds of megabytes.
 func traces(name string, sizes []int, seed uint64) (out []func() (*place.Trace, error), err error) {
-	names := []string{name}
+	names := strings.Split(name, ",")
 	if name == "all" {
 		names = place.Names
 	} else if f, oerr := os.Open(name); oerr == nil {
