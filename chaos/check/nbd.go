@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cairnstore/cairn/nbd/client"
 	"github.com/cairnstore/cairn/proto/status"
@@ -21,10 +22,33 @@ func NBD(uri string, tlsConf *tls.Config) func(context.Context) (Device, error) 
 	}
 }
 
+// PatientNBD is NBD with a client that dials again by itself, for as long as
+// wait: a lost connection is not to be seen.
+func PatientNBD(uri string, wait time.Duration) func(context.Context) (Device, error) {
+	return func(ctx context.Context) (Device, error) {
+		p, err := client.DialPatient(ctx, uri, nil, wait)
+		if err != nil {
+			return nil, err
+		}
+		return nbdDevice{p}, nil
+	}
+}
+
 var _ Device = nbdDevice{}
 
+// nbdClient is a client.Client or a client.Patient.
+type nbdClient interface {
+	ReadAt(p []byte, off int64) (int, error)
+	WriteAt(p []byte, off int64) (int, error)
+	WriteFUA(p []byte, off int64) (int, error)
+	Trim(off, n uint64) error
+	WriteZeroes(off, n uint64, flags uint16) error
+	Flush() error
+	Close() error
+}
+
 // nbdDevice sorts the client's errors into lost connections and answers.
-type nbdDevice struct{ c *client.Client }
+type nbdDevice struct{ c nbdClient }
 
 func (d nbdDevice) ReadAt(p []byte, off int64) (int, error) {
 	n, err := d.c.ReadAt(p, off)

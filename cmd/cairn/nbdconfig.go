@@ -171,6 +171,23 @@ func matches(pattern, export string) bool {
 	return volume == pattern || export == pattern
 }
 
+// nbdSocketName is what a supervisor, or a systemd socket unit, calls the NBD
+// socket it passes (FileDescriptorName=nbd).
+const nbdSocketName = "nbd"
+
+// listenNBD is the NBD socket this process was given, else one of its own.
+func (c *hostConfig) listenNBD() (net.Listener, error) {
+	l, err := nbdserver.Inherited(nbdSocketName)
+	if l != nil || err != nil {
+		return l, err
+	}
+	s, err := c.socket(c.NBD)
+	if err != nil {
+		return nil, err
+	}
+	return nbdserver.ListenUnix(s)
+}
+
 // serveNBD starts the host's NBD server on its sockets.
 func (h *hostd) serveNBD() error {
 	sc := nbdserver.Config{Exports: h.gw.Exports(), Default: h.cfg.NBDDefault, Log: h.log}
@@ -191,11 +208,7 @@ func (h *hostd) serveNBD() error {
 		defer cancel()
 		return errors.Join(h.nbd.Close(ctx), h.gw.Close(ctx))
 	})
-	socket, err := h.cfg.socket(h.cfg.NBD)
-	if err != nil {
-		return err
-	}
-	l, err := nbdserver.ListenUnix(socket)
+	l, err := h.cfg.listenNBD()
 	if err != nil {
 		return err
 	}

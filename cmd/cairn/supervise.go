@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
@@ -14,12 +15,14 @@ import (
 	"syscall"
 	"time"
 
+	nbdserver "github.com/cairnstore/cairn/nbd/server"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
 const (
-	restartAfter = 100 * time.Millisecond // a child that died is started again
-	restartCap   = 5 * time.Second        // and more slowly when it keeps dying
+	livedWell    = 500 * time.Millisecond // a child that lived so long and died is started again at once
+	restartAfter = 100 * time.Millisecond // one that did not, after this
+	restartCap   = 5 * time.Second        // and more slowly while it keeps dying
 	readyWait    = 30 * time.Second
 	stopWait     = 30 * time.Second
 )
@@ -43,6 +46,11 @@ type child struct {
 	once   sync.Once
 	done   chan struct{} // closed when it is gone and stays gone
 	killed bool          // it did not end by itself; set before done is closed
+
+	// listen opens the socket the process is given; nil: none. It stays open while
+	// the process is started again: clients wait in its queue meanwhile.
+	listen func() (net.Listener, error)
+	socket net.Listener // open while the process is not held
 }
 
 func superviseCluster(ctx context.Context, l *localCluster) (runner, error) {
@@ -51,7 +59,7 @@ func superviseCluster(ctx context.Context, l *localCluster) (runner, error) {
 		return nil, fmt.Errorf("cannot find this program to start it again: %w", err)
 	}
 	s := &supervisor{fail: make(chan error)}
-	add := func(name, kind string, cfg any) (*child, error) {
+	add := func(name, kind string, cfg any, listen func() (net.Listener, error)) (*child, error) {
 		path := l.path(name, "config.toml")
 		if err := os.MkdirAll(l.path(name), 0o755); err != nil {
 			return nil, err
@@ -59,20 +67,21 @@ func superviseCluster(ctx context.Context, l *localCluster) (runner, error) {
 		if err := writeConfig(path, cfg); err != nil {
 			return nil, err
 		}
-		c := &child{name: name, args: []string{exe, kind, "run", "--config", path}, l: l, ready: make(chan struct{}), done: make(chan struct{})}
+		c := &child{name: name, args: []string{exe, kind, "run", "--config", path}, l: l, ready: make(chan struct{}), done: make(chan struct{}), listen: listen}
 		c.ctx, c.leave = context.WithCancel(context.Background()) // stop ends it, in order
 		go c.supervise()
 		return c, nil
 	}
 	for i, m := range l.Meta {
-		c, err := add(m.ID, "meta", l.metaConfig(i))
+		c, err := add(m.ID, "meta", l.metaConfig(i), nil)
 		if err != nil {
 			return nil, errors.Join(err, s.stop())
 		}
 		s.metas = append(s.metas, c)
 	}
 	for i, h := range l.Hosts {
-		c, err := add(h.Name, "host", l.hostConfig(i))
+		cfg := l.hostConfig(i)
+		c, err := add(h.Name, "host", cfg, cfg.listenNBD)
 		if err != nil {
 			return nil, errors.Join(err, s.stop())
 		}
@@ -131,20 +140,48 @@ func (c *child) supervise() {
 	}
 	for ctx.Err() == nil {
 		if _, err := os.Stat(c.holdFile()); err == nil {
+			c.closeSocket() // it is to look dead
 			pause(ctx, restartAfter/2)
 			continue
 		}
 		began := time.Now()
 		err := c.runOnce()
-		if time.Since(began) > 2*restartCap {
-			wait = restartAfter
+		if time.Since(began) > livedWell {
+			wait = 0
 		}
 		if _, held := os.Stat(c.holdFile()); held != nil && ctx.Err() == nil {
 			say("%s ended (%v): started again", c.name, err)
 			pause(ctx, wait)
-			wait = min(2*wait, restartCap)
+			wait = min(max(2*wait, restartAfter), restartCap)
 		}
 	}
+	c.closeSocket()
+}
+
+// openSocket opens the socket the process is given, if it is not open, and
+// returns what the process needs of it.
+func (c *child) openSocket() (*os.File, []string, error) {
+	if c.listen == nil {
+		return nil, nil, nil
+	}
+	if c.socket == nil {
+		l, err := c.listen()
+		if err != nil {
+			return nil, nil, err
+		}
+		c.socket = l
+	}
+	return nbdserver.Bequeath(c.socket, nbdSocketName)
+}
+
+func (c *child) closeSocket() {
+	if c.socket == nil {
+		return
+	}
+	if err := c.socket.Close(); err != nil {
+		say("%s: close its socket: %v", c.name, err)
+	}
+	c.socket = nil
 }
 
 func pause(ctx context.Context, d time.Duration) {
@@ -167,6 +204,14 @@ func (c *child) runOnce() (err error) {
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopWait // then it is killed
 	cmd.Stderr = logf
+	given, env, err := c.openSocket()
+	if err != nil {
+		return err
+	}
+	if given != nil {
+		cmd.ExtraFiles, cmd.Env = []*os.File{given}, append(os.Environ(), env...)
+		defer func() { err = errors.Join(err, given.Close()) }()
+	}
 	// Ctrl-C goes to this process alone, which ends the others in order; if it
 	// is killed, so are they.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
