@@ -170,4 +170,7 @@ func TestKindsSurviveTheWire(t *testing.T) {
 			t.Errorf("%v comes out as %v", k, got)
 		}
 	}
+	if got := KindOf(status.NBD(status.Fenced)); got != status.Permission {
+		t.Errorf("a fenced writer's client hears %v", got)
+	}
 }
