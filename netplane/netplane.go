@@ -56,7 +56,8 @@ type Route struct {
 	// refused at once, instead of leaving by the default route. It has no hops.
 	Refuse bool
 	// Src is the address our own connections along the route come from.
-	// Config: leave it out, it is our storage address of the family.
+	// Config: an address of one of our links; anything else becomes our storage
+	// address of the family.
 	Src netip.Addr
 }
 
@@ -161,6 +162,7 @@ func (c Config) normalRoute(r Route) (Route, error) {
 	if !r.To.IsValid() || r.To.Bits() == 0 || r.To != r.To.Masked() || !unicast(r.To.Addr()) {
 		return Route{}, invalid("%v is no destination: use one address or a range, not everything, without bits after the prefix", r.To)
 	}
+	src := r.Src
 	r.Src = netip.Addr{}
 	for _, a := range c.Addrs {
 		// A range may contain it: the kernel looks for own addresses first.
@@ -170,6 +172,11 @@ func (c Config) normalRoute(r Route) (Route, error) {
 		if a.Is4() == r.To.Addr().Is4() {
 			r.Src = a
 		}
+	}
+	if src.IsValid() && src.Is4() == r.To.Addr().Is4() && slices.ContainsFunc(c.Links, func(l Link) bool {
+		return slices.ContainsFunc(l.Addrs, func(p netip.Prefix) bool { return p.Addr() == src })
+	}) {
+		r.Src = src
 	}
 	if r.Refuse {
 		if len(r.Hops) > 0 {

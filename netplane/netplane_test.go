@@ -55,6 +55,16 @@ func TestNormalSortsAndFillsIn(t *testing.T) {
 	}
 }
 
+func TestSourceOfARoute(t *testing.T) {
+	for src, want := range map[string]string{"10.1.0.1": "10.1.0.1", "10.2.0.1": "10.2.0.1", "10.1.0.2": "10.9.0.1", "fd01::1": "10.9.0.1", "10.9.0.1": "10.9.0.1"} {
+		r := to("10.9.0.2/32", via("10.1.0.2", "a"))
+		r.Src = ip(src)
+		if n, err := base(r).Normal(); err != nil || n.Routes[0].Src != ip(want) {
+			t.Errorf("source %s became %v (%v), want %s", src, n.Routes, err, want)
+		}
+	}
+}
+
 func TestNormalRefuses(t *testing.T) {
 	many := func(n int) (c Config) {
 		c = base()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -231,6 +232,36 @@ func (c *Cluster) start(node, kind string, cfg map[string]any) error {
 	}()
 	c.procs = append(c.procs, p)
 	return nil
+}
+
+// Kill ends a host's process at once and starts it again.
+func (c *Cluster) Kill(ctx context.Context, host int) error {
+	name := fmt.Sprintf("host-%d", host)
+	for i, p := range c.procs {
+		if p.name != name {
+			continue
+		}
+		if err := p.cmd.Process.Kill(); err != nil {
+			return err
+		}
+		<-p.ended
+		c.procs = slices.Delete(c.procs, i, i+1)
+		break
+	}
+	if err := c.start(name, "host", c.hostConfig(host)); err != nil {
+		return err
+	}
+	p := c.procs[len(c.procs)-1]
+	ctx, cancel := context.WithTimeout(ctx, startWait)
+	defer cancel()
+	select {
+	case <-p.ready:
+		return nil
+	case <-p.ended:
+		return status.Errorf(status.Unavailable, "%s ended at its start (%v): %s says why", name, p.err, c.log(name))
+	case <-ctx.Done():
+		return status.Errorf(status.Timeout, "%s is not ready again: %s says why", name, c.log(name))
+	}
 }
 
 // Pid is the process of a host or a metadata node; 0 if there is none.

@@ -167,6 +167,7 @@ func TestStorageRidesOutCuts(t *testing.T) {
 			}
 			w.isolated(before)
 			w.commands()
+			w.killed()
 			must(t, check.Linearizable(context.Background(), w.io.History()))
 			w.kept()
 		})
@@ -184,6 +185,18 @@ func (w *world) isolated(before uint64) {
 	}
 	must(w.t, w.Do("heal", "all"))
 	await(w.t, "host-3 in sync again", func() bool { _, n := w.members(); return n == 3 })
+	converge(w.t, w.Lab)
+	await(w.t, "status well after a host was cut off", func() bool { return w.problems() == "" })
+}
+
+// killed ends a host's process, its routing daemon with it; the next one takes
+// over what it left and all is as before.
+func (w *world) killed() {
+	w.t.Helper()
+	w.during("kill -9 of host-2", func() { must(w.t, w.c.Kill(context.Background(), 2)) })
+	await(w.t, "host-2 in sync again", func() bool { _, n := w.members(); return n == 3 })
+	converge(w.t, w.Lab)
+	await(w.t, "status well after a kill", func() bool { return w.problems() == "" })
 }
 
 // commands are those people look and act with, against a real cluster.

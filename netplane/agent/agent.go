@@ -114,7 +114,17 @@ func Wanted(t bird.Topology, node string, added []netplane.Route) (netplane.Conf
 		return netplane.Config{}, status.Errorf(status.Invalid, "node: %q is not in the topology", node)
 	}
 	cfg := netplane.Config{Addrs: n.Addrs, Forward: n.Spine}
-	ways := map[netip.Addr][]netplane.Hop{}
+	ways := map[netip.Addr]netplane.Route{}
+	lead := func(to []netip.Addr, src netip.Addr, hop netplane.Hop) {
+		for _, a := range to {
+			r, ok := ways[a]
+			if !ok {
+				r = netplane.Route{To: netip.PrefixFrom(a, a.BitLen()), Src: src}
+			}
+			r.Hops = append(r.Hops, hop)
+			ways[a] = r
+		}
+	}
 	for _, c := range t.Cables {
 		if c.Host != node && c.Spine != node {
 			continue
@@ -129,18 +139,17 @@ func Wanted(t bird.Topology, node string, added []netplane.Route) (netplane.Conf
 				own, far = far, own
 			}
 			l.Addrs = append(l.Addrs, netip.PrefixFrom(own, common(own, far)))
-			to := planes(t, c, n, own)
+			hop := netplane.Hop{Via: far, Link: l.Name}
+			// From the plane's address: answers come back over the plane, too.
+			lead(planes(t, c, n, own), own, hop)
 			if t.Protocol == bird.Static {
-				to = append(to, behind(t, c, n, own)...)
-			}
-			for _, a := range to {
-				ways[a] = append(ways[a], netplane.Hop{Via: far, Link: l.Name})
+				lead(behind(t, c, n, own), netip.Addr{}, hop)
 			}
 		}
 		cfg.Links = append(cfg.Links, l)
 	}
-	for to, hops := range ways {
-		cfg.Routes = append(cfg.Routes, netplane.Route{To: netip.PrefixFrom(to, to.BitLen()), Hops: hops})
+	for _, r := range ways {
+		cfg.Routes = append(cfg.Routes, r)
 	}
 	for _, r := range fences(t) {
 		cfg.Routes = append(cfg.Routes, netplane.Route{To: r, Refuse: true})

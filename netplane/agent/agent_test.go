@@ -48,7 +48,7 @@ func text(c netplane.Config) string {
 func TestWanted(t *testing.T) {
 	const links = "s1 10.1.1.1/31\ns2 10.2.1.1/31\n"
 	const fence1, fence2, fence = "unreachable 10.1.0.0/22\n", "unreachable 10.2.0.0/22\n", "unreachable 10.255.0.0/16\n"
-	const planes = fence1 + "10.1.2.1/32 src 10.255.0.1 via 10.1.1.0 dev s1\n" + fence2 + "10.2.2.9/32 src 10.255.0.1 via 10.2.1.0 dev s2\n"
+	const planes = fence1 + "10.1.2.1/32 src 10.1.1.1 via 10.1.1.0 dev s1\n" + fence2 + "10.2.2.9/32 src 10.2.1.1 via 10.2.1.0 dev s2\n"
 	const stable = "10.255.0.2/32 src 10.255.0.1 nexthop via 10.1.1.0 dev s1 nexthop via 10.2.1.0 dev s2\n"
 	extra := []netplane.Route{{To: netip.MustParsePrefix("10.7.0.0/16"), Hops: []netplane.Hop{{Link: "s2"}}}}
 	for _, c := range []struct {
