@@ -69,7 +69,8 @@ func (s *Store) look(v *vol, r *read, out *outbox) error {
 		return nil
 	}
 	if r.flags&wire.FlagFrozen != 0 && (v == nil || len(v.layers(r.chunk)) == 0) {
-		out.fail(r.c, wire.Read, r.id, status.Errorf(status.NotFound, "nothing of chunk %d of volume %d is here", r.chunk, r.vol))
+		why := status.Errorf(status.NotFound, "nothing of chunk %d of volume %d is here", r.chunk, r.vol)
+		out.reply(r.c, &wire.Reply{Kind: wire.Read, ID: r.id, Status: status.NotFound, Count64: 1, Incarnation: s.incarnation, Detail: why.Error()})
 		return nil
 	}
 	if err := s.resolve(v, r); err != nil {

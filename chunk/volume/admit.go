@@ -56,6 +56,10 @@ func (e *Engine) admit(op *Op) {
 		e.done(op, status.NoSpace)
 		return
 	}
+	if e.cfg.ReadOnly && op.Kind != OpRead {
+		e.done(op, status.Permission)
+		return
+	}
 	if op.Kind == OpRead {
 		e.stats.Reads++
 	} else {
@@ -98,7 +102,9 @@ func (e *Engine) nextPiece(p piece) (piece, bool) {
 	}
 	chunkBytes := uint64(e.perChunk) * ids.BlockSize
 	stop := min(end, off-off%chunkBytes+chunkBytes)
-	if p.op.Kind == OpRead || p.op.Kind == OpWrite {
+	if p.op.Kind == OpCopy {
+		stop = min(stop, off-off%(copyBlocks*ids.BlockSize)+copyBlocks*ids.BlockSize)
+	} else if p.op.Kind == OpRead || p.op.Kind == OpWrite {
 		stop = min(stop, off-off%ids.BlockSize+maxPieceBlock*ids.BlockSize)
 	} else if off%ids.BlockSize != 0 {
 		stop = min(stop, off-off%ids.BlockSize+ids.BlockSize)
@@ -152,7 +158,7 @@ func (e *Engine) start(p piece) {
 		return
 	}
 	j := e.newJob(c, p, first, count)
-	j.merging = !p.aligned()
+	j.merging = !p.aligned() || p.op.Kind == OpCopy
 	for _, o := range c.jobs {
 		if o != j && (o.merging || j.merging) && o.overlaps(first, count) {
 			o.waiters = append(o.waiters, waiter{job: j})
@@ -176,14 +182,19 @@ func (e *Engine) begin(j *job) {
 // startUnallocated reads zeros, trims nothing, and lets a write wait for its
 // chunk.
 func (e *Engine) startUnallocated(c *chunk, p piece) {
-	if p.op.Kind != OpWrite {
+	index := ids.ChunkIndex(p.off / (uint64(e.perChunk) * ids.BlockSize))
+	shows := e.originHas(index)
+	if shows && p.op.Kind == OpRead {
+		e.viewAll(c, p)
+		return
+	}
+	if p.op.Kind != OpWrite && !(shows && (p.op.Kind == OpZero || p.op.Kind == OpCopy)) {
 		if p.op.Kind == OpRead {
 			clear(p.data())
 		}
 		e.partDone(p.op, status.OK)
 		return
 	}
-	index := ids.ChunkIndex(p.off / (uint64(e.perChunk) * ids.BlockSize))
 	if c == nil {
 		c = &chunk{index: index}
 		e.chunks[index] = c

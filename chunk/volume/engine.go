@@ -39,15 +39,17 @@ import (
 
 // Config says what an engine is to attach and how patient it is.
 type Config struct {
-	Host     string        // this gateway's host: its stores are read first
-	Volume   *pb.Volume    // as the attach commit answered it: size, epoch, revision, members
-	Chunks   []*pb.Chunk   // its whole map
-	Stall    time.Duration // an in-sync replica that makes no progress for so long is excluded (default 1 s)
-	SealWait time.Duration // attach waits so long for members beyond a sufficient set (default 1.5 s)
-	Flush    time.Duration // the engine flushes by itself so often when dirty (default 1 s)
-	Grace    time.Duration // the chunks of a member that is out for longer go elsewhere (default 10 min)
-	CopyRate int64         // bytes per second that joins and new copies may use at most (default 256 MiB)
-	Budget   Budget        // shared by the engines of a host; nil: no further limit
+	Host     string            // this gateway's host: its stores are read first
+	Volume   *pb.Volume        // as the attach commit answered it: size, epoch, revision, members
+	Chunks   []*pb.Chunk       // its whole map
+	Origins  []*pb.OriginState // what a clone reads through, nearest first
+	ReadOnly bool              // nothing is attached: the origins are shown, without a lease
+	Stall    time.Duration     // an in-sync replica that makes no progress for so long is excluded (default 1 s)
+	SealWait time.Duration     // attach waits so long for members beyond a sufficient set (default 1.5 s)
+	Flush    time.Duration     // the engine flushes by itself so often when dirty (default 1 s)
+	Grace    time.Duration     // the chunks of a member that is out for longer go elsewhere (default 10 min)
+	CopyRate int64             // bytes per second that joins and new copies may use at most (default 256 MiB)
+	Budget   Budget            // shared by the engines of a host; nil: no further limit
 }
 
 // Budget is what all background copies of a host share. Take is called under the
@@ -125,6 +127,11 @@ type Engine struct {
 	reclaimWhy   string    // why the last merging was given up
 	look         *MetaCall // news of the volume were asked for
 
+	origins    []*origin // nearest first; of a clone
+	originNews int       // times they were brought
+	viewing    []*read   // that go on in origins; bounded by the operations in flight
+	stuckViews []stuckView
+
 	flush    flushState
 	member   memberState
 	alloc    allocState
@@ -165,6 +172,21 @@ type chunk struct {
 	replicas []*replica  // position = bit in job.need and job.have; e.nobody where one has left
 	fills    []*fill     // by position: the copy there is being made and does not count; nil: it counts
 	jobs     []*job      // in flight or merging; bounded by the operations in flight
+}
+
+// members and under are empty for a place that has no chunk yet.
+func (c *chunk) members() []*replica {
+	if c == nil {
+		return nil
+	}
+	return c.replicas
+}
+
+func (c *chunk) under() []*job {
+	if c == nil {
+		return nil
+	}
+	return c.jobs
 }
 
 // sortedChunks lists the chunks by index: what an engine does never depends on
@@ -215,6 +237,13 @@ func New(now time.Duration, cfg Config, out *Out) (*Engine, error) {
 	}
 	e.cuts, e.sizeRevision = v.Cuts, v.Revision
 	e.setQos(v.Qos)
+	if err := e.takeOrigins(cfg.Origins); err != nil {
+		return nil, err
+	}
+	if e.cfg.Origins = nil; cfg.ReadOnly {
+		e.readOnly()
+		return e, nil
+	}
 	e.beginAttach()
 	e.settle()
 	return e, nil
@@ -261,6 +290,10 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 		} else {
 			e.end(ev.Why)
 		}
+	case *Origins:
+		if err := e.takeOrigins(ev.States); err != nil {
+			e.end(err.Error())
+		}
 	case *Cut:
 		e.beginCut(ev)
 	case *Release:
@@ -295,6 +328,7 @@ func (e *Engine) tick() {
 	e.bounceFailed()
 	e.retryFull()
 	e.retryStuck()
+	e.retryViews()
 	e.autoFlush()
 	e.watchLag()
 	e.planMoves()
@@ -376,6 +410,9 @@ func (e *Engine) unfinished() []*Op {
 	}
 	for op := e.throttle.held.head; op != nil; op = op.next {
 		add(op)
+	}
+	for _, rd := range e.viewing {
+		add(rd.op)
 	}
 	if e.cut != nil {
 		for op := e.cut.ops.head; op != nil; op = op.next {
@@ -477,6 +514,9 @@ func (e *Engine) refresh(ev *Refresh) {
 	e.setQos(v.Qos)
 	e.layers.take(v)
 	e.noteVolume(v)
+	if v.Origin == nil && !e.cfg.ReadOnly { // it was flattened
+		e.origins = nil
+	}
 	e.member.news = v
 	e.takeNews()
 }

@@ -18,7 +18,12 @@ const (
 	OpZero // read as zeros from now on, to the byte
 	OpTrim // whole blocks inside the range may read as zeros
 	OpFlush
+	OpCopy // whole blocks that a clone shows from its origin become its own
 )
+
+// copyBlocks is the unit of OpCopy: if an origin shows any of it, all of it is
+// copied.
+const copyBlocks = 16
 
 // Op is one client operation. The engine owns it, and Data, until it is in
 // Out.Done.

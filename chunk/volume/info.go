@@ -72,7 +72,9 @@ func (e *Engine) Extents(off, n uint64) []Extent {
 	chunkBytes := uint64(e.perChunk) * ids.BlockSize
 	for n > 0 {
 		step := min(n, chunkBytes-off%chunkBytes)
-		_, ok := e.chunks[ids.ChunkIndex(off/chunkBytes)]
+		i := ids.ChunkIndex(off / chunkBytes)
+		_, ok := e.chunks[i]
+		ok = ok || e.originHas(i)
 		if k := len(out); k > 0 && out[k-1].Hole == !ok {
 			out[k-1].Len += step
 		} else {

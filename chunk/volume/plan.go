@@ -257,6 +257,10 @@ func (e *Engine) dropMembers(ms []*pb.Member) {
 			}
 		}
 		e.letGo(r)
+		if e.isSource(r) {
+			r.foreign = true
+			e.out.Links = append(e.out.Links, LinkAction{r.index, true})
+		}
 	}
 }
 

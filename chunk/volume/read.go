@@ -23,7 +23,13 @@ type read struct {
 	until uint64 // counter when the data came: later writes do not matter
 	legs  legs   // by position
 	at    time.Duration
-	req   wire.Request
+
+	// Of a clone's read that goes on in its origins (origin.go).
+	buf    []byte // whole blocks
+	views  int    // runs outstanding, and one while they begin
+	failed status.Kind
+	shown  bool // an origin had something
+	req    wire.Request
 }
 
 func (e *Engine) newRead() *read {
@@ -73,7 +79,7 @@ func (e *Engine) sendRead(rd *read) {
 		return
 	}
 	rd.req = wire.Request{Kind: wire.Read, Chunk: rd.c.id, Layer: e.layers.top, Chain: e.layers.chain, Block: rd.first, Count: rd.count}
-	if !best.local || rd.bad != 0 {
+	if !best.local || rd.bad != 0 || len(e.origins) > 0 {
 		rd.req.Flags = wire.FlagEntries
 	} else if rd.job == nil && rd.piece.aligned() {
 		// Only the in-process twin fills it, and only before Submit returns.
@@ -103,10 +109,15 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 		if rd.bad != 0 {
 			e.repair(rd, rep)
 		}
+		if holes := e.holesIn(rep); len(holes) > 0 {
+			rd.buf = rep.Data
+			e.beginViews(rd, holes)
+			return
+		}
 		e.readDone(rd, rep.Data, status.OK)
 		return
 	case status.Corrupt, status.Poison:
-		if rd.count > 1 {
+		if rd.count > 1 && rd.job == nil {
 			e.splitRead(rd)
 			return
 		}
@@ -127,6 +138,14 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 		rd.bad |= 1 << pos
 	}
 	e.sendRead(rd)
+}
+
+// holesIn lists what a clone does not have itself.
+func (e *Engine) holesIn(rep *wire.Reply) []run {
+	if len(e.origins) == 0 {
+		return nil
+	}
+	return holesOf(rep.Entries)
 }
 
 // layersMoved deals with a store that knows of a layer's end before this engine
@@ -182,13 +201,13 @@ func (e *Engine) verified(rd *read, rep *wire.Reply) bool {
 	if rd.req.Flags&wire.FlagEntries == 0 {
 		return true
 	}
-	return len(rep.Entries) == int(rd.count) && e.entriesMatch(&rd.req, rep.Entries, rep.Data)
+	return len(rep.Entries) == int(rd.count) && entriesMatch(e.volume, &rd.req, rep.Entries, rep.Data)
 }
 
 // entriesMatch checks the blocks of a read, one per entry, against the entries'
 // checksums, under the identity that was asked for: a block of another place, or
 // of a layer that was not asked for, does not pass for this one.
-func (e *Engine) entriesMatch(q *wire.Request, es []wire.Entry, data []byte) bool {
+func entriesMatch(vol ids.VolumeID, q *wire.Request, es []wire.Entry, data []byte) bool {
 	for i := range es {
 		b := data[i*ids.BlockSize : (i+1)*ids.BlockSize]
 		en := &es[i]
@@ -198,7 +217,7 @@ func (e *Engine) entriesMatch(q *wire.Request, es []wire.Entry, data []byte) boo
 		}
 		switch en.Kind {
 		case wire.EntryData:
-			if wire.BlockSum(e.volume, q.Chunk, en.Layer, en.Block, en.Version, b) != en.Sum {
+			if wire.BlockSum(vol, q.Chunk, en.Layer, en.Block, en.Version, b) != en.Sum {
 				return false
 			}
 		case wire.EntryPoison:
@@ -218,7 +237,7 @@ func (e *Engine) readDone(rd *read, data []byte, k status.Kind) {
 		return
 	}
 	if k != status.OK {
-		e.cause = cause{legs: &rd.legs, replicas: rd.c.replicas}
+		e.cause = cause{legs: &rd.legs, replicas: rd.c.members()}
 		e.partDone(rd.op, k)
 		e.cause = cause{}
 		e.freeRead(rd)
@@ -229,21 +248,23 @@ func (e *Engine) readDone(rd *read, data []byte, k status.Kind) {
 	if &dst[0] != &src[0] {
 		copy(dst, src)
 	}
-	rd.until = e.counter
+	if rd.buf == nil {
+		rd.until = e.counter
+	}
 	e.answerRead(rd)
 }
 
 // answerRead answers unless a write that was issued before the data came is
 // still in flight on these blocks: what it may have shown could yet be lost.
 func (e *Engine) answerRead(rd *read) {
-	for _, j := range rd.c.jobs {
+	for _, j := range rd.c.under() {
 		if j.version != 0 && j.version.Counter() <= rd.until && j.overlaps(rd.first, rd.count) {
 			j.waiters = append(j.waiters, waiter{read: rd})
 			return
 		}
 	}
 	e.pace.guest(e.now - rd.at)
-	e.cause = cause{legs: &rd.legs, replicas: rd.c.replicas}
+	e.cause = cause{legs: &rd.legs, replicas: rd.c.members()}
 	e.partDone(rd.op, status.OK)
 	e.cause = cause{}
 	e.freeRead(rd)

@@ -146,7 +146,7 @@ func (e *Engine) tellLayers(rc *reclaim) {
 			}
 		})
 	}
-	rc.told = rc.active == 0
+	rc.told = rc.active == 0 // no members
 }
 
 // mergeChunks keeps reclaimChunks under way, and ends with the commit.

@@ -20,6 +20,7 @@ type replica struct {
 	incarnation ids.Incarnation
 	local       bool // on this gateway's host
 
+	foreign     bool // gone, or never a member: an origin's store, to be read from only
 	inSync      bool // as committed at e.revision
 	up          bool // connection gen is ready
 	sealed      bool // and the store has answered our epoch's seal over it
@@ -71,6 +72,8 @@ func (r *replica) writable() bool {
 
 func (r *replica) stateName() string {
 	switch {
+	case r.foreign:
+		return "origin"
 	case r.gone:
 		return "gone"
 	case r.readable():
@@ -92,6 +95,7 @@ func (e *Engine) addMembers(ms []*pb.Member) {
 		}
 		if r := e.byStore[id]; r != nil {
 			if r.gone {
+				r.foreign = false
 				e.comeBack(r, m)
 			}
 			continue
@@ -118,7 +122,10 @@ func (e *Engine) send(r *replica, q *wire.Request, s slot) {
 	r.slots[i] = s
 	r.busy++
 	q.ID = uint64(s.tag)<<32 | uint64(i)
-	q.Store, q.Volume, q.Epoch = r.store, e.volume, e.epoch
+	q.Store, q.Epoch = r.store, e.epoch
+	if q.Flags&wire.FlagFrozen == 0 { // else it may be of an origin
+		q.Volume = e.volume
+	}
 	e.out.Sends = append(e.out.Sends, Send{r.index, r.gen, q})
 }
 
@@ -197,6 +204,7 @@ func (e *Engine) linkUp(ev *Up) {
 	if r.inSync {
 		e.seal(r)
 	} // a member that is out joins: stepJoins
+	e.retryViews()
 }
 
 // seal raises the store's epoch for the volume; the answer tells what it holds.
@@ -357,6 +365,9 @@ func (e *Engine) lost(ev *Lost) {
 		return
 	}
 	r.lost, r.why = true, ev.Why
+	if r.foreign {
+		e.lookAgain() // it may have moved
+	}
 	if r.inSync && e.state != Attaching {
 		e.exclude(r, ev.Why)
 	}
@@ -374,6 +385,12 @@ func (e *Engine) watchStalls() {
 	}
 	suspects, moving, lively := false, false, false
 	for _, r := range e.replicas {
+		if r.foreign {
+			if r.up && e.waited(r) >= e.cfg.Stall {
+				e.bounce(r, "no answer")
+			}
+			continue
+		}
 		suspects = suspects || r.up && e.waited(r) >= e.cfg.Stall/2
 		moving = moving || r.inSync && r.sealed && e.now-r.lastReply < e.cfg.Stall
 		lively = lively || r.inSync && r.sealed && e.now-r.lastReply < e.cfg.Stall/2
@@ -385,7 +402,7 @@ func (e *Engine) watchStalls() {
 		e.stillUntil = e.now
 	}
 	for _, r := range e.replicas {
-		if r.up && e.waited(r) >= e.cfg.Stall {
+		if r.up && !r.foreign && e.waited(r) >= e.cfg.Stall {
 			e.stalled(r)
 		}
 	}

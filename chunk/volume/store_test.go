@@ -82,7 +82,7 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 	lean := *q
 	lean.Data = nil
 	s.log = append(s.log, lean)
-	if q.Epoch < s.epoch && q.Kind != wire.Ping {
+	if q.Epoch < s.epoch && q.Kind != wire.Ping && q.Flags&wire.FlagFrozen == 0 {
 		r.Status, r.Epoch = status.Fenced, s.epoch
 		return r
 	}
@@ -121,6 +121,15 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 		s.tamper(q, r)
 	}
 	return r
+}
+
+func (s *memStore) hasChunk(c ids.ChunkID) bool {
+	for k := range s.blocks {
+		if k.chunk == c {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *memStore) gone(l ids.LayerID) bool {
@@ -221,6 +230,10 @@ func (s *memStore) write(q *wire.Request, r *wire.Reply) {
 
 func (s *memStore) read(q *wire.Request, r *wire.Reply) {
 	data := make([]byte, int(q.Count)*ids.BlockSize)
+	if r.Incarnation = s.incarnation; q.Flags&wire.FlagFrozen != 0 && !s.hasChunk(q.Chunk) {
+		r.Status, r.Count64 = status.NotFound, 1
+		return
+	}
 	before := ids.LayerID(0)
 	for d, l := range append([]ids.LayerID{q.Layer}, q.Chain...) {
 		if into := s.marks[l]; s.gone(l) || into != 0 && q.Flags&wire.FlagRaw == 0 && (d == 0 || before < into) {

@@ -133,7 +133,7 @@ func (e *Engine) fetch(t *transfer, run []wire.Entry, try int) {
 // listed and matching its checksum.
 func (e *Engine) complete(q *wire.Request, run []wire.Entry, rep *wire.Reply) bool {
 	if len(rep.Entries) != len(run) || len(rep.Data) != len(run)*ids.BlockSize ||
-		!e.entriesMatch(q, rep.Entries, rep.Data) {
+		!entriesMatch(e.volume, q, rep.Entries, rep.Data) {
 		return false
 	}
 	for i := range run {

@@ -47,6 +47,7 @@ type world struct {
 	kept    []func()
 	cuts    []CutNews // not looked at yet
 	onCuts  func()
+	origins func() []*pb.OriginState // what the volume is a clone of; nil: of nothing
 	prunes  int
 	copies  uint32           // of each chunk
 	leaving map[int]bool     // members whose chunks are to go elsewhere
@@ -95,6 +96,10 @@ func (w *world) picture() string {
 	out := fmt.Sprintf("metadata: epoch %d, revision %d; engine busy with metadata: %v\n", w.vol.Epoch, w.vol.Revision, w.e.metaBusy())
 	for i, r := range w.e.replicas {
 		s := w.stores[i]
+		if i >= len(w.vol.Members) {
+			out += fmt.Sprintf("%d: of the origin, up %v hung %v; engine up %v busy %d\n", i, s.up, s.hung, r.up, r.busy)
+			continue
+		}
 		out += fmt.Sprintf("%d: store up %v hung %v full %v intact %v floor %v, in-sync %v; engine in-sync %v up %v sealed %v excluding %v doubt %v gen %d (store %d) join %+v busy %d why %q\n",
 			i, s.up, s.hung, s.full, s.intact, s.floor, w.vol.Members[i].InSync, r.inSync, r.up, r.sealed, r.excluding, r.doubt, r.gen, s.gen, r.join, r.busy, r.why)
 	}
@@ -110,7 +115,7 @@ func (w *world) attach() {
 	}
 	w.vol.Epoch++
 	w.giveUpOpen()
-	e, err := New(w.now, Config{Host: "host-1", Volume: w.known(), Chunks: w.chunks, Grace: w.grace}, &w.out)
+	e, err := New(w.now, Config{Host: "host-1", Volume: w.known(), Chunks: w.chunks, Grace: w.grace, Origins: w.originStates()}, &w.out)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -123,6 +128,13 @@ func (w *world) attach() {
 	w.step(&Lease{Until: until})
 }
 
+func (w *world) originStates() []*pb.OriginState {
+	if w.origins == nil {
+		return nil
+	}
+	return w.origins()
+}
+
 // serving attaches and waits until it serves.
 func (w *world) serving() {
 	w.attach()
@@ -131,7 +143,7 @@ func (w *world) serving() {
 
 // known is the volume as metadata knows it.
 func (w *world) known() *pb.Volume {
-	v := &pb.Volume{Id: 1, Name: "v", SizeBytes: w.vol.SizeBytes, ChunkBytes: testChunk, Epoch: w.vol.Epoch, Revision: w.vol.Revision,
+	v := &pb.Volume{Id: w.vol.Id, Name: "v", Origin: w.vol.Origin, SizeBytes: w.vol.SizeBytes, ChunkBytes: testChunk, Epoch: w.vol.Epoch, Revision: w.vol.Revision,
 		Qos: w.vol.Qos, ShrunkFrom: w.vol.ShrunkFrom, Cuts: w.vol.Cuts, CutUpto: w.vol.CutUpto,
 		Top: w.vol.Top, LastLayer: w.vol.LastLayer, Replicas: w.copies}
 	for _, l := range w.vol.Layers {
@@ -272,6 +284,9 @@ func (w *world) commit(m *MetaCall) (*pb.Result, error) {
 	case m.Prune != nil:
 		return w.prune(m.Prune)
 	case m.Look:
+		if w.origins != nil {
+			w.step(&Origins{w.origins()})
+		}
 		w.step(&Refresh{Volume: w.known()})
 	}
 	return &pb.Result{}, nil
@@ -288,7 +303,7 @@ func (w *world) allocate(a *pb.Allocate) (*pb.Result, error) {
 	for _, i := range a.Indices {
 		c := w.chunkAt(i)
 		if c == nil {
-			c = &pb.Chunk{Index: i, Id: uint64(i) + 100}
+			c = &pb.Chunk{Index: i, Id: uint64(i) + 100*w.vol.Id}
 			for i, m := range w.vol.Members {
 				if !w.left[i] && len(c.Stores) < int(w.copies) {
 					c.Stores = append(c.Stores, m.Store)
@@ -425,7 +440,7 @@ func (w *world) idle() bool { return len(w.done) == 0 }
 
 func (w *world) allInSync() bool {
 	for _, r := range w.e.Info().Replicas {
-		if r.State != "in-sync" {
+		if r.State != "in-sync" && r.State != "origin" {
 			return false
 		}
 	}

@@ -121,6 +121,13 @@ func (e *Engine) merge(j *job) {
 	begin := j.piece.off % chunkBytes
 	end := begin + j.piece.n
 	last := j.first + ids.Block(j.count) - 1
+	if j.op.Kind == OpCopy {
+		j.edges = 1
+		rd := e.newRead()
+		rd.op, rd.c, rd.first, rd.count, rd.job, rd.piece = j.op, j.c, j.first, j.count, j, j.piece
+		e.sendRead(rd)
+		return
+	}
 	var edges []ids.Block
 	if begin%ids.BlockSize != 0 || j.count == 1 {
 		edges = append(edges, j.first)
@@ -131,7 +138,7 @@ func (e *Engine) merge(j *job) {
 	j.edges = len(edges)
 	for _, b := range edges {
 		rd := e.newRead()
-		rd.op, rd.c, rd.first, rd.count, rd.job = j.op, j.c, b, 1, j
+		rd.op, rd.c, rd.first, rd.count, rd.job, rd.piece = j.op, j.c, b, 1, j, j.piece
 		e.sendRead(rd)
 	}
 }
@@ -151,6 +158,14 @@ func (e *Engine) edgeRead(rd *read, data []byte, k status.Kind) {
 	}
 	if j.op.failed != status.OK { // nothing was sent: it may fail
 		e.finish(j, j.op.failed)
+		return
+	}
+	if j.op.Kind == OpCopy {
+		if j.merging = false; rd.shown {
+			e.issue(j)
+		} else {
+			e.finish(j, status.OK)
+		}
 		return
 	}
 	at := j.piece.off % (uint64(e.perChunk) * ids.BlockSize) % ids.BlockSize

@@ -136,7 +136,7 @@ const (
 	FlagRepair  uint16 = 1 << 4 // Install: rewrite a bad block at its own version
 	// FlagFrozen says, of a Read or List, that nothing is written to its layers
 	// any more: it needs no seal and is not fenced. Reply.Incarnation tells whose
-	// data it is. NotFound if the store knows nothing of the chunk.
+	// data it is. NotFound, with Count64 = 1, if the store has nothing of the chunk.
 	FlagFrozen uint16 = 1 << 5
 	// FlagRaw says, of a Read without a chain, that the layer's own entries are
 	// wanted, even while it is being merged: for copying between replicas.
