@@ -1,6 +1,8 @@
 package gateway
 
 import (
+	"context"
+	"strings"
 	"time"
 
 	nbdserver "github.com/cairnstore/cairn/nbd/server"
@@ -13,6 +15,14 @@ import (
 func (g *Gateway) Exports() nbdserver.Exports { return exports{g} }
 
 type exports struct{ g *Gateway }
+
+// asExport keeps a nil pointer from becoming an export.
+func asExport(v *Volume, err error) (nbdserver.Volume, error) {
+	if err != nil {
+		return nil, err
+	}
+	return v, nil
+}
 
 // List returns the names of the volumes that can be opened.
 func (x exports) List() []string {
@@ -36,6 +46,11 @@ func (x exports) Open(name string) (nbdserver.Volume, error) {
 		return nil, status.Errorf(status.Unavailable, "host %s is still attaching the volumes it held: try again", x.g.cfg.Host)
 	case <-x.g.ctx.Done():
 		return nil, status.Errorf(status.Shutdown, "host %s is going away", x.g.cfg.Host)
+	}
+	if strings.Contains(name, "@") {
+		ctx, cancel := context.WithTimeout(x.g.ctx, openWait)
+		defer cancel()
+		return asExport(x.g.Show(ctx, name))
 	}
 	v, err := x.g.Volume(name)
 	if err != nil {

@@ -78,6 +78,7 @@ type Gateway struct {
 
 	mu        sync.Mutex // guards the fields below
 	volumes   map[string]*Volume
+	shown     map[string]*Volume       // snapshots that are looked at, by VOLUME@SNAPSHOT; ≤ maxShown
 	attaching map[string]chan struct{} // closed when the running attach of that name is over
 	recovered chan struct{}            // closed when the predecessor's volumes are attached again
 	closed    bool
@@ -94,7 +95,7 @@ func New(cfg Config) *Gateway {
 	var id [8]byte
 	_, _ = rand.Read(id[:]) // never fails
 	g := &Gateway{cfg: cfg, session: hex.EncodeToString(id[:]), log: cfg.Log, kick: make(chan struct{}, 1),
-		volumes: map[string]*Volume{}, attaching: map[string]chan struct{}{}, recovered: make(chan struct{})}
+		volumes: map[string]*Volume{}, shown: map[string]*Volume{}, attaching: map[string]chan struct{}{}, recovered: make(chan struct{})}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
 	g.members = newMemberBatch(g.ctx, cfg.Meta)
 	g.wg.Add(2)
@@ -182,7 +183,11 @@ func (g *Gateway) attach(ctx context.Context, name string, takeover bool) (*Volu
 	if res.Volume == nil {
 		return nil, status.Errorf(status.Internal, "metadata answered the attach of %s without the volume", name)
 	}
-	v, err := newVolume(g, res.Volume, res.Chunks)
+	cfg := volume.Config{Chunks: res.Chunks}
+	if cfg.Origins, err = g.origins(ctx, res.Volume); err != nil {
+		return nil, err
+	}
+	v, err := newVolume(g, res.Volume, cfg, "")
 	if err != nil {
 		return nil, err
 	}
@@ -248,6 +253,13 @@ func (g *Gateway) Changed(ctx context.Context, id ids.VolumeID) {
 			g.cfg.Resized(v.name, v.Size())
 		}
 	}
+	for _, v := range g.Shown() {
+		if id == 0 || v.id == id {
+			if err := v.lookAgain(ctx); err != nil {
+				g.log.Warn("snapshot not read again after a change", "snapshot", v.name, "err", err)
+			}
+		}
+	}
 }
 
 // Volume returns a volume attached here, or status.NotFound.
@@ -281,6 +293,9 @@ func (g *Gateway) Close(ctx context.Context) error {
 	g.closed = true
 	g.mu.Unlock()
 	var first error
+	for _, v := range g.Shown() {
+		g.hide(v)
+	}
 	vs := g.Volumes()
 	var release []*pb.Lease
 	for _, v := range vs {

@@ -100,7 +100,7 @@ func (g *Gateway) tickLoop() {
 		case <-t.C:
 		}
 		live := map[*Volume]bool{}
-		for _, v := range g.Volumes() {
+		for _, v := range append(g.Volumes(), g.Shown()...) {
 			live[v] = true
 			switch {
 			case v.State() != volume.Ended:

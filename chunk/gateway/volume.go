@@ -42,19 +42,21 @@ type Volume struct {
 	letGo  error   // why metadata did not let go of it
 
 	// Of snapshots (snapshot.go).
+	snapshot string // shown read-only; "": this is the volume itself
 	prepared *pb.Volume
 	held     *heldCut
 	cuts     map[*volume.Cut]chan volume.CutNews
 }
 
-func newVolume(g *Gateway, vol *pb.Volume, chunks []*pb.Chunk) (*Volume, error) {
+func newVolume(g *Gateway, vol *pb.Volume, cfg volume.Config, snapshot string) (*Volume, error) {
 	v := &Volume{g: g, name: vol.Name, id: ids.VolumeID(vol.Id), epoch: ids.Epoch(vol.Epoch), chunkBytes: vol.ChunkBytes, ended: make(chan struct{}),
-		cuts: map[*volume.Cut]chan volume.CutNews{}}
+		cuts: map[*volume.Cut]chan volume.CutNews{}, snapshot: snapshot}
 	v.ctx, v.cancel = context.WithCancel(g.ctx)
 	v.links = newLinkWorker(v)
+	cfg.Host, cfg.Volume, cfg.Stall = g.cfg.Host, vol, g.cfg.Stall
 	a := &actions{}
 	v.mu.Lock()
-	e, err := volume.New(now(), volume.Config{Host: g.cfg.Host, Volume: vol, Chunks: chunks, Stall: g.cfg.Stall}, &a.out)
+	e, err := volume.New(now(), cfg, &a.out)
 	if err != nil {
 		v.mu.Unlock()
 		v.cancel()
@@ -179,7 +181,7 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 	case c.Prune != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_PruneLayer{PruneLayer: c.Prune}})
 	case c.Look:
-		err = v.refresh(ctx)
+		err = v.lookAgain(ctx)
 	case c.Move != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_MoveChunks{MoveChunks: c.Move}})
 	case c.Allocate != nil:
@@ -236,7 +238,7 @@ func (v *Volume) Name() string { return v.name }
 func (v *Volume) Size() uint64 { return v.size.Load() }
 
 // ReadOnly reports whether writes are refused.
-func (v *Volume) ReadOnly() bool { return false }
+func (v *Volume) ReadOnly() bool { return v.snapshot != "" }
 
 // State returns what the engine is doing.
 func (v *Volume) State() volume.State { return volume.State(v.state.Load()) }

@@ -141,6 +141,16 @@ func (e *Engine) originHas(i ids.ChunkIndex) bool {
 	return false
 }
 
+// OriginChunks lists the chunks in which an origin may show something.
+func (e *Engine) OriginChunks() (out []ids.ChunkIndex) {
+	for i := ids.ChunkIndex(0); uint64(i)*uint64(e.perChunk)*ids.BlockSize < e.size; i++ {
+		if e.originHas(i) {
+			out = append(out, i)
+		}
+	}
+	return out
+}
+
 // viewAll reads a piece of which the volume itself has nothing.
 func (e *Engine) viewAll(c *chunk, p piece) {
 	rd := e.newRead()

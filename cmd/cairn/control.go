@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/cairnstore/cairn/chunk/gateway"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -27,6 +28,9 @@ func reply(err error) *pb.HostReply {
 // AttachVolume implements pb.HostControlServer. It answers once the volume
 // serves, or says what it waits for.
 func (c *control) AttachVolume(ctx context.Context, r *pb.AttachVolumeRequest) (*pb.AttachVolumeReply, error) {
+	if strings.Contains(r.Volume, "@") {
+		return c.showSnapshot(ctx, r.Volume), nil
+	}
 	v, err := c.h.gw.Attach(ctx, r.Volume, r.Takeover)
 	if err == nil {
 		err = v.WaitServing(ctx)
@@ -39,6 +43,9 @@ func (c *control) AttachVolume(ctx context.Context, r *pb.AttachVolumeRequest) (
 
 // DetachVolume implements pb.HostControlServer.
 func (c *control) DetachVolume(ctx context.Context, r *pb.VolumeRef) (*pb.HostReply, error) {
+	if strings.Contains(r.Volume, "@") {
+		return reply(c.h.gw.Hide(r.Volume)), nil
+	}
 	if err := c.unused(ctx, r.Volume); err != nil {
 		return reply(err), nil
 	}

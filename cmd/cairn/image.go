@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,10 +32,10 @@ func volumeImport(c *cli) *cobra.Command {
 	var size string
 	cmd := &cobra.Command{
 		Use:   "import NAME FILE",
-		Short: "Fill a new volume from a raw image",
-		Long: `Create a volume and fill it from a raw disk image. Holes and zeros of the image stay
-holes of the volume. For other formats: qemu-img convert -O raw IMAGE FILE.`,
-		Example: "  cairn volume import root debian.raw\n  cairn volume import root debian.raw --size 20G",
+		Short: "Fill a new volume from a disk image",
+		Long: `Create a volume and fill it from a disk image: raw, or whatever else qemu-img reads
+(qcow2, vmdk, …). Holes and zeros of the image stay holes of the volume.`,
+		Example: "  cairn volume import root debian.raw\n  cairn volume import root debian.qcow2 --size 20G",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), imageWait, func(ctx context.Context, s *session) error {
@@ -45,7 +46,7 @@ holes of the volume. For other formats: qemu-img convert -O raw IMAGE FILE.`,
 						return err
 					}
 				}
-				return s.importImage(ctx, args[0], args[1], n, replicas)
+				return s.importAny(ctx, args[0], args[1], n, replicas)
 			})
 		},
 	}
@@ -177,15 +178,11 @@ feed:
 // withDevice attaches a volume if need be, opens it over NBD and leaves it as
 // it was found.
 func (s *session) withDevice(ctx context.Context, name string, f func(*nbdclient.Client) error) (err error) {
-	v, err := s.volume(ctx, name)
+	uri, host, ours, err := s.open(ctx, name)
 	if err != nil {
 		return err
 	}
-	uri, err := s.attach(ctx, name, "", false)
-	if err != nil {
-		return err
-	}
-	if v.HolderHost == "" {
+	if ours {
 		defer func() {
 			ctx, cancel := context.WithTimeout(context.Background(), cliWait)
 			defer cancel()
@@ -194,15 +191,28 @@ func (s *session) withDevice(ctx context.Context, name string, f func(*nbdclient
 	}
 	dev, err := nbdclient.Dial(ctx, uri, nil)
 	if err != nil {
-		return fmt.Errorf("cannot open %s (its socket is on host %s: run this there): %w", uri, v.HolderHost, err)
+		return fmt.Errorf("cannot open %s (its socket is on host %s: run this there): %w", uri, host, err)
 	}
 	return errors.Join(f(dev), dev.Close())
 }
 
+// open attaches a volume, or has a snapshot shown; ours: nobody had before.
+func (s *session) open(ctx context.Context, name string) (uri, host string, ours bool, err error) {
+	if strings.Contains(name, "@") {
+		return s.openSnapshot(ctx, name, "")
+	}
+	v, err := s.volume(ctx, name)
+	if err != nil {
+		return "", "", false, err
+	}
+	uri, err = s.attach(ctx, name, "", false)
+	return uri, v.HolderHost, v.HolderHost == "", err
+}
+
 func volumeExport(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "export NAME FILE", Short: "Write a volume to a new raw image; holes stay holes", Args: cobra.ExactArgs(2),
-		Example: "  cairn volume export root root.raw",
+		Use: "export NAME FILE", Short: "Write a volume, or a snapshot, to a new raw image; holes stay holes", Args: cobra.ExactArgs(2),
+		Example: "  cairn volume export root root.raw\n  cairn volume export root@monday root.raw",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), imageWait, func(ctx context.Context, s *session) error {
 				return s.exportImage(ctx, args[0], args[1])

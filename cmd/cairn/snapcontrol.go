@@ -37,3 +37,18 @@ func (c *control) ReleaseCut(ctx context.Context, r *pb.CutRequest) (*pb.CutRepl
 func (c *control) ReclaimVolume(ctx context.Context, r *pb.VolumeRef) (*pb.HostReply, error) {
 	return reply(c.h.gw.Reclaim(ctx, r.Volume)), nil
 }
+
+// FlattenVolume implements pb.HostControlServer.
+func (c *control) FlattenVolume(ctx context.Context, r *pb.VolumeRef) (*pb.HostReply, error) {
+	return reply(c.h.gw.Flatten(ctx, r.Volume)), nil
+}
+
+// showSnapshot opens VOLUME@SNAPSHOT here, read-only.
+func (c *control) showSnapshot(ctx context.Context, name string) *pb.AttachVolumeReply {
+	before := len(c.h.gw.Shown())
+	v, err := c.h.gw.Show(ctx, name)
+	if err != nil {
+		return &pb.AttachVolumeReply{Status: uint32(status.Of(err)), Detail: err.Error()}
+	}
+	return &pb.AttachVolumeReply{Uri: c.h.uri(v.Name()), Fresh: len(c.h.gw.Shown()) > before}
+}

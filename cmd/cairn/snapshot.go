@@ -371,3 +371,121 @@ since the last snapshot is dropped: take one more before, if it may be wanted.`,
 		},
 	}
 }
+
+// originView is what a clone reads through, as `-o json` shows it.
+type originView struct {
+	VolumeID uint64 `json:"volumeId"`
+	Layer    uint32 `json:"layer"`
+}
+
+// layers fills in what a volume view says of snapshots and origin.
+func (w *volumeView) layers(v *pb.Volume) {
+	w.Snapshots = []string{}
+	for _, l := range v.Layers {
+		switch l.State {
+		case pb.LayerState_LAYER_STATE_SNAPSHOT:
+			w.Snapshots = append(w.Snapshots, l.Name)
+		case pb.LayerState_LAYER_STATE_DELETED:
+			w.Merging++
+		}
+	}
+	if v.Origin != nil {
+		w.Origin = &originView{v.Origin.VolumeId, v.Origin.Layer}
+	}
+}
+
+// openSnapshot has a host show VOLUME@SNAPSHOT; fresh: it did not before.
+func (s *session) openSnapshot(ctx context.Context, name, host string) (uri, on string, fresh bool, err error) {
+	base, _, err := wantSnapshot(name)
+	if err != nil {
+		return "", "", false, err
+	}
+	v, err := s.volume(ctx, base)
+	if err != nil {
+		return "", "", false, err
+	}
+	if host == "" {
+		if host, err = s.chooseHost(ctx, v, true); err != nil {
+			return "", "", false, err
+		}
+	}
+	rep, err := onHost(ctx, s, host, func(ctx context.Context, hc pb.HostControlClient) (*pb.AttachVolumeReply, error) {
+		return hc.AttachVolume(ctx, &pb.AttachVolumeRequest{Volume: name})
+	})
+	if err != nil {
+		return "", "", false, err
+	}
+	return rep.Uri, host, rep.Fresh, status.New(status.Kind(rep.Status), rep.Detail)
+}
+
+// closeSnapshot ends the views of a snapshot on every host.
+func (s *session) closeSnapshot(ctx context.Context, name string) error {
+	hosts, err := s.hosts(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, h := range hosts {
+		if h.Up {
+			err := hostDone(callHost(ctx, h.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+				return hc.DetachVolume(ctx, &pb.VolumeRef{Volume: name})
+			}))
+			if status.Of(err) != status.NotFound {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func volumeClone(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "clone VOLUME@SNAPSHOT NEW", Short: "Make a volume that begins as a snapshot", Args: cobra.ExactArgs(2),
+		Long: `Make a volume that begins as a snapshot. Nothing is copied: the clone reads from the
+snapshot's stores what it has not written itself, until it is flattened.`,
+		Example: "  cairn volume import debian debian.qcow2\n  cairn volume snapshot debian --name gold\n  cairn volume clone debian@gold vm1",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v, snap, err := wantSnapshot(args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				op := &pb.CloneVolume{Volume: v, Snapshot: snap, Name: args[1]}
+				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CloneVolume{CloneVolume: op}})
+				return err
+			})
+		},
+	}
+}
+
+func volumeFlatten(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "flatten NAME", Short: "Copy what a clone still reads from its origin, and let go of it", Args: cobra.ExactArgs(1),
+		Long: `Copy what a clone still reads from its origin, and let go of it. The clone may be in use.
+Cut short, it is begun again where it was. Snapshots of the clone have to be deleted
+before: they read from the origin too.`,
+		Example: "  cairn volume flatten vm1",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), reclaimWait, func(ctx context.Context, s *session) error {
+				v, err := s.volume(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				if v.Origin == nil {
+					say("volume %s is no clone", args[0])
+					return nil
+				}
+				for _, l := range v.Layers {
+					if l.State == pb.LayerState_LAYER_STATE_SNAPSHOT {
+						return status.Errorf(status.Held, "snapshot %s of clone %s still reads from the clone's origin: delete it first", l.Name, args[0])
+					}
+				}
+				return s.whileAttached(ctx, args[0], func(host string) error {
+					return hostDone(onHost(ctx, s, host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+						return hc.FlattenVolume(ctx, &pb.VolumeRef{Volume: args[0]})
+					}))
+				})
+			})
+		},
+	}
+}

@@ -16,7 +16,7 @@ import (
 func volumeCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "volume", Aliases: []string{"vol"}, Short: "Thin, replicated volumes"}
 	cmd.AddCommand(volumeCreate(c), volumeList(c), volumeShow(c), volumeRename(c), volumeResize(c), volumeRemove(c), volumeUndelete(c), volumePurge(c), volumeUndoShrink(c), volumeSet(c), volumeTrust(c),
-		volumeAttach(c), volumeDetach(c), volumeStats(c), volumeImport(c), volumeExport(c), volumeSnapshot(c), volumeRollback(c))
+		volumeAttach(c), volumeDetach(c), volumeStats(c), volumeImport(c), volumeExport(c), volumeSnapshot(c), volumeRollback(c), volumeClone(c), volumeFlatten(c))
 	for _, s := range cmd.Commands() {
 		if s.ValidArgsFunction == nil && strings.Contains(s.Use, "NAME") && s.Name() != "create" && s.Name() != "import" {
 			s.ValidArgsFunction = c.completeVolumes
@@ -51,6 +51,9 @@ type volumeView struct {
 	Epoch     uint32       `json:"epoch"`
 	Revision  uint64       `json:"revision"`
 	Holder    string       `json:"attachedOn,omitempty"`
+	Snapshots []string     `json:"snapshots"`
+	Origin    *originView  `json:"origin,omitempty"` // of a clone
+	Merging   int          `json:"layersToMerge"`    // of deleted snapshots
 	State     string       `json:"state"`
 	URI       string       `json:"uri,omitempty"`
 	Created   string       `json:"created"`
@@ -132,6 +135,7 @@ type memberView struct {
 func viewVolume(v *pb.Volume) volumeView {
 	w := volumeView{ID: v.Id, Name: v.Name, SizeBytes: v.SizeBytes, Allocated: min(v.ChunkCount*v.ChunkBytes, v.SizeBytes), Replicas: v.Replicas, Domain: v.Domain,
 		Epoch: v.Epoch, Revision: v.Revision, Holder: v.HolderHost, State: "free", Created: formatTime(v.CreatedUnixNs), Members: []memberView{}}
+	w.layers(v)
 	if v.HolderHost != "" {
 		w.State = "attached"
 	}
@@ -366,6 +370,10 @@ printed instead. A process of its own keeps it connected and lets it grow with t
 
 // attach attaches a volume and returns its URI.
 func (s *session) attach(ctx context.Context, name, host string, takeover bool) (string, error) {
+	if strings.Contains(name, "@") {
+		uri, _, _, err := s.openSnapshot(ctx, name, host)
+		return uri, err
+	}
 	v, err := s.volume(ctx, name)
 	if err != nil {
 		return "", err
@@ -423,6 +431,9 @@ func volumeDetach(c *cli) *cobra.Command {
 }
 
 func (s *session) detach(ctx context.Context, name string) error {
+	if strings.Contains(name, "@") {
+		return s.closeSnapshot(ctx, name)
+	}
 	v, err := s.volume(ctx, name)
 	if err != nil {
 		return err

@@ -742,6 +742,7 @@ type AttachVolumeReply struct {
 	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
 	Uri           string                 `protobuf:"bytes,3,opt,name=uri,proto3" json:"uri,omitempty"`
 	Epoch         uint32                 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Fresh         bool                   `protobuf:"varint,5,opt,name=fresh,proto3" json:"fresh,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -802,6 +803,13 @@ func (x *AttachVolumeReply) GetEpoch() uint32 {
 		return x.Epoch
 	}
 	return 0
+}
+
+func (x *AttachVolumeReply) GetFresh() bool {
+	if x != nil {
+		return x.Fresh
+	}
+	return false
 }
 
 type VMReply struct {
@@ -2354,12 +2362,13 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\"I\n" +
 	"\x13AttachVolumeRequest\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x1a\n" +
-	"\btakeover\x18\x02 \x01(\bR\btakeover\"k\n" +
+	"\btakeover\x18\x02 \x01(\bR\btakeover\"\x81\x01\n" +
 	"\x11AttachVolumeReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x10\n" +
 	"\x03uri\x18\x03 \x01(\tR\x03uri\x12\x14\n" +
-	"\x05epoch\x18\x04 \x01(\rR\x05epoch\"\xc9\x01\n" +
+	"\x05epoch\x18\x04 \x01(\rR\x05epoch\x12\x14\n" +
+	"\x05fresh\x18\x05 \x01(\bR\x05fresh\"\xc9\x01\n" +
 	"\aVMReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
