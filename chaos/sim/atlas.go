@@ -70,6 +70,7 @@ const (
 	BitFlip     Kind = "bit-flip"     // a bit changes on a disk
 	LostWrite   Kind = "lost-write"   // the disk says OK and has not written
 	Misdirected Kind = "misdirected"  // the disk has written elsewhere
+	HandOver    Kind = "hand-over"    // the writer gives it to another host's, in one entry
 	Drain       Kind = "drain"        // a host's chunks are to go elsewhere; later it takes some again
 	Copies      Kind = "copies"       // the volume is to have more, or fewer, replicas
 )
@@ -82,7 +83,7 @@ var weights = []struct {
 	{Reset, 10}, {Partition, 5}, {MuteStore, 4}, {DeafStore, 4}, {SlowNet, 3}, {KillStore, 10}, {KillGate, 6}, {KillHost, 6}, {KillAll, 2},
 	{PowerHost, 8}, {PowerAll, 3}, {PowerFlush, 4}, {Survivor, 4}, {PauseStore, 5}, {PauseGate, 5}, {SlowDisk, 3}, {HangDisk, 4}, {DiskError, 3}, {FullDisk, 2},
 	{LeaderFalls, 6}, {Isolate, 6}, {CutMeta, 4}, {Echo, 2}, {Takeover, 6}, {Handover, 3}, {Amnesia, 3}, {BitFlip, 4}, {LostWrite, 2}, {Misdirected, 2},
-	{Drain, 4}, {Copies, 3},
+	{Drain, 4}, {Copies, 3}, {HandOver, 4},
 }
 
 // Kinds lists every fault there is.
@@ -222,7 +223,7 @@ func isRot(k Kind) bool { return k == BitFlip || k == LostWrite || k == Misdirec
 // forget.
 func takesOut(k Kind) bool {
 	switch k {
-	case Reset, SlowNet, KillGate, PauseGate, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies:
+	case Reset, SlowNet, KillGate, PauseGate, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies, HandOver:
 		return false
 	}
 	return !isRot(k)

@@ -149,3 +149,21 @@ func (b *controller) copies(n int) {
 	b.w.note("operator", "replicas", func() string { return fmt.Sprint(n) })
 	b.do(&pb.Command{Op: &pb.Command_SetReplicas{SetReplicas: &pb.SetReplicas{Volume: volumeName, Replicas: uint32(n)}}}, func() {})
 }
+
+// handOver has the writer give the volume to another gateway.
+func (b *controller) handOver(to *gateway) {
+	if a := b.serving(); a != nil && a.g != to && to.up {
+		b.w.note("operator", "hand over", func() string { return "to " + to.host })
+		a.step(&volume.HandOver{Host: to.host, Session: to.session})
+		b.w.after(5*time.Second, func() { a.step(&volume.HandOver{}) }) // not in time: it stays
+	}
+}
+
+// handedOver is the new holder's turn, if its process still is the one.
+func (b *controller) handedOver(op *pb.HandOver) {
+	for _, g := range b.w.gates {
+		if g.up && g.session == op.Session {
+			b.attach(g, false)
+		}
+	}
+}

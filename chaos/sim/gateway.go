@@ -253,6 +253,8 @@ func (a *attachment) callMeta(c *volume.MetaCall) {
 	switch {
 	case c.Change != nil:
 		cmd.Op = &pb.Command_ChangeMembers{ChangeMembers: c.Change}
+	case c.HandOver != nil:
+		cmd.Op = &pb.Command_HandOver{HandOver: c.HandOver}
 	case c.Move != nil:
 		cmd.Op = &pb.Command_MoveChunks{MoveChunks: c.Move}
 	case c.Allocate != nil:
@@ -270,6 +272,9 @@ func (a *attachment) callMeta(c *volume.MetaCall) {
 			conflict = conflict || status.Kind(m.Status) == status.Conflict
 		}
 		a.step(&volume.MetaDone{Call: c, Result: res, Err: err})
+		if c.HandOver != nil && err == nil {
+			g.w.boss.handedOver(c.HandOver)
+		}
 		if conflict {
 			g.agent.query(func(v *pb.Volume) {
 				if !a.dead {

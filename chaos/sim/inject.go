@@ -184,6 +184,8 @@ func (in *injector) do(f Fault) {
 		in.echoUntil = max(in.echoUntil, end)
 	case Takeover:
 		w.boss.attach(g, true)
+	case HandOver:
+		w.boss.handOver(g)
 	case Drain:
 		w.boss.drain(n, true)
 		w.after(4*f.For+time.Second, func() { w.boss.drain(n, false) })

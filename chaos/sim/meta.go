@@ -148,6 +148,9 @@ func (m *meta) propose(l *leader, cmd *pb.Command, prev *pb.Volume, reply func(*
 		switch {
 		case res == nil:
 			reply(unknown)
+		case res.Status == 0 && cmd.GetHandOver() != nil:
+			l.leases.Handed(res.Volume, l.clock.at(m.w.now))
+			reply(res)
 		case res.Status != 0 || at == nil:
 			reply(res)
 		case m.leader != l:

@@ -38,8 +38,9 @@ type Volume struct {
 
 	mu     sync.Mutex // guards the engine and the fields below
 	engine *volume.Engine
-	peers  []*peer // by replica; nil until its link was first asked for
-	letGo  error   // why metadata did not let go of it
+	peers  []*peer    // by replica; nil until its link was first asked for
+	letGo  error      // why metadata did not let go of it
+	hand   chan error // hears of the hand-over under way; nil: none
 
 	// Of snapshots (snapshot.go).
 	snapshot string // shown read-only; "": this is the volume itself
@@ -184,6 +185,9 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 		err = v.lookAgain(ctx)
 	case c.Move != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_MoveChunks{MoveChunks: c.Move}})
+	case c.HandOver != nil:
+		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_HandOver{HandOver: c.HandOver}})
+		defer v.handed(err)
 	case c.Allocate != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: c.Allocate}})
 	default:

@@ -23,7 +23,8 @@
 //  12. copies       chunks move to other stores                 (fill.go, plan.go)
 //  13. transfer     how blocks are copied in all of these       (transfer.go)
 //  14. pace         background copies yield to the guest        (pace.go)
-//  15. layers       what a snapshot is, the cut, and what goes  (layer.go, cut.go, reclaim.go)
+//  15. hand-over    another host's gateway goes on               (handover.go)
+//  16. layers       what a snapshot is, the cut, and what goes  (layer.go, cut.go, reclaim.go)
 package volume
 
 import (
@@ -138,6 +139,7 @@ type Engine struct {
 	attach   *attach
 	full     fullState
 	moves    moveState
+	hand     *handOver // nil: it stays here
 	pace     pacer
 	lag      lagState
 	lastTick time.Duration
@@ -284,6 +286,8 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 		e.tick()
 	case *Detach:
 		e.detach()
+	case *HandOver:
+		e.beginHandOver(ev)
 	case *Fence:
 		if ev.Fenced {
 			e.endFenced(ev.Why)
@@ -318,6 +322,7 @@ func (e *Engine) settle() {
 	e.stepReclaim()
 	e.startMoves()
 	e.stepDetach()
+	e.stepHandOver()
 }
 
 func (e *Engine) tick() {
@@ -346,6 +351,10 @@ func (e *Engine) submit(op *Op) {
 			e.admit(op)
 		}
 	case Draining:
+		if e.hand != nil { // it may yet stay here
+			e.waiting.push(op)
+			return
+		}
 		e.done(op, status.Shutdown)
 	default:
 		e.done(op, e.endedAs)
@@ -477,7 +486,7 @@ func (e *Engine) detachCall() *MetaCall {
 
 // stepDetach lets go once nothing is in flight and all is durable.
 func (e *Engine) stepDetach() {
-	if e.state != Draining || e.flush.running || len(e.unfinished()) > 0 || e.flush.running || e.flush.wanted || e.dirty() || e.member.call != nil || e.alloc.call != nil {
+	if e.state != Draining || e.hand != nil || e.flush.running || len(e.unfinished()) > 0 || e.flush.running || e.flush.wanted || e.dirty() || e.member.call != nil || e.alloc.call != nil {
 		return
 	}
 	e.out.Meta = append(e.out.Meta, e.detachCall())

@@ -79,6 +79,7 @@ type MetaCall struct {
 	Change   *pb.ChangeMembers
 	Move     *pb.MoveChunks
 	Detach   *pb.Detach
+	HandOver *pb.HandOver
 	Prune    *pb.PruneLayer
 	Look     bool // bring the volume as it is now as a Refresh, and then the answer
 }
@@ -150,6 +151,10 @@ type (
 	Tick struct{}
 	// Detach asks to drain, flush and let go.
 	Detach struct{}
+	// HandOver asks to drain, flush and give the volume to another host's
+	// gateway session. With no Host it is given up, if it still can be: the
+	// volume then serves on.
+	HandOver struct{ Host, Session string }
 	// Fence says that the epoch is over.
 	Fence struct {
 		Why    string
@@ -167,4 +172,5 @@ func (*Lease) event()    {}
 func (*Refresh) event()  {}
 func (*Tick) event()     {}
 func (*Detach) event()   {}
+func (*HandOver) event() {}
 func (*Fence) event()    {}

@@ -26,7 +26,7 @@ type memberState struct {
 // metaBusy reports whether a command is under way, or the last one failed just
 // now.
 func (e *Engine) metaBusy() bool {
-	return e.member.call != nil || e.alloc.call != nil || e.now < e.member.after
+	return e.member.call != nil || e.alloc.call != nil || e.hand != nil && e.hand.call != nil || e.now < e.member.after
 }
 
 // holdMeta keeps a command that failed from being repeated at once. After a
@@ -162,6 +162,8 @@ func (e *Engine) metaDone(ev *MetaDone) {
 		e.moved(ev)
 	case ev.Call == e.member.call:
 		e.changed(ev)
+	case e.hand != nil && ev.Call == e.hand.call:
+		e.handedOver(ev)
 	case ev.Call == e.look:
 		e.look = nil
 	case e.reclaim != nil && ev.Call == e.reclaim.call:
