@@ -87,6 +87,8 @@ var reasons = map[string]string{
 	"github.com/vbauerster/mpb/v8":        "progress bars that behave on a terminal and in a log",
 	"github.com/vishvananda/netlink":      "routes, links and addresses by netlink without calling ip(8)",
 	"github.com/vishvananda/netns":        "network namespaces for the storage network's tests and labs",
+	"github.com/spf13/pflag":              "the flag set of cobra, named where commands share flags",
+	"go.etcd.io/bbolt":                    "the errors of the file under the Raft log: a damaged one is told from one in use",
 	"golang.org/x/sys":                    "system calls the standard library lacks: fallocate, RWF_NOWAIT, O_DIRECT, flock",
 	"golang.org/x/term":                   "raw terminal mode for the guest console, and knowing whether there is a terminal",
 	"google.golang.org/grpc":              "the control plane's transport: deadlines, TLS, streams",

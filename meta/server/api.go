@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -94,15 +96,35 @@ func (s *Server) checkFree(cmd *pb.Command) error {
 	if err != nil {
 		return status.Errorf(status.IO, "the metadata leader cannot see its free space: %w", err)
 	}
+	where := "the metadata leader " + nameOf(s.id)
+	if others := s.quorumFree.Load(); others < free { // a commit needs room on a majority
+		free, where = others, "a majority of the metadata nodes"
+	}
 	floor := uint64(freeFloor)
 	switch cmd.Op.(type) {
 	case nil, *pb.Command_Housekeeping, *pb.Command_PurgeVolume, *pb.Command_DroppedCopies, *pb.Command_ChangeMembers, *pb.Command_Detach, *pb.Command_DeleteVolume, *pb.Command_OpenSession:
 		floor = freeLast
 	}
 	if free < floor {
-		return status.Errorf(status.NoSpace, "the metadata leader %s has %d MiB left in %s and keeps %d free: make room there", nameOf(s.id), free>>20, s.cfg.Dir, floor>>20)
+		return status.Errorf(status.NoSpace, "%s has %d MiB left on the disk of its metadata and keeps %d free: make room there", where, free>>20, floor>>20)
 	}
 	return nil
+}
+
+// peerFree notes the most that a majority has free.
+func (s *Server) peerFree(replies []*pb.NodeReply) {
+	var free []uint64
+	for _, r := range replies {
+		if r.Role == "voter" {
+			free = append(free, r.FreeBytes)
+		}
+	}
+	slices.Sort(free)
+	if n := len(free); n > 0 && free[n-1-n/2] > 0 { // 0: a node did not answer, or cannot tell
+		s.quorumFree.Store(free[n-1-n/2])
+	} else {
+		s.quorumFree.Store(math.MaxUint64)
+	}
 }
 
 // prepareAttach reads the volume as it is, and lets the attach take over a
@@ -313,6 +335,7 @@ func (s *Server) node() *pb.NodeReply {
 	self := s.addrs[raft.ServerID(s.id)]
 	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: stateFormat}
 	rep.Applied, rep.StateHash = s.fsm.at()
+	rep.AuditIndex, rep.AuditHash = s.fsm.audit()
 	servers := s.servers()
 	rep.Role = role(servers, s.id)
 	if free, err := s.cfg.free(s.cfg.Dir); err == nil { // without it, it is shown as 0

@@ -193,7 +193,7 @@ func restoreRaft(cfg Config, h BackupHeader, f io.Reader) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, bolt.Close()) }()
-	if err := bolt.SetUint64([]byte("CurrentTerm"), h.Term); err != nil {
+	if err := (sealedVote{bolt}).SetUint64([]byte("CurrentTerm"), h.Term); err != nil {
 		return err
 	}
 	snaps, err := raft.NewFileSnapshotStoreWithLogger(cfg.Dir, snapshotsKept, raftLogger(cfg.Log))

@@ -109,15 +109,9 @@ func (w *wire) end(conns ...net.Conn) {
 	}
 }
 
-// The leader is cut off, from both sides or one, while clients go on. The one
-// that was cut off answers no read and renews no lease once another leads, and
-// at the end all have one history: the case of raft's issue 695, which only a
-// real network shows.
-func TestCutOffLeaderAnswersNothing(t *testing.T) {
-	t.Parallel()
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
+// wired is a trio in which each direction of raft's traffic between two nodes is
+// a wire of its own.
+func wired(t *testing.T) (*trio, map[[2]int]*wire) {
 	wires := map[[2]int]*wire{}
 	var once sync.Once
 	tr := newTrio(t, func(i int, c *Config) {
@@ -138,6 +132,19 @@ func TestCutOffLeaderAnswersNothing(t *testing.T) {
 		}
 		c.Peers = peers
 	})
+	return tr, wires
+}
+
+// The leader is cut off, from both sides or one, while clients go on. The one
+// that was cut off answers no read and renews no lease once another leads, and
+// at the end all have one history: the case of raft's issue 695, which only a
+// real network shows.
+func TestCutOffLeaderAnswersNothing(t *testing.T) {
+	t.Parallel()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	tr, wires := wired(t)
 	ctx, c := tr.ctx(), tr.client()
 	hostUp(t, ctx, c, 1)
 

@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -21,8 +23,8 @@ import (
 //	snapshots/   raft's snapshots, the newest few
 //	state/       Badger: a cache of the two above; may be deleted while stopped
 //
-// Version 1 is the first.
-const formatVersion = 1
+// Version 1 had a log and a vote without checksums; 2 is the first with them.
+const formatVersion = 2
 
 // record says whose directory this is, and how far the node may be trusted in
 // elections (see voter).
@@ -36,13 +38,19 @@ type record struct {
 	Life      string `json:"life,omitempty"`       // the id it was, or is to be, added under
 	Added     bool   `json:"added,omitempty"`      // a leader has written to it: its log must be there from now on
 	Removed   bool   `json:"removed,omitempty"`    // for good
+	Lost      bool   `json:"lost,omitempty"`       // its memory was emptied: it never begins a new cluster
+	Doubt     string `json:"doubt,omitempty"`      // what to empty at the next start; see heal.go
+	Members   []Peer `json:"members,omitempty"`    // all nodes, as last heard
+	Sum       string `json:"sum,omitempty"`        // crc32c of the rest, 8 hex digits
 }
 
 // nodeDir is the locked directory of one node.
 type nodeDir struct {
 	path string
 	lock *os.File
-	rec  record
+
+	mu  sync.Mutex // guards rec once the node runs
+	rec record
 }
 
 func (d *nodeDir) file(name string) string { return filepath.Join(d.path, name) }
@@ -87,12 +95,28 @@ func (d *nodeDir) load(id, cluster string) error {
 	switch {
 	case d.rec.Format != formatVersion:
 		return status.Errorf(status.Unsupported, "the metadata directory %s has format version %d and this program reads version %d: use the program that wrote it", d.path, d.rec.Format, formatVersion)
+	case !d.rec.sound():
+		return status.Errorf(status.Corrupt, "%s is damaged (its checksum is wrong): restore it, or move the directory away and this node gets everything from the others", d.file("node.json"))
 	case d.rec.ID != id:
 		return status.Errorf(status.Conflict, "the metadata directory %s belongs to node %s, not to %s: use that node's own directory", d.path, d.rec.ID, id)
 	case cluster != "" && d.rec.Cluster != "" && d.rec.Cluster != cluster:
 		return status.Errorf(status.Conflict, "the metadata directory %s belongs to cluster %s, not to %s: use another directory", d.path, d.rec.Cluster, cluster)
 	}
 	return nil
+}
+
+// sound compares the record with its checksum.
+func (r record) sound() bool {
+	got, err := r.seal()
+	return err == nil && got.Sum == r.Sum
+}
+
+// seal returns the record with its checksum.
+func (r record) seal() (record, error) {
+	r.Sum = ""
+	b, err := json.Marshal(r)
+	r.Sum = fmt.Sprintf("%08x", crc32.Checksum(b, castagnoli))
+	return r, err
 }
 
 // save replaces the record; after it, a crash leaves the new one.
@@ -102,6 +126,9 @@ func (d *nodeDir) save() (err error) {
 			err = fmt.Errorf("writing %s: %w", d.file("node.json"), err)
 		}
 	}()
+	if d.rec, err = d.rec.seal(); err != nil {
+		return err
+	}
 	b, err := json.MarshalIndent(d.rec, "", "  ")
 	if err != nil {
 		return err

@@ -206,9 +206,10 @@ func TestDirectoriesOfOthersAreRefused(t *testing.T) {
 		kind status.Kind
 		says string
 	}{
-		{"another version", strings.Replace(string(good), `"format": 1`, `"format": 7`, 1), nil, status.Unsupported, "format version 7"},
+		{"another version", strings.Replace(string(good), `"format": 2`, `"format": 7`, 1), nil, status.Unsupported, "format version 7"},
 		{"another node", string(good), other, status.Conflict, "belongs to node meta-1"},
 		{"another cluster", string(good), func(c *Config) { c.Cluster = "theirs" }, status.Conflict, "belongs to cluster test"},
+		{"a flipped bit", strings.Replace(string(good), `"joined": true`, `"joinfd": true`, 1), nil, status.Corrupt, "checksum"},
 		{"a damaged record", "{", nil, status.Corrupt, "damaged"},
 		{"no record", "-", nil, status.Corrupt, "no node.json"},
 	} {
@@ -392,8 +393,8 @@ func TestCloseLeavesNothingRunning(t *testing.T) {
 
 // The record of a directory is the documented one.
 func TestRecordOnDisk(t *testing.T) {
-	b, err := json.Marshal(record{Format: 1, ID: "meta-1", Cluster: "c", Joined: true, NeedIndex: 5, AboveTerm: 2})
-	if want := `{"format":1,"id":"meta-1","cluster":"c","joined":true,"need_index":5,"above_term":2}`; err != nil || string(b) != want {
+	b, err := json.Marshal(record{Format: 2, ID: "meta-1", Cluster: "c", Joined: true, NeedIndex: 5, AboveTerm: 2})
+	if want := `{"format":2,"id":"meta-1","cluster":"c","joined":true,"need_index":5,"above_term":2}`; err != nil || string(b) != want {
 		t.Fatalf("%s, want %s", b, want)
 	}
 }

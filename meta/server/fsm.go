@@ -42,6 +42,8 @@ type fsm struct {
 
 	news news // what changed lately, for watchers
 
+	auditAt, auditHash uint64 // the last audit applied, and the hash there
+
 	closeErr error // of the last database that was thrown away; for the log
 }
 
@@ -193,6 +195,38 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	if f.broken {
 		panic("the metadata state is half restored: the next start rebuilds it")
 	}
+	out := make([]any, 0, len(logs))
+	for len(logs) > 0 { // a part ends with an audit, at which the hash is noted
+		n, cmds := 0, make([]*pb.Command, 0, len(logs))
+		audit := false
+		for n < len(logs) && !audit {
+			cmd := commandOf(logs[n])
+			audit = cmd.GetHousekeeping().GetAudit()
+			cmds = append(cmds, cmd)
+			n++
+		}
+		out = append(out, f.applyPart(logs[:n], cmds)...)
+		if audit && f.applied == logs[n-1].Index {
+			f.auditAt, f.auditHash = f.applied, f.hash
+		}
+		logs = logs[n:]
+	}
+	return out
+}
+
+// commandOf decodes an entry; nil: it is none of ours.
+func commandOf(l *raft.Log) *pb.Command {
+	if l.Type != raft.LogCommand {
+		return nil
+	}
+	cmd := &pb.Command{}
+	if err := proto.Unmarshal(l.Data, cmd); err != nil {
+		panic(fmt.Sprintf("metadata log entry %d does not decode: %v", l.Index, err))
+	}
+	return cmd
+}
+
+func (f *fsm) applyPart(logs []*raft.Log, cmds []*pb.Command) []any {
 	kv := newView(f.db)
 	defer kv.close()
 	over := state.NewOverlay(kv)
@@ -203,14 +237,9 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 			continue
 		}
 		last = l.Index
-		if l.Type != raft.LogCommand {
-			continue
+		if cmds[i] != nil {
+			out[i] = state.Apply(over, cmds[i])
 		}
-		cmd := &pb.Command{}
-		if err := proto.Unmarshal(l.Data, cmd); err != nil {
-			panic(fmt.Sprintf("metadata log entry %d does not decode: %v", l.Index, err))
-		}
-		out[i] = state.Apply(over, cmd)
 	}
 	var changes []*pb.Change
 	hash := f.hash + over.Sum(func(k, old, val []byte) {
@@ -228,6 +257,15 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	f.news.add(last, changes)
 	return out
 }
+
+// audit returns the last audit applied and the state's hash there.
+func (f *fsm) audit() (index, hash uint64) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.auditAt, f.auditHash
+}
+
+func (f *fsm) auditIndex() uint64 { i, _ := f.audit(); return i }
 
 func mark(applied, hash uint64, dirty byte) []byte {
 	b := binary.BigEndian.AppendUint64(nil, applied)

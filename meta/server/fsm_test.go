@@ -121,54 +121,64 @@ func TestMain(m *testing.M) {
 
 // Whatever a damaged file does to Badger — an error, a panic that ends the
 // process, keys silently gone — the state is whole or wiped, at the second
-// start at the latest, and the log gives it back.
+// start at the latest, and the log gives it back. Tables are of a state that was
+// closed; the write-ahead log and the rest of one whose process was killed.
 func TestDamagedStateIsNeverServed(t *testing.T) {
 	t.Parallel()
-	wiped, crashed := 0, 0
-	for part := range 16 {
-		dir := filepath.Join(t.TempDir(), "state")
-		f, _ := openState(t, dir, 0, 0)
-		f.ApplyBatch(history(t, 50))
-		whole := fmt.Sprintf("true 51 %x\n", f.hash)
-		hash := f.hash
-		shut(t, f)
-		tables, err := filepath.Glob(filepath.Join(dir, "*.sst"))
-		if err != nil || len(tables) == 0 {
-			t.Fatalf("no table to damage in %s: %v", dir, err)
-		}
-		b, err := os.ReadFile(tables[0])
-		if err != nil {
-			t.Fatal(err)
-		}
-		b[len(b)*part/16] ^= 1 << (part % 8)
-		if err := os.WriteFile(tables[0], b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		out, err := child(dir)
-		if err != nil {
-			crashed++
-			if out, err = child(dir); err != nil {
-				t.Fatalf("damage at %d/16: the second start failed too: %v\n%s", part, err, out)
+	wiped, crashed := map[string]int{}, map[string]int{}
+	for kind, parts := range map[string]int{"*.sst": 16, "*.mem": 16, "*.vlog": 2, "MANIFEST": 6, "KEYREGISTRY": 2, "DISCARD": 2} {
+		for part := range parts {
+			dir := filepath.Join(t.TempDir(), "state")
+			f, _ := openState(t, dir, 0, 0)
+			f.ApplyBatch(history(t, 50))
+			whole := fmt.Sprintf("true 51 %x\n", f.hash)
+			hash := f.hash
+			if kind != "*.sst" {
+				killed := filepath.Join(t.TempDir(), "state")
+				copyDir(t, dir, killed)
+				shut(t, f)
+				dir = killed
+			} else {
+				shut(t, f)
 			}
+			damage(t, dir, kind, part, parts)
+			out, err := child(dir)
+			if err != nil {
+				crashed[kind]++
+				if out, err = child(dir); err != nil {
+					t.Fatalf("%s damaged at %d/%d: the second start failed too: %v\n%s", kind, part, parts, err, out)
+				}
+			}
+			if out == whole {
+				continue
+			}
+			if out != "false 0 0\n" && out != "true 0 0\n" { // all gone, or emptied: the log gives it back
+				t.Fatalf("%s damaged at %d/%d: served %q, want it whole (%q) or empty", kind, part, parts, out, whole)
+			}
+			wiped[kind]++
+			f, _ = openState(t, dir, 0, 51)
+			f.ApplyBatch(history(t, 50))
+			if f.hash != hash {
+				t.Fatal("the log does not give the state back")
+			}
+			shut(t, f)
 		}
-		if out == whole {
-			continue
-		}
-		if out != "false 0 0\n" {
-			t.Fatalf("damage at %d/16: served %q, want it whole (%q) or empty", part, out, whole)
-		}
-		wiped++
-		f, _ = openState(t, dir, 0, 51)
-		f.ApplyBatch(history(t, 50))
-		if f.hash != hash {
-			t.Fatal("the log does not give the state back")
-		}
-		shut(t, f)
 	}
-	t.Logf("of 16 damages %d ended the process and %d emptied the state", crashed, wiped)
-	if wiped == 0 {
+	t.Logf("emptied %v, ended the process %v", wiped, crashed)
+	if wiped["*.sst"] == 0 || wiped["*.mem"] == 0 {
 		t.Fatal("no damage was ever noticed: the test damages nothing")
 	}
+}
+
+// damage flips a bit of a file of Badger's, somewhere in what it holds.
+func damage(t *testing.T, dir, kind string, part, parts int) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, kind))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no %s to damage in %s: %v", kind, dir, err)
+	}
+	end := max(1, dataEnd(t, files[0]))
+	flip(t, files[0], end*int64(part)/int64(parts), byte(part%8))
 }
 
 func child(dir string) (string, error) {

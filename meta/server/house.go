@@ -48,8 +48,12 @@ func (s *Server) due() (is bool) {
 	return err == nil && is
 }
 
-func (s *Server) houseStep() error {
-	cmd := &pb.Command{TimeUnixNs: time.Now().UnixNano(), Op: &pb.Command_Housekeeping{Housekeeping: &pb.Housekeeping{}}}
+func (s *Server) houseStep() error    { return s.propose(&pb.Housekeeping{}) }
+func (s *Server) proposeAudit() error { return s.propose(&pb.Housekeeping{Audit: true}) }
+
+// propose puts the leader's own command into the log.
+func (s *Server) propose(op *pb.Housekeeping) error {
+	cmd := &pb.Command{TimeUnixNs: time.Now().UnixNano(), Op: &pb.Command_Housekeeping{Housekeeping: op}}
 	if err := s.checkFree(cmd); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -288,31 +289,49 @@ func (s *Server) watchdog() {
 			s.fail(status.Errorf(status.IO, "a metadata command has hung for %v on the leader: is its disk %s well?", hungTicks*s.cfg.tick, s.dir.path))
 			return
 		}
-		if r.State() == raft.Shutdown && s.ctx.Err() == nil && role(s.servers(), s.id) == "none" {
-			s.dir.rec.Removed = true
-			s.fail(errors.Join(status.Errorf(status.Shutdown, "this node was removed from the metadata cluster"), s.dir.save()))
-			return
-		}
 		if r.State() == raft.Shutdown && s.ctx.Err() == nil {
-			s.fail(status.Errorf(status.Shutdown, "raft has ended: its log in %s cannot be written", s.dir.path))
+			s.fail(s.ended())
 			return
 		}
-		if rec := &s.dir.rec; rec.Life != "" && !rec.Added && r.LastIndex() > 0 {
-			rec.Added = true
-			if err := s.dir.save(); err != nil {
-				s.fail(err)
-				return
-			}
-		}
-		if need := s.dir.rec.NeedIndex; need > 0 && r.AppliedIndex() >= need {
-			s.dir.rec.NeedIndex = 0
-			if err := s.dir.save(); err != nil {
-				s.fail(err)
-				return
-			}
-			s.log.Info("caught up with the metadata cluster: this node votes again", "index", need)
+		if err := s.remember(r); err != nil {
+			s.fail(err)
+			return
 		}
 	}
+}
+
+// ended says why raft has ended.
+func (s *Server) ended() error {
+	if role(s.servers(), s.id) != "none" {
+		return status.Errorf(status.Shutdown, "raft has ended: its log in %s cannot be written", s.dir.path)
+	}
+	s.dir.mu.Lock()
+	defer s.dir.mu.Unlock()
+	s.dir.rec.Removed = true
+	return errors.Join(status.Errorf(status.Shutdown, "this node was removed from the metadata cluster"), s.dir.save())
+}
+
+// remember keeps the record up to date: that there is a log by now, that the
+// node has caught up, and who the others are.
+func (s *Server) remember(r *raft.Raft) error {
+	d := s.dir
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	rec, changed := &d.rec, false
+	if rec.Life != "" && !rec.Added && r.LastIndex() > 0 {
+		rec.Added, changed = true, true
+	}
+	if need := rec.NeedIndex; need > 0 && r.AppliedIndex() >= need {
+		rec.NeedIndex, changed = 0, true
+		s.log.Info("caught up with the metadata cluster: this node votes again", "index", need)
+	}
+	if ps := s.members(); role(s.servers(), s.id) != "none" && !slices.Equal(ps, rec.Members) {
+		rec.Members, changed = ps, true
+	}
+	if !changed {
+		return nil
+	}
+	return d.save()
 }
 
 const enqueueTimeout = time.Second // to get into raft's queue

@@ -8,6 +8,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/proto/status"
 )
 
 // A node without a memory must not vote. If its directory was lost, it has
@@ -53,10 +54,17 @@ func (v *voter) may(term uint64) (uint64, bool) {
 	return term, v.applied() >= v.need
 }
 
-// others are the other nodes of the file.
+// others are the other nodes: as last heard, or of the file.
 func (s *Server) others() (out []Peer) {
-	for _, p := range s.cfg.Peers {
-		if p.ID != s.cfg.ID {
+	all := s.dir.rec.Members
+	if len(all) == 0 {
+		all = s.cfg.Peers
+	}
+	for _, p := range all {
+		if p.ID != s.id && p.ID != s.cfg.ID {
+			if q, ok := s.addrs[raft.ServerID(p.ID)]; ok {
+				p = q
+			}
 			out = append(out, p)
 		}
 	}
@@ -137,10 +145,12 @@ func (s *Server) decide() error {
 	if index > 1 {
 		rec.NeedIndex = index
 		s.log.Warn("this metadata node's directory is new but the cluster is not: it votes once it has caught up", "index", index, "term", rec.AboveTerm)
-	} else if has, err := raft.HasExistingState(s.bolt, s.bolt, s.snaps); err != nil {
+	} else if rec.Lost {
+		return status.Errorf(status.Corrupt, "the memory of this metadata node was damaged and emptied, and no other node has any: restore a backup (`cairn meta restore`)")
+	} else if has, err := raft.HasExistingState(s.logs, s.vote, s.snaps); err != nil {
 		return err
 	} else if !has {
-		if err := raft.BootstrapCluster(s.raftConfig(false), s.bolt, s.bolt, s.snaps, nil, s.configuration()); err != nil {
+		if err := raft.BootstrapCluster(s.raftConfig(false), s.logs, s.vote, s.snaps, nil, s.configuration()); err != nil {
 			return err
 		}
 	}

@@ -6,14 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -47,6 +50,7 @@ type Config struct {
 	logs      func(raft.LogStore) raft.LogStore // wraps raft's log
 	free      func(dir string) (uint64, error)  // free bytes of the file system
 	tick      time.Duration                     // of the watchdog
+	audit     time.Duration                     // between audits
 	snapEvery uint64                            // entries between snapshots, and kept behind one
 }
 
@@ -64,7 +68,9 @@ type Server struct {
 	dir   *nodeDir
 	fsm   *fsm
 	bolt  *raftboltdb.BoltStore
-	snaps *raft.FileSnapshotStore
+	logs  *sealedLog // in bolt
+	vote  sealedVote // in bolt
+	snaps *sealedSnaps
 	id    string                 // to raft; see nodes.go
 	dials dials                  // to other nodes
 	addrs map[raft.ServerID]Peer // in the file
@@ -79,13 +85,14 @@ type Server struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	raft    atomic.Pointer[raft.Raft] // nil until the node takes part
-	trans   *transport                // set before raft
-	verify  verifier
-	flight  flight
-	silent  silence
-	watches atomic.Int64  // streams of Watch
-	kick    chan struct{} // the queue of VMs has something to do
+	raft       atomic.Pointer[raft.Raft] // nil until the node takes part
+	trans      *transport                // set before raft
+	verify     verifier
+	flight     flight
+	silent     silence
+	watches    atomic.Int64  // streams of Watch
+	quorumFree atomic.Uint64 // bytes that a majority has free on its disks, at least
+	kick       chan struct{} // the queue of VMs has something to do
 
 	mu     sync.Mutex // guards tenure, err, closed
 	tenure *tenure
@@ -147,6 +154,9 @@ func (cfg *Config) check() error {
 	if cfg.free == nil {
 		cfg.free = freeBytes
 	}
+	if cfg.audit == 0 {
+		cfg.audit = auditEvery
+	}
 	if cfg.tick == 0 {
 		cfg.tick = 500 * time.Millisecond
 	}
@@ -167,6 +177,7 @@ func begin(cfg Config) (_ *Server, err error) {
 	}
 	s := &Server{cfg: cfg, log: cfg.Log.With("node", cfg.ID), addrs: map[raft.ServerID]Peer{}, done: make(chan struct{}), kick: make(chan struct{}, 1)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.quorumFree.Store(math.MaxUint64)
 	for _, p := range cfg.Peers {
 		s.addrs[raft.ServerID(p.ID)] = p
 	}
@@ -182,12 +193,12 @@ func begin(cfg Config) (_ *Server, err error) {
 	if err = s.begins(); err != nil {
 		return nil, err
 	}
-	if err = s.openFiles(); err != nil {
+	if err = s.openHealing(); err != nil {
 		return nil, err
 	}
 	s.serve()
 	if !s.dir.rec.Joined {
-		if len(cfg.Peers) > 1 {
+		if len(s.others()) > 0 {
 			s.wg.Go(s.enter)
 			return s, nil
 		}
@@ -209,7 +220,7 @@ func (s *Server) begins() error {
 	switch {
 	case rec.Removed:
 		return status.Errorf(status.Conflict, "metadata node %s was removed from its cluster: move %s away and set `join = true` to add it again", s.cfg.ID, s.dir.path)
-	case s.cfg.Join && !rec.Joined:
+	case s.cfg.Join && !rec.Joined && rec.Life == "":
 		rec.Life, rec.Joined = lifeOf(s.cfg.ID), true
 		if err := s.dir.save(); err != nil {
 			return err
@@ -226,49 +237,97 @@ func (s *Server) begins() error {
 	return nil
 }
 
-// openFiles opens log, snapshots and state, and refuses what cannot be this
-// node's whole memory.
-func (s *Server) openFiles() (err error) {
-	if s.bolt, err = raftboltdb.NewBoltStore(s.dir.file("raft.db")); err != nil {
-		return fmt.Errorf("opening the metadata log %s: %w", s.dir.file("raft.db"), err)
+// openHealing opens the files; damaged ones are emptied, once, if the others can
+// give them back.
+func (s *Server) openHealing() error {
+	if err := s.heal(); err != nil {
+		return err
 	}
-	if s.snaps, err = raft.NewFileSnapshotStoreWithLogger(s.dir.path, snapshotsKept, raftLogger(s.log)); err != nil {
+	err := s.openFiles()
+	if status.Of(err) != status.Corrupt || len(s.others()) == 0 {
+		return err
+	}
+	s.log.Error("this metadata node is damaged", "err", err)
+	if s.bolt != nil {
+		if err := guard("the metadata log", s.bolt.Close); err != nil {
+			s.log.Warn("closing what is emptied next", "err", err)
+		}
+		s.bolt = nil
+	}
+	s.dir.rec.Doubt = doubtAll
+	if err := s.dir.save(); err != nil {
+		return err
+	}
+	if err := s.heal(); err != nil {
+		return err
+	}
+	return s.openFiles()
+}
+
+// openFiles opens log, snapshots and state, reads all of the log, and refuses
+// what cannot be this node's whole memory.
+func (s *Server) openFiles() (err error) {
+	if err := s.openLog(); err != nil {
+		return err
+	}
+	files, err := raft.NewFileSnapshotStoreWithLogger(s.dir.path, snapshotsKept, raftLogger(s.log))
+	if err != nil {
 		return fmt.Errorf("opening the metadata snapshots in %s: %w", s.dir.path, err)
 	}
-	has, err := raft.HasExistingState(s.bolt, s.bolt, s.snaps)
+	s.snaps = &sealedSnaps{files, s.dir.file("snapshots")}
+	has, err := raft.HasExistingState(s.logs, s.vote, s.snaps)
 	if err != nil {
 		return fmt.Errorf("reading the metadata log: %w", err)
 	}
 	if s.dir.rec.Joined && s.dir.rec.NeedIndex == 0 && (s.dir.rec.Life == "" || s.dir.rec.Added) && !has {
 		return status.Errorf(status.Corrupt, "the metadata log in %s is gone: move the directory away and this node gets everything from the others", s.dir.path)
 	}
-	first, err := s.bolt.FirstIndex()
+	first, err := s.logs.FirstIndex()
 	if err != nil {
 		return fmt.Errorf("reading the metadata log: %w", err)
 	}
-	last, err := s.bolt.LastIndex()
+	last, err := s.logs.LastIndex()
 	if err != nil {
 		return fmt.Errorf("reading the metadata log: %w", err)
 	}
-	snaps, err := s.snaps.List()
+	snaps, err := s.soundSnapshots(first)
 	if err != nil {
-		return fmt.Errorf("listing the metadata snapshots: %w", err)
+		return err
 	}
 	newest := uint64(0)
 	if len(snaps) > 0 {
 		newest = snaps[0].Index
 	}
 	s.oldIndex = max(newest, last)
-	if s.oldTerm, err = s.bolt.GetUint64([]byte("CurrentTerm")); err != nil && !errors.Is(err, raftboltdb.ErrKeyNotFound) {
+	if s.oldTerm, err = s.vote.GetUint64([]byte("CurrentTerm")); err != nil && !errors.Is(err, raftboltdb.ErrKeyNotFound) {
 		return fmt.Errorf("reading the metadata log: %w", err)
 	}
 	s.say(phaseOf(s.dir.rec))
 	if s.fsm, s.kept, err = openFSM(s.dir.file("state"), newest, last); err != nil {
 		return err
 	}
-	if !s.kept {
-		return s.checkSnapshots(snaps, first)
+	return nil
+}
+
+// openLog opens raft's log and vote and reads all of both.
+func (s *Server) openLog() error {
+	name := s.dir.file("raft.db")
+	err := guard("the metadata log "+name, func() (err error) {
+		s.bolt, err = raftboltdb.New(raftboltdb.Options{Path: name, BoltOptions: &bbolt.Options{Timeout: time.Second}})
+		return err
+	})
+	switch {
+	case errors.Is(err, bbolt.ErrInvalid), errors.Is(err, bbolt.ErrChecksum), errors.Is(err, bbolt.ErrVersionMismatch):
+		return status.Errorf(status.Corrupt, "the metadata log %s is damaged (%w): move the directory away and this node gets everything from the others", name, err)
+	case err != nil:
+		return fmt.Errorf("opening the metadata log %s: %w", name, err)
 	}
+	s.logs = &sealedLog{LogStore: s.bolt}
+	s.vote = sealedVote{s.bolt}
+	if err := errors.Join(s.logs.check(), s.vote.check()); err != nil {
+		return fmt.Errorf("reading the metadata log %s: %w", name, err)
+	}
+	s.logs.doubt = func(err error) { s.inDoubt(doubtAll, err) }
 	return nil
 }
 
@@ -276,27 +335,34 @@ func (s *Server) openFiles() (err error) {
 // the one before and the log kept behind it take its place.
 const snapshotsKept = 3
 
-// checkSnapshots makes sure that the newest readable snapshot and the log
-// after it leave no gap: raft would begin with an older one and stop in the
-// middle.
-func (s *Server) checkSnapshots(snaps []*raft.SnapshotMeta, first uint64) error {
-	if len(snaps) == 0 && first <= 1 {
-		return nil
+// soundSnapshots reads every snapshot, removes those that are damaged, and makes
+// sure that the newest one left and the log after it leave no gap: raft would
+// begin with an older one and stop in the middle.
+func (s *Server) soundSnapshots(first uint64) ([]*raft.SnapshotMeta, error) {
+	all, err := s.snaps.FileSnapshotStore.List()
+	if err != nil {
+		return nil, fmt.Errorf("listing the metadata snapshots: %w", err)
 	}
-	for _, m := range snaps {
-		_, r, err := s.snaps.Open(m.ID) // verifies its checksum
-		if err != nil {
-			s.log.Warn("a metadata snapshot is damaged", "snapshot", m.ID, "err", err)
+	var sound []*raft.SnapshotMeta
+	for _, m := range all {
+		_, r, err := s.snaps.Open(m.ID) // verifies its checksums
+		if err == nil {
+			err = r.Close()
+		}
+		if err == nil {
+			sound = append(sound, m)
 			continue
 		}
-		if err := r.Close(); err != nil {
-			return fmt.Errorf("reading metadata snapshot %s: %w", m.ID, err)
-		}
-		if first == 0 || first <= m.Index+1 {
-			return nil
+		s.log.Warn("a metadata snapshot is damaged and removed", "snapshot", m.ID, "err", err)
+		if err := os.RemoveAll(filepath.Join(s.snaps.dir, m.ID)); err != nil {
+			return nil, err
 		}
 	}
-	return status.Errorf(status.Corrupt, "the metadata snapshots in %s are damaged and the log begins after them: move the directory away and this node gets everything from the others", s.dir.path)
+	switch {
+	case len(sound) == 0 && first <= 1 && len(all) == 0, len(sound) > 0 && (first == 0 || first <= sound[0].Index+1):
+		return sound, nil
+	}
+	return nil, status.Errorf(status.Corrupt, "the metadata snapshots in %s are damaged and the log begins after them: move the directory away and this node gets everything from the others", s.dir.path)
 }
 
 // Bounds of what one caller can make this node hold.
@@ -370,7 +436,7 @@ func (s *Server) start() error {
 		vote = &voter{need: rec.NeedIndex, above: rec.AboveTerm, applied: s.applied,
 			header: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(s.id), Addr: []byte(s.addrs[raft.ServerID(s.id)].RaftAddr)}}
 	}
-	var logs raft.LogStore = s.bolt
+	var logs raft.LogStore = s.logs
 	if s.cfg.logs != nil {
 		logs = s.cfg.logs(logs)
 	}
@@ -379,7 +445,7 @@ func (s *Server) start() error {
 		return err
 	}
 	s.trans = newTransport(newStreams(s.cfg.RaftListener, s.cfg.TLS), s, vote, s.leadsIn, raftLogger(s.log))
-	r, err := raft.NewRaft(s.raftConfig(s.kept), s.fsm, logs, s.bolt, s.snaps, s.trans)
+	r, err := raft.NewRaft(s.raftConfig(s.kept), s.fsm, logs, s.vote, s.snaps, s.trans)
 	if err != nil {
 		return errors.Join(fmt.Errorf("starting raft: %w", err), s.trans.Close())
 	}
@@ -391,6 +457,7 @@ func (s *Server) start() error {
 		s.wg.Go(s.watchLeadership)
 		s.wg.Go(s.watchdog)
 		s.wg.Go(s.keepHouse)
+		s.wg.Go(s.audits)
 		s.wg.Go(s.scheduleLoop)
 	}
 	s.mu.Unlock()

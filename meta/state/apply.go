@@ -33,8 +33,8 @@ func Apply(kv KV, cmd *pb.Command) *pb.Result {
 	kv.Set(key(tMeta, "time"), put64(uint64(now)))
 	expireSessions(kv, now)
 	a := &apply{kv: kv, now: now, who: cmd.Who}
-	if cmd.GetHousekeeping() != nil {
-		res, err := a.housekeeping()
+	if op := cmd.GetHousekeeping(); op != nil {
+		res, err := a.housekeeping(op)
 		if err != nil {
 			return failed(err)
 		}

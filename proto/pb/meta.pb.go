@@ -2427,9 +2427,11 @@ func (x *Note) GetOutcome() string {
 }
 
 // Housekeeping does what is due: purges deleted volumes, ends undo windows. The
-// leader asks for it; a bounded piece at a time.
+// leader asks for it; a bounded piece at a time. With audit it does nothing, and
+// every node notes the hash of its state at this entry.
 type Housekeeping struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Audit         bool                   `protobuf:"varint,1,opt,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2462,6 +2464,13 @@ func (x *Housekeeping) ProtoReflect() protoreflect.Message {
 // Deprecated: Use Housekeeping.ProtoReflect.Descriptor instead.
 func (*Housekeeping) Descriptor() ([]byte, []int) {
 	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Housekeeping) GetAudit() bool {
+	if x != nil {
+		return x.Audit
+	}
+	return false
 }
 
 // UndeleteVolume brings a deleted volume back, under its old name or another.
@@ -5591,8 +5600,10 @@ type NodeReply struct {
 	Cluster       string                 `protobuf:"bytes,42,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Role          string                 `protobuf:"bytes,43,opt,name=role,proto3" json:"role,omitempty"` // voter, learner, none
 	FreeBytes     uint64                 `protobuf:"varint,44,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
-	Format        uint32                 `protobuf:"varint,45,opt,name=format,proto3" json:"format,omitempty"` // highest state version it can apply
-	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`  // what is wrong with it, or what it waits for
+	Format        uint32                 `protobuf:"varint,45,opt,name=format,proto3" json:"format,omitempty"`                           // highest state version it can apply
+	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`                            // what is wrong with it, or what it waits for
+	AuditIndex    uint64                 `protobuf:"varint,47,opt,name=audit_index,json=auditIndex,proto3" json:"audit_index,omitempty"` // of the last audit it has applied
+	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`    // of its state there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5737,6 +5748,20 @@ func (x *NodeReply) GetDetail() string {
 		return x.Detail
 	}
 	return ""
+}
+
+func (x *NodeReply) GetAuditIndex() uint64 {
+	if x != nil {
+		return x.AuditIndex
+	}
+	return 0
+}
+
+func (x *NodeReply) GetAuditHash() uint64 {
+	if x != nil {
+		return x.AuditHash
+	}
+	return 0
 }
 
 // WatchRequest asks for what has changed after a revision; 0: from now on.
@@ -6508,8 +6533,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\rsecret_sha256\x18\x01 \x01(\fR\fsecretSha256\"4\n" +
 	"\x04Note\x12\x12\n" +
 	"\x04what\x18\x01 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18\x02 \x01(\tR\aoutcome\"\x0e\n" +
-	"\fHousekeeping\"<\n" +
+	"\aoutcome\x18\x02 \x01(\tR\aoutcome\"$\n" +
+	"\fHousekeeping\x12\x14\n" +
+	"\x05audit\x18\x01 \x01(\bR\x05audit\"<\n" +
 	"\x0eUndeleteVolume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"%\n" +
@@ -6764,7 +6790,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
 	"quantum_ms\x18Q \x01(\x03R\tquantumMs\x12(\n" +
 	"\x10batch_cpu_millis\x18R \x01(\x04R\x0ebatchCpuMillis\"\r\n" +
-	"\vNodeRequest\"\x98\x03\n" +
+	"\vNodeRequest\"\xd8\x03\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x16\n" +
@@ -6785,7 +6811,11 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
 	"free_bytes\x18, \x01(\x04R\tfreeBytes\x12\x16\n" +
 	"\x06format\x18- \x01(\rR\x06format\x12\x16\n" +
-	"\x06detail\x18. \x01(\tR\x06detail\"$\n" +
+	"\x06detail\x18. \x01(\tR\x06detail\x12\x1f\n" +
+	"\vaudit_index\x18/ \x01(\x04R\n" +
+	"auditIndex\x12\x1d\n" +
+	"\n" +
+	"audit_hash\x180 \x01(\x04R\tauditHash\"$\n" +
 	"\fWatchRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\"\xc8\x01\n" +
 	"\x06Change\x12\x18\n" +
