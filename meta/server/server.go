@@ -90,7 +90,9 @@ type Server struct {
 	verify     verifier
 	flight     flight
 	silent     silence
-	watches    atomic.Int64  // streams of Watch
+	watches    atomic.Int64 // streams of Watch
+	counters   counters
+	census     census
 	quorumFree atomic.Uint64 // bytes that a majority has free on its disks, at least
 	kick       chan struct{} // the queue of VMs has something to do
 
