@@ -143,6 +143,7 @@ type Engine struct {
 	pace     pacer
 	lag      lagState
 	lastTick time.Duration
+	damageAt time.Duration // when the replicas are asked again what is bad
 	// until then nobody made progress, or this process did not run
 	stillUntil time.Duration
 
@@ -338,6 +339,7 @@ func (e *Engine) tick() {
 	e.watchLag()
 	e.planMoves()
 	e.resumeCopies()
+	e.askDamage()
 }
 
 // submit admits one operation, or keeps it until the volume serves.

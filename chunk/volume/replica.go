@@ -17,6 +17,7 @@ type replica struct {
 	index       int
 	store       ids.StoreID
 	host, addr  string
+	repairing   int // blocks a scrub found bad that are being repaired, ≤ damageBatch
 	incarnation ids.Incarnation
 	local       bool // on this gateway's host
 

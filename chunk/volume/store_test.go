@@ -14,6 +14,7 @@ import (
 // memStore is a reference store: the semantics of proto/wire over a map, and
 // what can go wrong with it.
 type memStore struct {
+	tells       bool // it was scrubbed: it knows what is bad
 	id          ids.StoreID
 	incarnation ids.Incarnation
 	epoch       ids.Epoch
@@ -112,6 +113,12 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 		}
 	case wire.Install:
 		s.install(q, r)
+	case wire.Damaged:
+		for _, k := range slices.SortedFunc(maps.Keys(s.bad), compareKeys) {
+			if s.tells {
+				r.Entries = append(r.Entries, s.blocks[k].en)
+			}
+		}
 	case wire.Layers:
 		s.layers(q)
 	case wire.Merge:
