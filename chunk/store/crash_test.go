@@ -5,6 +5,7 @@ import (
 
 	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
@@ -213,6 +214,54 @@ func TestGivenUpButNotMarked(t *testing.T) {
 			p := &player{t: t}
 			p.reopen(d.Crash(uint64(cut), keep), "boot-2", "after the sync")
 			verify(t, p.s, m, 0, "after the sync")
+		}
+	}
+}
+
+// The power goes and takes a tail; the store opens, and is killed before it has
+// written anything more, or its first write fails. The next opening, under the
+// same boot, cuts the log at the same place: what an earlier boot had written
+// and lost is no damage.
+func TestKilledRightAfterATailWasCut(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		d := formatMem(t)
+		s := open(t, d, testBoot)
+		mustOK(t, ask(s, put(1, 0, 5, ids.MakeVersion(1, 1), 1)))
+		mustOK(t, ask(s, wire.Request{Kind: wire.Flush, Volume: 1}))
+		for b := ids.Block(10); b < 20; b++ { // written, and the next batch says so, but not durable
+			mustOK(t, ask(s, put(1, b, 1, ids.MakeVersion(1, uint64(b)), uint64(b))))
+		}
+		last := offset(s.find(1, 19) - 1)
+		torn := make([]byte, blockBytes)
+		if err := disk.ReadAt(d, torn, last); err != nil {
+			t.Fatal(err)
+		}
+		d = d.Crash(1, 0) // of the tail, only the last batch's records have come to the disk
+		if err := disk.WriteAt(d, torn, last); err != nil {
+			t.Fatal(err)
+		}
+		if err := disk.SyncAll(d); err != nil {
+			t.Fatal(err)
+		}
+		for opening := range 4 {
+			s, err := Open(Config{Disk: d, BootID: "boot-2"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := s.Usage().Note; n != "" {
+				t.Fatalf("opening %d: %s", opening, n)
+			}
+			r := mustOK(t, ask(s, readOf(1, 0, 20, 0)))
+			if r.Entries[4].Kind != wire.EntryData || r.Entries[10].Kind != wire.EntryHole {
+				t.Fatalf("opening %d: %+v", opening, r.Entries)
+			}
+			if fails {
+				d.FailAt(d.Ops() + 1)
+				if r := ask(s, put(1, 30, 1, ids.MakeVersion(1, 90), 1)); r.Status != status.IO {
+					t.Fatalf("the write: %v", r.Status)
+				}
+			}
+			d = d.Crash(1, 100)
 		}
 	}
 }

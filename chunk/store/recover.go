@@ -175,7 +175,9 @@ func (s *Store) measure(c *course) (gap uint64, err error) {
 			break // judged by replay
 		}
 		err := s.scan(&c.w, u, func(h *batchHead, at uint32, _ []byte) error {
-			if marks = max(marks, h.durable); c.sameRun {
+			// What an earlier life had written may be gone with the power since:
+			// the sync before this life's first head covers what is left of it.
+			if marks = max(marks, h.durable); c.sameRun && u.life >= c.head.life {
 				marks = max(marks, h.written)
 			}
 			c.top = max(c.top, h.lsn)
