@@ -285,6 +285,13 @@ func TestEveryIOHasFailed(t *testing.T) {
 			afterFailure(t, d, p, models, err)
 		}
 	}
+	for n := 1; n < 4; n++ { // an inspection says what it could not read
+		d := &tracer{Mem: formatMem(t), pages: newMemPages(), fail: n}
+		if rep, err := Inspect(d, nil); err == nil && len(rep.Damage) == 0 {
+			t.Fatalf("call %d of an inspection (%s) failed and nobody was told", n, d.failed)
+		}
+		failed[d.failed]++
+	}
 	all := ioSites(t)
 	var missing []string
 	for _, s := range all {
