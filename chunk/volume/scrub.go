@@ -64,7 +64,7 @@ func (e *Engine) healFrom(r *replica, bad wire.Entry, sources []*replica) {
 	q := &wire.Request{Kind: wire.Read, Flags: wire.FlagEntries, Chunk: bad.Chunk, Layer: bad.Layer, Block: bad.Block, Count: 1}
 	e.call(sources[0], q, func(rep *wire.Reply) {
 		good := rep.Status == status.OK && len(rep.Entries) == 1 && len(rep.Data) == ids.BlockSize && rep.Entries[0].Version == bad.Version &&
-			e.entriesMatch(q, rep.Entries, rep.Data)
+			entriesMatch(e.volume, q, rep.Entries, rep.Data)
 		if !good { // bad there too, or overwritten meanwhile
 			e.healFrom(r, bad, sources[1:])
 			return
