@@ -1,7 +1,6 @@
 package server_test
 
 import (
-	"fmt"
 	"net"
 	"os"
 	"slices"
@@ -117,7 +116,7 @@ func residentBytes(t *testing.T) uint64 {
 			return kb << 10
 		}
 	}
-	t.Fatal(fmt.Sprintf("no VmRSS in %s", text))
+	t.Fatalf("no VmRSS in %s", text)
 	return 0
 }
 
