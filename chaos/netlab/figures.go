@@ -31,9 +31,10 @@ const (
 // only once in 5 s (MinLSInterval, RFC 2328), and a cut within that time of a
 // healing is told so much later. cutFor is how long a cut lasts.
 const (
-	settled = 6 * time.Second
-	cutFor  = 4 * time.Second
-	idleFor = 5 * time.Second
+	settled     = 3 * time.Second
+	settledOSPF = 12 * time.Second // the description of a healing may itself be 5 s late
+	cutFor      = 4 * time.Second
+	idleFor     = 5 * time.Second
 )
 
 // MeasureConfig says what to measure.
@@ -182,10 +183,17 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
+func (m *measurement) settle(ctx context.Context) error {
+	if m.cfg.Protocol == bird.OSPF {
+		return pause(ctx, settledOSPF)
+	}
+	return pause(ctx, settled)
+}
+
 // cut makes one cut under load and heals it.
 func (m *measurement) cut(ctx context.Context, do, part string) (c CutFigure, err error) {
 	c = CutFigure{Cut: do + " " + part}
-	if err := pause(ctx, settled); err != nil {
+	if err := m.settle(ctx); err != nil {
 		return c, err
 	}
 	before, err := m.revision(ctx)
@@ -249,7 +257,7 @@ func (m *measurement) revision(ctx context.Context) (uint64, error) {
 
 // unrelated adds and removes a route to nobody while packets flow.
 func (m *measurement) unrelated(ctx context.Context) error {
-	if err := pause(ctx, settled); err != nil {
+	if err := m.settle(ctx); err != nil {
 		return err
 	}
 	if _, err := m.probe.Stop(); err != nil {
