@@ -79,6 +79,7 @@ type Gateway struct {
 	mu        sync.Mutex // guards the fields below
 	volumes   map[string]*Volume
 	shown     map[string]*Volume       // snapshots that are looked at, by VOLUME@SNAPSHOT; ≤ maxShown
+	care      map[string]*Volume       // under repair, not exported; nil: being attached
 	attaching map[string]chan struct{} // closed when the running attach of that name is over
 	recovered chan struct{}            // closed when the predecessor's volumes are attached again
 	closed    bool
@@ -95,7 +96,7 @@ func New(cfg Config) *Gateway {
 	var id [8]byte
 	_, _ = rand.Read(id[:]) // never fails
 	g := &Gateway{cfg: cfg, session: hex.EncodeToString(id[:]), log: cfg.Log, kick: make(chan struct{}, 1),
-		volumes: map[string]*Volume{}, shown: map[string]*Volume{}, attaching: map[string]chan struct{}{}, recovered: make(chan struct{})}
+		volumes: map[string]*Volume{}, care: map[string]*Volume{}, shown: map[string]*Volume{}, attaching: map[string]chan struct{}{}, recovered: make(chan struct{})}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
 	g.members = newMemberBatch(g.ctx, cfg.Meta)
 	g.wg.Add(2)
@@ -123,7 +124,7 @@ func (g *Gateway) Recover(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	for _, v := range rep.Volumes {
-		if v.HolderHost != g.cfg.Host || v.HolderSession == "" {
+		if v.HolderHost != g.cfg.Host || v.HolderSession == "" || v.Maintenance {
 			continue
 		}
 		wg.Add(1)

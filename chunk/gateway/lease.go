@@ -46,7 +46,7 @@ func (g *Gateway) renew() error {
 		req.Usage = g.cfg.Usage()
 	}
 	byID := map[ids.VolumeID]*Volume{}
-	for _, v := range g.Volumes() {
+	for _, v := range append(g.caring(), g.Volumes()...) { // attached here after all: that one counts
 		if v.State() != volume.Ended {
 			byID[v.id] = v
 			req.Leases = append(req.Leases, &pb.Lease{VolumeId: uint64(v.id), Epoch: uint32(v.epoch)})
@@ -60,6 +60,7 @@ func (g *Gateway) renew() error {
 	if err != nil {
 		return err
 	}
+	g.careFor(rep.Maintain)
 	if g.cfg.Heard != nil {
 		g.cfg.Heard(rep)
 	}

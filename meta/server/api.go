@@ -214,6 +214,7 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 				rep.Refused = append(rep.Refused, l)
 			}
 		}
+		rep.Maintain = t.care.find(kv, req.Host, now, func(v *pb.Volume) bool { return t.leases.held(v, now) > 0 })
 		rep.Vms, rep.BatchCpuMillis = vmsToDo(kv, req.Host)
 		rep.QuantumMs = state.PlacementOf(kv).QuantumMs
 	})

@@ -46,6 +46,7 @@ func keepNs(seconds int64) (int64, error) {
 
 // used names what a volume is needed for.
 func (a *apply) used(v *pb.Volume) error {
+	endMaintenance(v)
 	if v.HolderSession != "" {
 		return status.Errorf(status.Held, "volume %s is attached on host %s: detach it first", v.Name, v.HolderHost)
 	}

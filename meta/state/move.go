@@ -312,3 +312,17 @@ func NeedsCare(kv KV, v *pb.Volume) bool {
 		return len(c.Stores) != int(v.Replicas) || len(c.Filling) > 0
 	})
 }
+
+// VolumesAfter returns up to limit volumes with ids above after, by id.
+func VolumesAfter(kv KV, after uint64, limit int) []*pb.Volume {
+	return all[pb.Volume](kv, key(tVolume), key(tVolume, after+1), limit)
+}
+
+// endMaintenance takes a volume from a maintenance session, which never is in
+// anybody's way: whatever it commits afterwards is of an old epoch.
+func endMaintenance(v *pb.Volume) {
+	if v.Maintenance {
+		v.Epoch++
+		v.HolderHost, v.HolderSession, v.AttachedUnixNs, v.Maintenance = "", "", 0, false
+	}
+}

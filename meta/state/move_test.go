@@ -169,8 +169,20 @@ func TestMaintenance(t *testing.T) {
 	}
 	c.ok(&pb.Command{Op: &pb.Command_Detach{Detach: &pb.Detach{VolumeId: c.volume("v").Id, Epoch: 1}}})
 	c.ok(care)
+	if res := c.do(attachCare("host-2")); status.Kind(res.Status) != status.Held {
+		t.Errorf("two sessions at a time: %v", res)
+	}
+	over := attachCare("host-2")
+	over.GetAttach().Takeover = true // its lease is over
+	c.ok(over)
 	res := c.ok(attach("v", "host-1", false))
 	if res.Volume.Maintenance || res.Volume.Moved {
 		t.Errorf("attached over a maintenance session: %v", res.Volume)
 	}
+}
+
+func attachCare(host string) *pb.Command {
+	cmd := attach("v", host, false)
+	cmd.GetAttach().Maintenance = true
+	return cmd
 }

@@ -243,6 +243,7 @@ func (a *apply) rollbackVolume(op *pb.RollbackVolume) (*pb.Result, error) {
 	if l == nil {
 		return nil, noSnapshot(v, op.Snapshot)
 	}
+	endMaintenance(v)
 	if v.HolderSession != "" {
 		return nil, status.Errorf(status.Held, "volume %s is attached on host %s: detach it first, its user would find its disk changed under it", v.Name, v.HolderHost)
 	}

@@ -222,7 +222,7 @@ func (a *apply) attach(op *pb.Attach) (*pb.Result, error) {
 	if err := checkTrusted(v); err != nil {
 		return nil, err
 	}
-	if op.Maintenance && v.HolderSession != "" && !(mine && v.Maintenance) {
+	if op.Maintenance && v.HolderSession != "" && !(v.Maintenance && (mine || op.Takeover)) {
 		return nil, status.Errorf(status.Held, "volume %s is held by host %s: its writer repairs it", v.Name, v.HolderHost)
 	}
 	if err := a.nextEpoch(v); err != nil {
