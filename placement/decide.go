@@ -148,9 +148,12 @@ func NewScheduler(f *Fleet, p Policy, sample int, seed uint64) *Scheduler {
 	return &Scheduler{Fleet: f, Policy: p, Weights: Weights(p), Sample: sample, Seed: seed, rng: seed ^ 0x9e3779b97f4a7c15}
 }
 
+// weyl is splitmix64's step: it can be taken many times at once.
+const weyl = 0x9e3779b97f4a7c15
+
 // next is splitmix64.
 func (s *Scheduler) next() uint64 {
-	s.rng += 0x9e3779b97f4a7c15
+	s.rng += weyl
 	x := s.rng
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
 	x = (x ^ x>>27) * 0x94d049bb133111eb
@@ -184,6 +187,10 @@ func (s *Scheduler) Decide(j *Job) Decision {
 	for _, i := range s.holds {
 		s.try(j, i, &best)
 	}
+	if best.Host >= 0 && best.Score > s.withoutGain() {
+		s.rng += uint64(s.Sample) * weyl // as if the rest had been looked at
+		return best
+	}
 	if packs {
 		s.holds = s.Fleet.open(j.Need, s.Sample, s.holds[:0])
 		for _, i := range s.holds {
@@ -209,6 +216,17 @@ func (s *Scheduler) DecideBut(j *Job, host int) Decision {
 	s.but = host + 1
 	defer func() { s.but = 0 }()
 	return s.Decide(j)
+}
+
+// withoutGain is the most a host without any of a job's data can score: one with
+// data that scores more needs no further look.
+func (s *Scheduler) withoutGain() (sum float64) {
+	for _, w := range s.Weights {
+		if w.Name != GainScore.Name {
+			sum += w.Weight
+		}
+	}
+	return sum
 }
 
 // packs says whether the scores want full hosts.
