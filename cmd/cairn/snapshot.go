@@ -109,20 +109,37 @@ func (s *session) snapshot(ctx context.Context, name string, volumes []string) (
 	}
 	longest, err := s.cutGroup(ctx, group)
 	if err != nil {
-		return err
+		return errors.Join(err, s.giveUp(ctx, group))
 	}
 	op := &pb.NameSnapshots{Name: name}
 	for _, m := range group {
 		op.Cuts = append(op.Cuts, m.cut)
 	}
 	if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_NameSnapshots{NameSnapshots: op}}); err != nil {
-		return err
+		return errors.Join(err, s.giveUp(ctx, group))
 	}
 	for _, m := range group {
 		fmt.Printf("%s@%s\n", m.volume, name)
 	}
 	say("writes were held for %.1f ms at most", float64(longest.Microseconds())/1000)
 	return nil
+}
+
+// giveUp lets go of what was cut for nothing.
+func (s *session) giveUp(ctx context.Context, group []*groupMember) error {
+	op := &pb.NameSnapshots{GiveUp: true}
+	for _, m := range group {
+		if m.cut != nil {
+			op.Cuts = append(op.Cuts, m.cut)
+		}
+	}
+	if len(op.Cuts) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cliWait)
+	defer cancel()
+	_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_NameSnapshots{NameSnapshots: op}})
+	return err
 }
 
 // cutGroup prepares, holds and releases; it returns the longest hold.
@@ -430,7 +447,9 @@ func (s *session) closeSnapshot(ctx context.Context, name string) error {
 			err := hostDone(callHost(ctx, h.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
 				return hc.DetachVolume(ctx, &pb.VolumeRef{Volume: name})
 			}))
-			if status.Of(err) != status.NotFound {
+			switch status.Of(err) {
+			case status.NotFound, status.Unavailable: // what is down shows nothing
+			default:
 				errs = append(errs, err)
 			}
 		}

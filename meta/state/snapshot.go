@@ -183,6 +183,9 @@ func (a *apply) prepareSnapshot(op *pb.PrepareSnapshot) (*pb.Result, error) {
 
 // nameSnapshots is the moment a snapshot, or a group of them, exists.
 func (a *apply) nameSnapshots(op *pb.NameSnapshots) (*pb.Result, error) {
+	if op.GiveUp {
+		return a.giveUpCuts(op.Cuts)
+	}
 	if !validName(op.Name) {
 		return nil, badName("snapshot", op.Name)
 	}
@@ -213,6 +216,23 @@ func (a *apply) nameSnapshots(op *pb.NameSnapshots) (*pb.Result, error) {
 	}
 	a.event("snapshot %s of %s taken", op.Name, listed(names))
 	return res, nil
+}
+
+// giveUpCuts lets go of cuts that get no name: their writers have gone over to the
+// layer above, so nothing is written to them any more.
+func (a *apply) giveUpCuts(cuts []*pb.Cut) (*pb.Result, error) {
+	for _, c := range cuts {
+		v := VolumeByID(a.kv, c.VolumeId)
+		if v == nil {
+			continue
+		}
+		if l := layer(v, c.Layer); l != nil && l.Id != v.Top && l.State == pb.LayerState_LAYER_STATE_OPEN {
+			l.State = pb.LayerState_LAYER_STATE_DELETED
+			reap(v)
+			put(a.kv, key(tVolume, v.Id), v)
+		}
+	}
+	return &pb.Result{}, nil
 }
 
 func (a *apply) deleteSnapshot(op *pb.DeleteSnapshot) (*pb.Result, error) {

@@ -148,9 +148,18 @@ func TestACutThatWasGivenUp(t *testing.T) {
 		t.Fatalf("the layer nobody named stays: %+v", l)
 	}
 	v = c.volume("v")
-	c.ok(prepare(v, 1)) // a cut that its writer went over to, and nobody named
-	c.ok(prepare(v, 2))
+	c.ok(prepare(v, 1))
+	given := nameCuts("", &pb.Cut{VolumeId: v.Id, Layer: 1}, &pb.Cut{VolumeId: v.Id, Layer: 2}, &pb.Cut{VolumeId: 99})
+	given.GetNameSnapshots().GiveUp = true
+	c.ok(given)
 	if got := c.volume("v"); layer(got, 1).State != pb.LayerState_LAYER_STATE_DELETED || layer(got, 2).State != pb.LayerState_LAYER_STATE_OPEN {
+		t.Fatalf("given up: %+v", got.Layers)
+	}
+	c.ok(attach("v", "host-2", true))
+	v = c.volume("v")
+	c.ok(prepare(v, 2)) // a cut that its writer went over to, and nobody named
+	c.ok(prepare(v, 3))
+	if got := c.volume("v"); layer(got, 2).State != pb.LayerState_LAYER_STATE_DELETED || layer(got, 3).State != pb.LayerState_LAYER_STATE_OPEN {
 		t.Fatalf("%+v", got.Layers)
 	}
 }

@@ -360,6 +360,7 @@ type NameSnapshots struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Cuts          []*Cut                 `protobuf:"bytes,2,rep,name=cuts,proto3" json:"cuts,omitempty"`
+	GiveUp        bool                   `protobuf:"varint,3,opt,name=give_up,json=giveUp,proto3" json:"give_up,omitempty"` // instead: the cuts get no name, and go
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -406,6 +407,13 @@ func (x *NameSnapshots) GetCuts() []*Cut {
 		return x.Cuts
 	}
 	return nil
+}
+
+func (x *NameSnapshots) GetGiveUp() bool {
+	if x != nil {
+		return x.GiveUp
+	}
+	return false
 }
 
 type DeleteSnapshot struct {
@@ -892,10 +900,11 @@ const file_proto_pb_snapshot_proto_rawDesc = "" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
 	"\x05layer\x18\x02 \x01(\rR\x05layer\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\"F\n" +
+	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\"_\n" +
 	"\rNameSnapshots\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
-	"\x04cuts\x18\x02 \x03(\v2\r.cairn.v1.CutR\x04cuts\"<\n" +
+	"\x04cuts\x18\x02 \x03(\v2\r.cairn.v1.CutR\x04cuts\x12\x17\n" +
+	"\agive_up\x18\x03 \x01(\bR\x06giveUp\"<\n" +
 	"\x0eDeleteSnapshot\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"U\n" +
