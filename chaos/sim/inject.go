@@ -120,6 +120,8 @@ func (in *injector) fair(f Fault) bool {
 		return in.w.shape.replicas > 1 && in.quiet()
 	case isRot(f.Kind):
 		return in.w.shape.rot
+	case takesOut(f.Kind) && slices.ContainsFunc(in.w.nodes, func(n *node) bool { return n.gone }):
+		return false
 	case f.Kind == Copies:
 		return in.copies(f) > 0
 	case f.Kind == Drain:

@@ -53,6 +53,8 @@ type Config struct {
 	Gone    func(name string)                // an export ended: its connections are to be closed; may be nil
 	Resized func(name string, size uint64)   // a volume has grown; may be nil
 	Stall   time.Duration                    // see volume.Config
+	Grace   time.Duration                    // see volume.Config
+	Copies  int64                            // bytes per second that all background copies may use; 0: 1 GiB
 	Renew   time.Duration                    // between renewals; 0: 2 s
 	Alone   bool                             // proof that this host's earlier gateway process is dead
 	Log     *slog.Logger                     // nil: slog.Default
@@ -69,6 +71,7 @@ type Gateway struct {
 	session string // random: tells this process from its predecessors
 	log     *slog.Logger
 	members *memberBatch
+	budget  *copyBudget
 	kick    chan struct{} // renew now
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -98,6 +101,10 @@ func New(cfg Config) *Gateway {
 	g := &Gateway{cfg: cfg, session: hex.EncodeToString(id[:]), log: cfg.Log, kick: make(chan struct{}, 1),
 		volumes: map[string]*Volume{}, care: map[string]*Volume{}, shown: map[string]*Volume{}, attaching: map[string]chan struct{}{}, recovered: make(chan struct{})}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
+	if cfg.Copies == 0 {
+		cfg.Copies = defaultCopyBudget
+	}
+	g.budget = &copyBudget{perSecond: float64(cfg.Copies)}
 	g.members = newMemberBatch(g.ctx, cfg.Meta)
 	g.wg.Add(2)
 	go g.renewLoop()

@@ -55,6 +55,7 @@ func newVolume(g *Gateway, vol *pb.Volume, cfg volume.Config, snapshot string) (
 	v.ctx, v.cancel = context.WithCancel(g.ctx)
 	v.links = newLinkWorker(v)
 	cfg.Host, cfg.Volume, cfg.Stall = g.cfg.Host, vol, g.cfg.Stall
+	cfg.Grace, cfg.Budget = g.cfg.Grace, g.budget
 	a := &actions{}
 	v.mu.Lock()
 	e, err := volume.New(now(), cfg, &a.out)
