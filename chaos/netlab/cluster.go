@@ -42,6 +42,7 @@ type Cluster struct {
 	bin   string
 	procs []*proc
 	metas int
+	wait  time.Duration // for processes to end
 }
 
 type proc struct {
@@ -82,7 +83,7 @@ func (l *Lab) StartCluster(ctx context.Context, bin string) (c *Cluster, err err
 	if !l.cfg.Bare {
 		return nil, status.Errorf(status.Invalid, "a cluster sees to its hosts' network itself: the lab must be bare")
 	}
-	c = &Cluster{lab: l, bin: bin, metas: 3}
+	c = &Cluster{lab: l, bin: bin, metas: 3, wait: stopWait}
 	if l.cfg.Hosts < 3 {
 		c.metas = 1
 	}
@@ -311,7 +312,8 @@ func (c *Cluster) volume(ctx context.Context, name string) (v volumeState, err e
 func (c *Cluster) Close() error {
 	var errs []error
 	for _, kind := range []string{"host-", "meta-"} {
-		late := time.After(stopWait)
+		late, cancel := context.WithTimeout(context.Background(), c.wait) // of all: two may hang
+		defer cancel()
 		for _, p := range c.procs {
 			if strings.HasPrefix(p.name, kind) {
 				if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
@@ -325,9 +327,9 @@ func (c *Cluster) Close() error {
 			}
 			select {
 			case <-p.ended:
-			case <-late:
+			case <-late.Done():
 				// Its goroutines in its log say what it waits for.
-				errs = append(errs, status.Errorf(status.Timeout, "%s did not stop in %v and was killed: the end of %s says what it waited for", p.name, stopWait, c.log(p.name)),
+				errs = append(errs, status.Errorf(status.Timeout, "%s did not stop in %v and was killed: the end of %s says what it waited for", p.name, c.wait, c.log(p.name)),
 					p.cmd.Process.Signal(syscall.SIGQUIT))
 				<-p.ended
 			}

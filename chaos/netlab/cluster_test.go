@@ -7,13 +7,16 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/cairnstore/cairn/chaos/check"
 	"github.com/cairnstore/cairn/netplane/bird"
+	"github.com/cairnstore/cairn/proto/status"
 )
 
 const (
@@ -268,3 +271,23 @@ func (w *world) kept() {
 // maxStall is more than any cut takes (1 s on an idle machine) and less than
 // what a replica's exclusion and return would.
 const maxStall = 5 * time.Second
+
+// Processes that do not end are ended, however many.
+func TestHungProcessesAreEnded(t *testing.T) {
+	c := &Cluster{lab: &Lab{cfg: Config{Dir: t.TempDir()}}, wait: time.Millisecond}
+	for i := range 3 {
+		p := &proc{name: fmt.Sprintf("host-%d", i+1), cmd: exec.Command("sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"), ended: make(chan struct{})}
+		p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		out, err := p.cmd.StdoutPipe()
+		must(t, err)
+		must(t, p.cmd.Start())
+		if _, err := out.Read(make([]byte, 1)); err != nil { // it ignores SIGTERM from now on
+			t.Fatal(err)
+		}
+		go func() { p.err = p.cmd.Wait(); close(p.ended) }()
+		c.procs = append(c.procs, p)
+	}
+	if err := c.Close(); !errors.Is(err, status.Timeout) {
+		t.Errorf("got %v", err)
+	}
+}
