@@ -89,7 +89,25 @@ func hunt(t *testing.T, patch string) string {
 	if out := runHunter(t, bin, "TestTrapHunt", "CAIRN_SIM_TRAP="+bugName(patch)); strings.HasPrefix(out, "found") {
 		return out
 	}
-	return runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
+	out := runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
+	if strings.HasPrefix(out, "found") {
+		return out
+	}
+	return engineTests(t, overlay, out)
+}
+
+// engineTests is for windows so narrow that seeds seldom meet them: the engine's
+// own tests hold messages back there. The answer says that it was they.
+func engineTests(t *testing.T, overlay, missed string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "go", "test", "-short", "-failfast", "-overlay", overlay, "../../chunk/volume").CombinedOutput()
+	if _, after, ok := strings.Cut(string(out), "--- FAIL: "); ok && err != nil {
+		name, _, _ := strings.Cut(after, " ")
+		return "found by the engine's " + name + ", " + missed
+	}
+	return missed
 }
 
 // bugName is a patch's name without its number.
