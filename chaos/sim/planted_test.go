@@ -89,11 +89,11 @@ func hunt(t *testing.T, patch string) string {
 	if out := runHunter(t, bin, "TestTrapHunt", "CAIRN_SIM_TRAP="+bugName(patch)); strings.HasPrefix(out, "found") {
 		return out
 	}
-	out := runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
-	if strings.HasPrefix(out, "found") {
-		return out
+	said := runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
+	if strings.HasPrefix(said, "found") {
+		return said
 	}
-	return engineTests(t, overlay, out)
+	return engineTests(t, overlay, said)
 }
 
 // engineTests is for windows so narrow that seeds seldom meet them: the engine's
