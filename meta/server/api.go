@@ -5,7 +5,6 @@ import (
 	"math"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/hashicorp/raft"
 	"google.golang.org/protobuf/proto"
@@ -71,7 +70,7 @@ func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd.TimeUnixNs = time.Now().UnixNano()
+	cmd.TimeUnixNs = s.cfg.clock().UnixNano()
 	b, err := proto.Marshal(cmd)
 	if err != nil {
 		return nil, status.Errorf(status.Invalid, "a metadata command that cannot be encoded: %w", err)

@@ -111,7 +111,7 @@ func (w *wire) end(conns ...net.Conn) {
 
 // wired is a trio in which each direction of raft's traffic between two nodes is
 // a wire of its own.
-func wired(t *testing.T) (*trio, map[[2]int]*wire) {
+func wired(t *testing.T, set func(i int, c *Config)) (*trio, map[[2]int]*wire) {
 	wires := map[[2]int]*wire{}
 	var once sync.Once
 	tr := newTrio(t, func(i int, c *Config) {
@@ -131,6 +131,9 @@ func wired(t *testing.T) (*trio, map[[2]int]*wire) {
 			}
 		}
 		c.Peers = peers
+		if set != nil {
+			set(i, c)
+		}
 	})
 	return tr, wires
 }
@@ -144,7 +147,7 @@ func TestCutOffLeaderAnswersNothing(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	tr, wires := wired(t)
+	tr, wires := wired(t, nil)
 	ctx, c := tr.ctx(), tr.client()
 	hostUp(t, ctx, c, 1)
 

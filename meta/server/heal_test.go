@@ -48,7 +48,7 @@ func TestRaftIsUsedAsIsSafe(t *testing.T) {
 // anew when it comes back: pre-vote.
 func TestACutOffNodeDisturbsNobody(t *testing.T) {
 	t.Parallel()
-	tr, wires := wired(t)
+	tr, wires := wired(t, nil)
 	ctx, c := tr.ctx(), tr.client()
 	hostUp(t, ctx, c, 1)
 	lead := tr.leader()

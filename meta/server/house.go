@@ -43,7 +43,7 @@ func (s *Server) due() (is bool) {
 	}
 	err := s.fsm.read(func(kv state.KV) {
 		at := state.NextDue(kv)
-		is = at > 0 && at <= time.Now().UnixNano()
+		is = at > 0 && at <= s.cfg.clock().UnixNano()
 	})
 	return err == nil && is
 }
@@ -53,7 +53,7 @@ func (s *Server) proposeAudit() error { return s.propose(&pb.Housekeeping{Audit:
 
 // propose puts the leader's own command into the log.
 func (s *Server) propose(op *pb.Housekeeping) error {
-	cmd := &pb.Command{TimeUnixNs: time.Now().UnixNano(), Op: &pb.Command_Housekeeping{Housekeeping: op}}
+	cmd := &pb.Command{TimeUnixNs: s.cfg.clock().UnixNano(), Op: &pb.Command_Housekeeping{Housekeeping: op}}
 	if err := s.checkFree(cmd); err != nil {
 		return err
 	}

@@ -49,6 +49,7 @@ type Config struct {
 	// For tests of this package.
 	logs      func(raft.LogStore) raft.LogStore // wraps raft's log
 	free      func(dir string) (uint64, error)  // free bytes of the file system
+	clock     func() time.Time                  // the time of day
 	tick      time.Duration                     // of the watchdog
 	audit     time.Duration                     // between audits
 	snapEvery uint64                            // entries between snapshots, and kept behind one
@@ -155,6 +156,9 @@ func (cfg *Config) check() error {
 	}
 	if cfg.free == nil {
 		cfg.free = freeBytes
+	}
+	if cfg.clock == nil {
+		cfg.clock = time.Now
 	}
 	if cfg.audit == 0 {
 		cfg.audit = auditEvery
