@@ -123,18 +123,26 @@ func touch(kv KV, name string, now int64, seq uint64) {
 }
 
 // expireSessions drops sessions past their age, and the least recently used
-// while there are too many.
+// while there are too many. "oldest" is a moment before which none was used
+// last: while that is young enough, nothing is looked for.
 func expireSessions(kv KV, now int64) {
 	n := u64(kv.Get(key(tMeta, "sessions")))
+	oldest := int64(u64(kv.Get(key(tMeta, "oldest"))))
+	if oldest > 0 && oldest >= now-SessionAgeNs && n < MaxSessions {
+		return
+	}
+	oldest = now
 	var gone [][]byte
 	kv.Scan(key(tAge), nil, func(k, _ []byte) bool {
-		old := int64(u64(k[1:])) < now-SessionAgeNs
-		if !old && n-uint64(len(gone)) < MaxSessions {
+		used := int64(u64(k[1:]))
+		if used >= now-SessionAgeNs && n-uint64(len(gone)) < MaxSessions {
+			oldest = min(oldest, used)
 			return false
 		}
 		gone = append(gone, append([]byte(nil), k...))
 		return true
 	})
+	kv.Set(key(tMeta, "oldest"), put64(uint64(oldest)))
 	for _, k := range gone {
 		name := string(k[9:])
 		kv.Delete(k)

@@ -36,7 +36,7 @@ func (r *Restorer) Pair(k, v []byte) (key, val []byte) {
 		return nil, nil
 	case tMeta:
 		switch name := string(k[1:]); name {
-		case "sessions":
+		case "sessions", "oldest":
 			return nil, nil
 		default:
 			if name == "volume" {

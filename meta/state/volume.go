@@ -282,32 +282,44 @@ func (a *apply) allocate(op *pb.Allocate) (*pb.Result, error) {
 	for _, c := range op.Chunks {
 		chosen[c.Index] = c
 	}
+	have, fresh := map[uint32]*pb.Chunk{}, uint64(0)
+	in := inService{a: a, domain: v.Domain, seen: map[string]string{}}
 	for _, ix := range op.Indices { // check everything before the first write
 		if uint64(ix) >= (v.SizeBytes+v.ChunkBytes-1)/v.ChunkBytes {
 			return nil, status.Errorf(status.Invalid, "chunk %d is beyond the end of volume %s (%d bytes)", ix, v.Name, v.SizeBytes)
 		}
-		if ChunkAt(a.kv, v.Id, ix) == nil {
-			if err := a.checkPlaces(v, chosen[ix]); err != nil {
+		if _, twice := have[ix]; twice {
+			continue
+		}
+		if have[ix] = ChunkAt(a.kv, v.Id, ix); have[ix] == nil {
+			fresh++
+			if err := in.checkPlaces(v, chosen[ix]); err != nil {
 				return nil, err
 			}
 		}
 	}
-	if err := a.checkChunkRoom(v, op.Indices); err != nil {
+	if err := a.checkChunkRoom(v, fresh*v.ChunkBytes*uint64(v.Replicas)); err != nil {
 		return nil, err
 	}
 	res := &pb.Result{}
 	joined := false
+	id := u64(a.kv.Get(key(tMeta, "chunk"))) // ids are never used again
 	for _, ix := range op.Indices {
-		c := ChunkAt(a.kv, v.Id, ix)
+		c := have[ix]
 		if c == nil {
-			c = &pb.Chunk{Index: ix, Id: next(a.kv, "chunk"), State: pb.ChunkState_CHUNK_STATE_LIVE, Stores: chosen[ix].Stores}
+			id++
+			c = &pb.Chunk{Index: ix, Id: id, State: pb.ChunkState_CHUNK_STATE_LIVE, Stores: chosen[ix].Stores}
 			put(a.kv, key(tChunk, v.Id, ix), c)
+			have[ix] = c
 			v.ChunkCount++
 			for _, s := range c.Stores {
 				joined = a.join(v, s) || joined
 			}
 		}
 		res.Chunks = append(res.Chunks, c)
+	}
+	if fresh > 0 {
+		a.kv.Set(key(tMeta, "chunk"), put64(id))
 	}
 	if joined {
 		v.Revision++
@@ -317,14 +329,9 @@ func (a *apply) allocate(op *pb.Allocate) (*pb.Result, error) {
 	return res, nil
 }
 
-// checkChunkRoom holds an allocation to quotas, and to what thick volumes keep.
-func (a *apply) checkChunkRoom(v *pb.Volume, indices []uint32) error {
-	var fresh uint64
-	for _, ix := range indices { // one named twice counts twice: nobody does
-		if ChunkAt(a.kv, v.Id, ix) == nil {
-			fresh += v.ChunkBytes * uint64(v.Replicas)
-		}
-	}
+// checkChunkRoom holds an allocation of so many bytes, all copies, to quotas,
+// and to what thick volumes keep.
+func (a *apply) checkChunkRoom(v *pb.Volume, fresh uint64) error {
 	if fresh == 0 {
 		return nil
 	}
@@ -333,6 +340,26 @@ func (a *apply) checkChunkRoom(v *pb.Volume, indices []uint32) error {
 		thin = 0
 	}
 	return cmp.Or(a.checkQuota(v.Tenant, 0, fresh), a.checkThick(0, thin))
+}
+
+// inService looks up each store once for a command: its domain, "" when it is
+// not in service.
+type inService struct {
+	a      *apply
+	domain string
+	seen   map[string]string
+}
+
+func (x *inService) of(id []byte) string {
+	if d, ok := x.seen[string(id)]; ok {
+		return d
+	}
+	d := ""
+	if s := StoreByID(x.a.kv, id); s != nil && !s.Retired {
+		d = Label(HostByName(x.a.kv, s.Host), x.domain)
+	}
+	x.seen[string(id)] = d
+	return d
 }
 
 // join makes a store an in-sync member of a volume that never had it: with no
@@ -349,7 +376,7 @@ func (a *apply) join(v *pb.Volume, store []byte) bool {
 }
 
 // checkPlaces holds the leader's placement to what replication relies on.
-func (a *apply) checkPlaces(v *pb.Volume, c *pb.Chunk) error {
+func (x *inService) checkPlaces(v *pb.Volume, c *pb.Chunk) error {
 	if c == nil {
 		return status.Errorf(status.Invalid, "an allocation for volume %s comes without a place for every chunk", v.Name)
 	}
@@ -358,11 +385,10 @@ func (a *apply) checkPlaces(v *pb.Volume, c *pb.Chunk) error {
 	}
 	seen, inSync := map[string]bool{}, false
 	for _, id := range c.Stores {
-		s := StoreByID(a.kv, id)
-		if s == nil || s.Retired {
+		d := x.of(id)
+		if d == "" {
 			return status.Errorf(status.Conflict, "chunk %d of volume %s was placed on store %x, which is not in service", c.Index, v.Name, id)
 		}
-		d := Label(HostByName(a.kv, s.Host), v.Domain)
 		if seen[d] {
 			return status.Errorf(status.Conflict, "chunk %d of volume %s was placed twice in %s %s", c.Index, v.Name, v.Domain, d)
 		}

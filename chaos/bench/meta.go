@@ -1,0 +1,322 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	metaclient "github.com/cairnstore/cairn/meta/client"
+	metaserver "github.com/cairnstore/cairn/meta/server"
+	"github.com/cairnstore/cairn/placement/driver"
+	"github.com/cairnstore/cairn/proto/pb"
+)
+
+// The metadata service by itself: three nodes with logs on this machine's disk,
+// real TCP, and clients that keep many commands in flight.
+
+const (
+	metaClients = 16 // each with up to 8 commands in flight
+	metaFlights = 8
+	allocBatch  = 64 // chunks of one allocation, as a gateway gathers them
+)
+
+// MetaFigures is what RunMeta measures.
+type MetaFigures struct {
+	CreatesPerSecond float64 `json:"volumeCreationsPerSecond"`
+	CreateCPUUs      float64 `json:"cpuUsPerCreation"` // all three nodes and the clients
+	ChunksPerSecond  float64 `json:"chunkAllocationsPerSecond"`
+	ChunkCPUUs       float64 `json:"cpuUsPerChunk"`
+	ReadP50Ms        float64 `json:"readP50Ms"` // linearizable, during both loads
+	ReadP99Ms        float64 `json:"readP99Ms"`
+	LeaderLossMs     float64 `json:"leaderLossMs"` // from its end to the next command's answer; heartbeats of 1 s
+}
+
+// trio is three nodes in this process.
+type metaTrio struct {
+	dir   string
+	peers []metaserver.Peer
+	nodes []*metaserver.Server
+}
+
+func (m *metaTrio) start(i int, timeout time.Duration) (err error) {
+	p := m.peers[i]
+	raftL, err := net.Listen("tcp", p.RaftAddr)
+	if err != nil {
+		return err
+	}
+	apiL, err := net.Listen("tcp", p.APIAddr)
+	if err != nil {
+		return errors.Join(err, raftL.Close())
+	}
+	m.nodes[i], err = metaserver.New(metaserver.Config{ID: p.ID, Dir: filepath.Join(m.dir, p.ID), RaftListener: raftL, APIListener: apiL, Peers: m.peers,
+		Placer: driver.New(), Timeout: timeout, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	return err
+}
+
+func newMetaTrio(dir string) (m *metaTrio, err error) {
+	m = &metaTrio{dir: dir, nodes: make([]*metaserver.Server, 3)}
+	for i := range 3 {
+		var addr [2]string
+		for k := range addr {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				return m, err
+			}
+			addr[k] = l.Addr().String()
+			if err := l.Close(); err != nil {
+				return m, err
+			}
+		}
+		m.peers = append(m.peers, metaserver.Peer{ID: fmt.Sprintf("meta-%d", i+1), RaftAddr: addr[0], APIAddr: addr[1]})
+	}
+	for i := range m.nodes {
+		if err := m.start(i, time.Second); err != nil {
+			return m, err
+		}
+	}
+	return m, nil
+}
+
+func (m *metaTrio) close() (err error) {
+	for _, n := range m.nodes {
+		if n != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}
+	return err
+}
+
+func (m *metaTrio) client() *metaclient.Client {
+	c := metaclient.Config{Who: "bench"}
+	for _, p := range m.peers {
+		c.Addrs = append(c.Addrs, p.APIAddr)
+	}
+	return metaclient.New(c)
+}
+
+func cpuTime() time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		panic(err) // it has no way to fail with these arguments
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// RunMeta measures and prints.
+func RunMeta(ctx context.Context, cfg Config) (err error) {
+	dir, err := os.MkdirTemp("", "cairn-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	m, err := newMetaTrio(dir)
+	defer func() { err = errors.Join(err, m.close()) }()
+	if err != nil {
+		return err
+	}
+	b := &metaBench{m: m, each: cfg.Each}
+	for range metaClients {
+		c := m.client()
+		b.clients = append(b.clients, c)
+		defer func() { err = errors.Join(err, c.Close()) }()
+	}
+	f, err := b.run(ctx)
+	if err != nil {
+		return err
+	}
+	return printMeta(cfg, f)
+}
+
+type metaBench struct {
+	m       *metaTrio
+	each    time.Duration
+	clients []*metaclient.Client
+	made    atomic.Int64
+
+	mu    sync.Mutex // guards reads
+	reads []time.Duration
+}
+
+func (b *metaBench) run(ctx context.Context) (f *MetaFigures, err error) {
+	f = &MetaFigures{}
+	if err := b.hosts(ctx); err != nil {
+		return nil, err
+	}
+	n, cpu, err := b.load(ctx, func(ctx context.Context, c *metaclient.Client, _ int) (int, error) {
+		name := fmt.Sprintf("v%d", b.made.Add(1))
+		_, err := c.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: name, SizeBytes: 1 << 40}}})
+		return 1, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	f.CreatesPerSecond, f.CreateCPUUs = float64(n)/b.each.Seconds(), float64(cpu.Microseconds())/float64(max(1, n))
+	vols := make([]*pb.Volume, metaClients*metaFlights)
+	next := make([]uint32, len(vols))
+	for i := range vols {
+		res, err := b.clients[i%metaClients].Do(ctx, &pb.Command{Op: &pb.Command_Attach{Attach: &pb.Attach{Volume: fmt.Sprintf("v%d", i+1), Host: "host-1", Session: "bench"}}})
+		if err != nil {
+			return nil, err
+		}
+		vols[i] = res.Volume
+	}
+	n, cpu, err = b.load(ctx, func(ctx context.Context, c *metaclient.Client, worker int) (int, error) {
+		v, a := vols[worker], &pb.Allocate{PreferHost: "host-1"}
+		a.VolumeId, a.Epoch, a.Revision = v.Id, v.Epoch, v.Revision
+		for range allocBatch {
+			a.Indices = append(a.Indices, next[worker])
+			next[worker] = (next[worker] + 1) % (1 << 14)
+		}
+		res, err := c.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: a}})
+		if err == nil {
+			vols[worker] = res.Volume
+		}
+		return allocBatch, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	f.ChunksPerSecond, f.ChunkCPUUs = float64(n)/b.each.Seconds(), float64(cpu.Microseconds())/float64(max(1, n))
+	slices.Sort(b.reads)
+	if k := len(b.reads); k > 0 {
+		f.ReadP50Ms, f.ReadP99Ms = b.reads[k/2].Seconds()*1e3, b.reads[k*99/100].Seconds()*1e3
+	}
+	f.LeaderLossMs, err = b.leaderLoss(ctx)
+	return f, err
+}
+
+// hosts registers three hosts that beat now.
+func (b *metaBench) hosts(ctx context.Context) error {
+	c := b.clients[0]
+	for i := range byte(3) {
+		name, id := fmt.Sprintf("host-%d", i+1), append(make([]byte, 15), i+1)
+		for _, cmd := range []*pb.Command{
+			{Op: &pb.Command_RegisterHost{RegisterHost: &pb.RegisterHost{Host: &pb.Host{Name: name, DataAddr: name + ":1"}}}},
+			{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: &pb.Store{Id: id, Incarnation: 1, Host: name, CapacityBytes: 1 << 50}}}}} {
+			if _, err := c.Do(ctx, cmd); err != nil {
+				return err
+			}
+		}
+		if err := b.beat(ctx, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *metaBench) beat(ctx context.Context, i byte) error {
+	id := append(make([]byte, 15), i+1)
+	_, err := b.clients[0].Renew(ctx, &pb.RenewRequest{Host: fmt.Sprintf("host-%d", i+1), Session: "bench", Usage: []*pb.StoreUsage{{Store: id, CapacityBytes: 1 << 50, State: "ok"}}})
+	return err
+}
+
+// load lets all workers do something for a while, beside heartbeats and a
+// reader, and returns how much was done and what it cost.
+func (b *metaBench) load(ctx context.Context, do func(ctx context.Context, c *metaclient.Client, worker int) (int, error)) (n int64, cpu time.Duration, err error) {
+	var done atomic.Int64
+	var wg sync.WaitGroup
+	end, cancel := context.WithTimeout(ctx, b.each)
+	defer cancel()
+	errs := make(chan error, metaClients*metaFlights+2)
+	began := cpuTime()
+	for w := range metaClients * metaFlights {
+		wg.Go(func() {
+			for end.Err() == nil {
+				k, err := do(ctx, b.clients[w%metaClients], w)
+				if err != nil {
+					errs <- err
+					return
+				}
+				if end.Err() == nil {
+					done.Add(int64(k))
+				}
+			}
+		})
+	}
+	wg.Go(func() { errs <- b.read(ctx, end) })
+	wg.Go(func() {
+		t := time.NewTicker(time.Second)
+		defer t.Stop()
+		for end.Err() == nil {
+			for i := range byte(3) {
+				if err := b.beat(ctx, i); err != nil {
+					errs <- err
+					return
+				}
+			}
+			select {
+			case <-t.C:
+			case <-end.Done():
+			}
+		}
+	})
+	wg.Wait()
+	cpu = cpuTime() - began
+	close(errs)
+	for e := range errs {
+		err = errors.Join(err, e)
+	}
+	return done.Load(), cpu, err
+}
+
+// read asks for one volume again and again, linearizably.
+func (b *metaBench) read(ctx, end context.Context) (err error) {
+	c := b.m.client()
+	defer func() { err = errors.Join(err, c.Close()) }()
+	for end.Err() == nil {
+		at := time.Now()
+		if _, err := c.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Hosts{Hosts: true}}); err != nil {
+			return err
+		}
+		b.mu.Lock()
+		b.reads = append(b.reads, time.Since(at))
+		b.mu.Unlock()
+	}
+	return nil
+}
+
+// leaderLoss ends the leader and times the next command.
+func (b *metaBench) leaderLoss(ctx context.Context) (ms float64, err error) {
+	for i, n := range b.m.nodes {
+		if !n.NodeInfo().Leader {
+			continue
+		}
+		b.m.nodes[i] = nil
+		at := time.Now()
+		if err := n.Close(); err != nil {
+			return 0, err
+		}
+		if _, err := b.clients[1].Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: "after", SizeBytes: 1 << 30}}}); err != nil {
+			return 0, err
+		}
+		return time.Since(at).Seconds() * 1e3, nil
+	}
+	return 0, errors.New("no metadata node leads")
+}
+
+func printMeta(cfg Config, f *MetaFigures) error {
+	if cfg.JSON {
+		enc := json.NewEncoder(cfg.Out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(f)
+	}
+	_, err := fmt.Fprintf(cfg.Out, `metadata, three nodes in one process, %v each
+volume creations       %8.0f /s   %6.0f µs CPU each (three nodes and clients)
+chunk allocations      %8.0f /s   %6.1f µs CPU each, %d in a command
+linearizable read      p50 %.2f ms, p99 %.2f ms, during both
+leader lost            %.0f ms until the next command is answered
+`, cfg.Each, f.CreatesPerSecond, f.CreateCPUUs, f.ChunksPerSecond, f.ChunkCPUUs, allocBatch, f.ReadP50Ms, f.ReadP99Ms, f.LeaderLossMs)
+	return err
+}
