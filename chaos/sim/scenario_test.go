@@ -24,6 +24,7 @@ var (
 	apart = shape{hosts: 3, replicas: 3, flushes: 2, zeros: 10}
 	rare  = shape{hosts: 3, replicas: 3, local: true, flushes: 0, zeros: 10}
 	trims = shape{hosts: 3, replicas: 3, flushes: 9, zeros: 40}
+	moves = shape{hosts: 4, replicas: 3, flushes: 25, zeros: 10, grace: time.Second}
 	rots  = shape{hosts: 3, replicas: 3, flushes: 9, zeros: 10, rot: true, victim: 1}
 )
 
@@ -52,6 +53,12 @@ var scenarios = []scenario{
 	{"the metadata leader falls with an unknown outcome", three, []Fault{{At: 20, Kind: KillStore, Host: 1, For: 600 * ms}, {At: 20, Kind: LeaderFalls, For: 200 * ms}, {At: 22, Kind: Echo, For: 3000 * ms}, {At: 40, Kind: LeaderFalls, For: 200 * ms}}, []string{"reapply", "dead-join-forgotten", "new-leader-forgets"}},
 	{"double attach", apart, []Fault{{At: 20, Kind: Takeover, Gate: 1}, {At: 22, Kind: Takeover, Gate: 2}, {At: 60, Kind: Takeover, Gate: 0}}, []string{"attach-without-exclusion"}},
 	{"rot on one disk", rots, []Fault{{At: 20, Kind: BitFlip, Host: 1, Arg: 77 << 20}, {At: 40, Kind: Misdirected, Host: 1}, {At: 60, Kind: LostWrite, Host: 1}, {At: 140, Kind: KillStore, Host: 1, For: 5 * ms}}, []string{"unverified-reads", "torn-tail"}},
+	{"rebuild racing writes", moves, []Fault{{At: 10, Kind: Drain, Host: 0, For: 100 * ms}, {At: 10, Kind: SlowNet, Host: 3, Gate: 1, For: 900 * ms, Arg: 5}, {At: 14, Kind: Survivor, For: 300 * ms, Arg: 256}, {At: 30, Kind: Drain, Host: 1, For: 100 * ms}, {At: 34, Kind: Survivor, For: 300 * ms, Arg: 512}},
+		[]string{"fill-not-durable", "fill-not-answered", "fill-not-required", "fill-from-behind", "fill-read"}},
+	{"the store that gets a copy goes away", moves, []Fault{{At: 10, Kind: Drain, Host: 0, For: 200 * ms}, {At: 12, Kind: LeaderFalls, For: 800 * ms}, {At: 12, Kind: PowerHost, Host: 3, For: 1 * ms}, {At: 20, Kind: Drain, Host: 2, For: 200 * ms}, {At: 21, Kind: LeaderFalls, For: 400 * ms}, {At: 22, Kind: Reset, Host: 0, Gate: 1}},
+		[]string{"fill-unknown-forgotten", "fill-lost-link", "fill-reconciled", "move-onto-waste"}},
+	{"a volume is handed over", apart, []Fault{{At: 10, Kind: HandOver, Gate: 1}, {At: 10, Kind: LeaderFalls, For: 200 * ms}, {At: 40, Kind: HandOver, Gate: 2}, {At: 41, Kind: Takeover, Gate: 0}, {At: 80, Kind: HandOver, Gate: 1}, {At: 81, Kind: CutMeta, Gate: 0, For: 900 * ms}},
+		[]string{"handover-serves-on", "handover-unknown", "handover-old-epoch"}},
 	{"a detach while a copy is missing", apart, []Fault{{At: 20, Kind: DiskError, Host: 1, For: 600 * ms}, {At: 22, Kind: Handover}, {At: 22, Kind: KillStore, Host: 2, For: 300 * ms}}, []string{"drain-without-joins"}},
 }
 
@@ -80,6 +87,9 @@ func TestTraps(t *testing.T) {
 // run repeats the scenario's faults through a run.
 func (s scenario) run(seed uint64) *Result {
 	const steps, round = 1000, 250
+	if s.shape.grace == 0 {
+		s.shape.grace = time.Hour
+	}
 	cfg := Config{Seed: seed, Steps: steps, Faults: []Fault{}, shape: &s.shape}
 	for at := 0; at < steps; at += round {
 		for _, f := range s.faults {
