@@ -50,6 +50,7 @@ func (v *Volume) handOver(ctx context.Context, host, session string) error {
 	case err := <-done:
 		return err
 	case <-v.ended:
+		v.wg.Wait() // whoever brought the answer has told it
 		select {
 		case err := <-done:
 			return err
