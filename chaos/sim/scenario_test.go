@@ -57,7 +57,9 @@ var scenarios = []scenario{
 		[]string{"fill-not-durable", "fill-not-answered", "fill-not-required", "fill-from-behind", "fill-read"}},
 	{"the store that gets a copy goes away", moves, []Fault{{At: 10, Kind: Drain, Host: 0, For: 200 * ms}, {At: 12, Kind: LeaderFalls, For: 800 * ms}, {At: 12, Kind: PowerHost, Host: 3, For: 1 * ms}, {At: 20, Kind: Drain, Host: 2, For: 200 * ms}, {At: 21, Kind: LeaderFalls, For: 400 * ms}, {At: 22, Kind: Reset, Host: 0, Gate: 1}},
 		[]string{"fill-unknown-forgotten", "fill-lost-link", "fill-reconciled", "move-onto-waste"}},
-	{"a volume is handed over", apart, []Fault{{At: 10, Kind: HandOver, Gate: 1}, {At: 10, Kind: LeaderFalls, For: 200 * ms}, {At: 40, Kind: HandOver, Gate: 2}, {At: 41, Kind: Takeover, Gate: 0}, {At: 80, Kind: HandOver, Gate: 1}, {At: 81, Kind: CutMeta, Gate: 0, For: 900 * ms}},
+	{"a volume is handed over", three, []Fault{{At: 10, Kind: HandOver, Gate: 1}, {At: 10, Kind: LeaderFalls, For: 200 * ms}, {At: 11, Kind: Isolate, Host: 0, Gate: 1, For: 6000 * ms, Arg: 300},
+		{At: 80, Kind: HandOver, Gate: 2}, {At: 80, Kind: LeaderFalls, For: 200 * ms}, {At: 81, Kind: Isolate, Host: 1, Gate: 2, For: 6000 * ms, Arg: 300},
+		{At: 150, Kind: HandOver, Gate: 0}, {At: 150, Kind: LeaderFalls, For: 200 * ms}, {At: 151, Kind: Isolate, Host: 2, Gate: 0, For: 6000 * ms, Arg: 300}},
 		[]string{"handover-serves-on", "handover-unknown", "handover-old-epoch"}},
 	{"a detach while a copy is missing", apart, []Fault{{At: 20, Kind: DiskError, Host: 1, For: 600 * ms}, {At: 22, Kind: Handover}, {At: 22, Kind: KillStore, Host: 2, For: 300 * ms}}, []string{"drain-without-joins"}},
 }
