@@ -392,6 +392,7 @@ func RunStoreVictim(ctx context.Context, path string, size int64) error {
 	if err := o.fill(ctx, m); err != nil {
 		return err
 	}
+	go o.flushAlways(ctx)
 	if _, err := o.run(ctx, load{depth: 32, count: m.blocks / 4, next: m.randomWrite}); err != nil {
 		return err
 	}
@@ -400,4 +401,18 @@ func RunStoreVictim(ctx context.Context, path string, size int64) error {
 	}
 	_, err = o.run(ctx, load{depth: 32, each: time.Hour, next: m.randomWrite})
 	return errors.Join(err, o.close())
+}
+
+// flushAlways flushes twice a second, as often as a gateway does by itself.
+func (o *openStore) flushAlways(ctx context.Context) {
+	for ctx.Err() == nil {
+		_, err := o.run(ctx, load{depth: 1, count: 1, next: func(q *wire.Request) { *q = wire.Request{ID: q.ID, Kind: wire.Flush, Volume: volumeID} }})
+		if err != nil {
+			return // the load says the same
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second / 2):
+		}
+	}
 }

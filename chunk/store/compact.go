@@ -1,7 +1,10 @@
 package store
 
 import (
+	"cmp"
 	"errors"
+	"math"
+	"slices"
 
 	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -10,7 +13,7 @@ import (
 
 // The way of compaction, one segment at a time:
 //
-//  1. pick: the closed segment with the fewest live blocks.
+//  1. pick: the closed segment that yields most for what moving it costs.
 //  2. read: a window of it, one disk call.
 //  3. copy: what the index still points to is appended anew, at its version and
 //     with its checksum; the old place dies by that.
@@ -35,9 +38,12 @@ type compaction struct {
 	victim  *segment
 	at      uint32 // next block of it to look at
 	reading bool
-	blocked bool   // nothing to copy to, until a segment is freed or the clock ticks
-	idle    bool   // it would not yield anything; false after any change
-	staged  uint64 // LSN of the last copy; the next window waits for it
+	blocked bool       // nothing to copy to, until a segment is freed or the clock ticks
+	idle    bool       // it would not yield anything; false after any change
+	staged  uint64     // LSN of the last copy; the next window waits for it
+	list    []*segment // the next victims, best first, ≤ shortlist
+	deaths  uint64     // blocks that died since the list was made
+	wide    bool       // the store takes half as much again as what is live in it
 	buf     []byte
 }
 
@@ -46,7 +52,7 @@ func (c *compaction) busy() bool { return c.reading }
 // low reports whether free segments run out: from here on compaction is driven
 // by every request, not by the clock alone.
 func (s *Store) low() bool {
-	return s.freeSegments() <= max(reserveWrites+2, len(s.segs)/16)
+	return s.freeSegments() <= max(reserveWrites+2, len(s.segs)/40)
 }
 
 // step goes on if it can. Without pressure only ticks of the clock drive it.
@@ -63,7 +69,7 @@ func (c *compaction) step(out *outbox, tick bool) error {
 		if c.idle = true; c.blocked {
 			return nil
 		}
-		if c.victim = c.pick(); c.victim == nil {
+		if c.victim = c.pick(tick); c.victim == nil {
 			return nil
 		}
 		c.idle = false
@@ -96,34 +102,75 @@ func (g *segment) weight() uint32 {
 	return g.live + g.live/60 + min(g.marks, 8*g.markRecords)/64 + 2
 }
 
-// pick returns the segment to empty: any that yields something when space is
-// low, else one that is three quarters empty, or half empty while the store as
-// a whole takes half as much again as what is live in it.
-func (c *compaction) pick() *segment {
+// shortlist is how many victims one look at all segments finds.
+const shortlist = 16
+
+// pick returns the segment to empty next, from the shortlist. That is made anew
+// by ticks, and under pressure when enough has died since to change it: a look
+// at all segments is no part of a request on a large store.
+func (c *compaction) pick(tick bool) *segment {
 	s := c.s
-	var best *segment
+	if fresh := c.deaths >= uint64(s.super.segBlocks)/8; len(c.list) == 0 && (tick || fresh) || fresh {
+		c.look()
+		c.deaths = 0
+	}
+	for len(c.list) > 0 {
+		g := c.list[0]
+		if !g.movable() {
+			c.list = c.list[1:]
+			continue
+		}
+		if !s.roomFor(g.weight(), reserveCopies) {
+			return nil
+		}
+		c.list = c.list[1:]
+		oldest := len(s.drops) > maxDrops
+		if w := g.weight(); oldest || s.low() && w < s.super.segBlocks-s.headBlocks() || w*4 <= g.tail || c.wide && w*2 <= g.tail {
+			return g
+		}
+		c.list = nil // the others yield less
+	}
+	return nil
+}
+
+// movable reports whether a segment can be emptied.
+func (g *segment) movable() bool {
+	return g.state == segClosed && !g.stuck && g.written == g.tail && g.live+g.marks > 0
+}
+
+// look makes the shortlist, best first.
+func (c *compaction) look() {
+	s := c.s
 	var used uint64
 	oldest := len(s.drops) > maxDrops
+	c.list = c.list[:0]
 	for _, g := range s.segs {
 		if g.state != segFree {
 			used += uint64(g.tail)
 		}
-		if g.state != segClosed || g.stuck || g.written != g.tail || g.live+g.marks == 0 {
+		if !g.movable() {
 			continue
 		}
-		if best == nil || oldest && g.gen < best.gen || !oldest && g.weight() < best.weight() {
-			best = g
+		if g.score = g.yield(s.lsn); oldest {
+			g.score = -float64(g.gen)
+		}
+		if len(c.list) < shortlist || g.score > c.list[len(c.list)-1].score {
+			i, _ := slices.BinarySearchFunc(c.list, g.score, func(o *segment, score float64) int { return cmp.Compare(score, o.score) })
+			c.list = slices.Insert(c.list, i, g)
+			c.list = c.list[:min(len(c.list), shortlist)]
 		}
 	}
-	if best == nil || !s.roomFor(best.weight(), reserveCopies) {
-		return nil
-	}
-	wide := used > s.live+s.live/2+4*uint64(s.super.segBlocks)
-	switch w := best.weight(); {
-	case oldest, s.low() && w < s.super.segBlocks-s.headBlocks(), w*4 <= best.tail, wide && w*2 <= best.tail:
-		return best
-	}
-	return nil
+	c.wide = used > s.live+s.live/2+4*uint64(s.super.segBlocks)
+}
+
+// yield is what emptying a segment brings for what it costs. A segment nobody
+// has written over for long will not get much emptier by waiting, a young one
+// will (cost-benefit of log-structured file systems; the root of the age came
+// out better than the age itself or the emptiest first).
+func (g *segment) yield(lsn uint64) float64 {
+	w := float64(g.weight())
+	age := float64(lsn - min(lsn, g.last) + 1)
+	return (float64(g.tail) - w) / (float64(g.tail) + w) * math.Sqrt(age)
 }
 
 // got copies what is live in a window.

@@ -38,6 +38,7 @@ type segment struct {
 	marks   uint32
 	// markRecords is how many records those marks began as.
 	markRecords uint32
+	score       float64 // of the last look for victims
 
 	pins  atomic.Int32 // reads in flight
 	stuck bool         // compaction could not read it
@@ -67,6 +68,9 @@ func (s *Store) count(v *vol, e entry, d int32) {
 		s.live = uint64(int64(s.live) + int64(d))
 	} else {
 		g.marks = uint32(int32(g.marks) + d)
+	}
+	if d < 0 {
+		s.compact.deaths++
 	}
 	if d < 0 && g.live == 0 && g.marks == 0 && g.state == segClosed {
 		s.dead = append(s.dead, g)

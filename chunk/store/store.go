@@ -35,7 +35,7 @@ type Config struct {
 	IndexBytes int64  // index pages in memory, when there are Pages; 0: 64 MiB
 	Pages      Pages  // nil: the whole index stays in memory, and there are no checkpoints
 
-	CheckpointBytes int64 // a checkpoint after so many bytes of log; 0: 1 GiB
+	CheckpointBytes int64 // a checkpoint after so many bytes of log; 0: 512 MiB
 }
 
 // Usage is how full a store is and how it fares.
