@@ -290,6 +290,7 @@ func (g *group) abandon(err error, out *outbox) {
 func (s *Store) fail(err error, out *outbox) {
 	if s.failed == nil {
 		s.failed = err
+		s.halted.Store(true)
 	}
 	for _, g := range s.queue {
 		g.abandon(s.failed, out)

@@ -43,6 +43,7 @@ type compaction struct {
 	staged  uint64     // LSN of the last copy; the next window waits for it
 	list    []*segment // the next victims, best first, ≤ shortlist
 	deaths  uint64     // blocks that died since the list was made
+	barren  bool       // that look found nothing worth moving
 	wide    bool       // the store takes half as much again as what is live in it
 	buf     []byte
 }
@@ -106,13 +107,15 @@ func (g *segment) weight() uint32 {
 const shortlist = 16
 
 // pick returns the segment to empty next, from the shortlist. That is made anew
-// by ticks, and under pressure when enough has died since to change it: a look
-// at all segments is no part of a request on a large store.
+// when it is used up or enough has died since to change it, after one that was
+// of no use by ticks: a look at all segments is no part of a request on a large
+// store.
 func (c *compaction) pick(tick bool) *segment {
 	s := c.s
-	if fresh := c.deaths >= uint64(s.super.segBlocks)/8; len(c.list) == 0 && (tick || fresh) || fresh {
+	fresh := c.deaths >= uint64(s.super.segBlocks)/8
+	if fresh || len(c.list) == 0 && (tick || !c.barren) {
 		c.look()
-		c.deaths = 0
+		c.deaths, c.barren = 0, false
 	}
 	for len(c.list) > 0 {
 		g := c.list[0]
@@ -128,8 +131,8 @@ func (c *compaction) pick(tick bool) *segment {
 		if w := g.weight(); oldest || s.low() && w < s.super.segBlocks-s.headBlocks() || w*4 <= g.tail || c.wide && w*2 <= g.tail {
 			return g
 		}
-		c.list = nil // the others yield less
 	}
+	c.list, c.barren = nil, true
 	return nil
 }
 

@@ -81,11 +81,12 @@ type Store struct {
 	note        string
 	capacity    uint64 // blocks
 
-	mu      sync.Mutex // guards everything below; never held over a disk call or a sink
-	cond    *sync.Cond // a disk call has ended
-	failed  error      // the store has stopped for good
-	closed  bool       // no request is taken any more
-	opening bool       // Open waits for disk calls to end
+	mu      sync.Mutex  // guards everything below; never held over a disk call or a sink
+	cond    *sync.Cond  // a disk call has ended
+	failed  error       // the store has stopped for good
+	halted  atomic.Bool // failed is set
+	closed  bool        // no request is taken any more
+	opening bool        // Open waits for disk calls to end
 
 	vols  map[ids.VolumeID]*vol
 	idx   index

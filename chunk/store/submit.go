@@ -50,6 +50,10 @@ func (o *outbox) fail(c *caller, k wire.Kind, id uint64, err error) {
 func (s *Store) unlock(out *outbox) {
 	s.mu.Unlock()
 	for _, op := range out.ops {
+		if op.Kind != disk.Read && s.halted.Load() { // what was before it has failed
+			op.Done(errHalted)
+			continue
+		}
 		s.disk.Submit(op)
 	}
 	for _, r := range out.reads {
@@ -60,6 +64,9 @@ func (s *Store) unlock(out *outbox) {
 	}
 	out.deliver()
 }
+
+// errHalted ends what was to go to a disk that has failed meanwhile.
+var errHalted = status.Errorf(status.IO, "the store has stopped")
 
 // deliver hands the replies over, those of one sink together.
 func (o *outbox) deliver() {
