@@ -37,6 +37,8 @@ import (
 //   - A store's disk that failed a write or a sync is of no use until its
 //     process has been started again.
 //   - Clocks differ by up to 5 % and never step (CLOCK_BOOTTIME).
+//   - Drain leaves as many hosts as the volume has replicas, or no chunk could be
+//     allocated.
 //   - Copies leaves a volume at least two replicas, and where disks rot three.
 //   - A store of an old copy of its disk comes with another incarnation, as the
 //     format demands (Amnesia stands for both).

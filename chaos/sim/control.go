@@ -11,17 +11,18 @@ import (
 // controller is the operator, and the hosts' own recovery: whenever nobody has
 // the volume attached, somebody gets it.
 type controller struct {
-	w      *world
-	asked  int // commands, for the names of sessions
-	asking bool
-	idleAt time.Duration // since when nobody has it; 0: somebody has
+	w       *world
+	drained map[string]bool // hosts, from the asking on
+	asked   int             // commands, for the names of sessions
+	asking  bool
+	idleAt  time.Duration // since when nobody has it; 0: somebody has
 }
 
 const lookEvery = 50 * time.Millisecond
 
 // boot makes the cluster and its one volume.
 func (w *world) boot() {
-	b := &controller{w: w}
+	b := &controller{w: w, drained: map[string]bool{}}
 	w.boss = b
 	ready := false
 	hosts := 0
@@ -140,8 +141,15 @@ func (b *controller) serving() *attachment {
 
 // drain asks for a host's chunks to go elsewhere, or takes that back.
 func (b *controller) drain(n *node, on bool) {
+	if on {
+		b.drained[n.host] = true
+	}
 	b.w.note("operator", "drain", func() string { return fmt.Sprintf("%s %v", n.host, on) })
-	b.do(&pb.Command{Op: &pb.Command_SetHost{SetHost: &pb.SetHost{Host: n.host, Drained: on}}}, func() {})
+	b.do(&pb.Command{Op: &pb.Command_SetHost{SetHost: &pb.SetHost{Host: n.host, Drained: on}}}, func() {
+		if !on {
+			delete(b.drained, n.host)
+		}
+	})
 }
 
 // copies asks for another number of replicas.

@@ -125,7 +125,7 @@ func (in *injector) fair(f Fault) bool {
 	case f.Kind == Copies:
 		return in.copies(f) > 0
 	case f.Kind == Drain:
-		return !in.healed
+		return in.places()-1 >= int(in.w.meta.volume().GetReplicas())
 	case in.w.shape.rot && (f.Kind == PowerAll || f.Kind == KillAll):
 		return false
 	case in.w.shape.rot && takesOut(f.Kind):
@@ -368,6 +368,12 @@ func (g *gateway) agentCut(until time.Duration) {
 	}
 }
 
+// places is how many hosts take new chunks: not those that are drained, or about
+// to be.
+func (in *injector) places() int {
+	return len(in.w.nodes) - len(in.w.boss.drained)
+}
+
 // copies is how many replicas the volume is to have; 0: this is not fair.
 func (in *injector) copies(f Fault) int {
 	w := in.w
@@ -375,7 +381,7 @@ func (in *injector) copies(f Fault) int {
 	if w.shape.rot {
 		least = 3
 	}
-	most := min(w.shape.hosts, 5)
+	most := min(in.places(), 5)
 	if w.shape.replicas < least || most < least {
 		return 0
 	}
