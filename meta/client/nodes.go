@@ -42,7 +42,7 @@ func (c *Client) RemoveNode(ctx context.Context, name string) ([]*pb.NodeReply, 
 		if kind == status.NotFound && tried {
 			kind = status.OK
 		}
-		tried = tried || err != nil
+		tried = tried || err != nil || kind == status.Unknown
 		return kind, rep.GetDetail(), rep.GetLeader(), err
 	})
 	if err != nil {

@@ -152,4 +152,11 @@ func (d *nodeDir) save() (err error) {
 	return errors.Join(p.Sync(), p.Close())
 }
 
+// record returns the record as it is.
+func (d *nodeDir) record() record {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.rec
+}
+
 func (d *nodeDir) close() error { return d.lock.Close() }

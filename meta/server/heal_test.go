@@ -118,7 +118,7 @@ func TestOneFlippedBitIsNeverServed(t *testing.T) {
 	outcomes := map[string]map[string]int{}
 	for round, kind := range append(kinds, kinds[0], kinds[0], kinds[0]) {
 		victim := round % 3
-		before := tr.nodes[victim].dir.rec.Lost
+		before := tr.nodes[victim].dir.record().Lost
 		tr.agree()
 		tr.stop(victim)
 		files, err := filepath.Glob(filepath.Join(tr.dirs[victim], kind))
@@ -141,7 +141,7 @@ func TestOneFlippedBitIsNeverServed(t *testing.T) {
 		}
 		t.Logf("%s of %s, byte %d of %d", filepath.Base(files[0]), tr.peers[victim].ID, at, size)
 		how := tr.comesBack(victim, filepath.Join(tr.dirs[victim], "node.json"))
-		if how == "mended" && tr.nodes[victim].dir.rec.Lost && !before {
+		if how == "mended" && tr.nodes[victim].dir.record().Lost && !before {
 			how = "emptied, from the others"
 		}
 		if outcomes[kind] == nil {
@@ -315,8 +315,8 @@ func TestADifferentStateIsFoundAndMended(t *testing.T) {
 	tr.stop(victim)
 	tr.start(victim)
 	tr.agree()
-	if n := tr.nodes[victim]; n.dir.rec.Lost || n.dir.rec.NeedIndex != 0 {
-		t.Fatalf("more than the state was emptied: %+v", n.dir.rec)
+	if n := tr.nodes[victim]; n.dir.record().Lost || n.dir.record().NeedIndex != 0 {
+		t.Fatalf("more than the state was emptied: %+v", n.dir.record())
 	}
 }
 

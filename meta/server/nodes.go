@@ -274,7 +274,7 @@ func (s *Server) changeFailed(id string, err error) error {
 	if errors.Is(err, raft.ErrNotLeader) {
 		return s.notLeader()
 	}
-	return status.Errorf(status.Unavailable, "the metadata cluster has not taken the change of node %s (%w): ask again", nameOf(id), err)
+	return status.Errorf(status.Unknown, "it is not known whether the metadata cluster has taken the change of node %s (%w): ask again", nameOf(id), err)
 }
 
 // admit refuses who cannot be a new node of this cluster.

@@ -416,7 +416,7 @@ func (s *Server) raftConfig(kept bool) *raft.Config {
 func (s *Server) configuration() raft.Configuration {
 	var c raft.Configuration
 	for _, p := range s.cfg.Peers {
-		if s.dir.rec.Life == "" {
+		if s.id == s.cfg.ID { // one that is added is told by a leader
 			c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(p.ID), Address: joinAddr(p)})
 		}
 	}
@@ -436,7 +436,7 @@ func (s *Server) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
 
 // start runs raft. The node has a record that it takes part.
 func (s *Server) start() error {
-	rec := s.dir.rec
+	rec := s.dir.record()
 	var vote *voter
 	if rec.NeedIndex > 0 || rec.AboveTerm > 0 && s.oldTerm <= rec.AboveTerm { // raft itself never goes back in terms
 		vote = &voter{need: rec.NeedIndex, above: rec.AboveTerm, applied: s.applied,
