@@ -55,6 +55,7 @@ type course struct {
 // recover rebuilds the store from its log and makes it ready for requests.
 func (s *Store) recover() error {
 	c := &course{w: window{d: s.disk}, cut: 1<<64 - 1}
+	defer c.w.release()
 	c.uses = s.findUses(&c.w)
 	if err := s.survey(c); err != nil {
 		return err

@@ -1,8 +1,10 @@
 package store
 
 import (
+	"bytes"
 	"cmp"
 	"slices"
+	"sync"
 
 	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -26,12 +28,24 @@ type window struct {
 	hops  bool // what comes next is far from what came last
 }
 
+// windowBuffers are reused: a host opens several stores.
+var windowBuffers = sync.Pool{New: func() any { b := make([]byte, scanWindow); return &b }}
+
+// release gives the buffer back.
+func (w *window) release() {
+	if w.buf != nil {
+		b := w.buf
+		windowBuffers.Put(&b)
+		w.buf, w.count = nil, 0
+	}
+}
+
 // block returns one block; end is the first block beyond what may be read
 // ahead. A block the disk cannot give is nil.
 func (w *window) block(at, end uint32) []byte {
 	if at < w.first || at >= w.first+w.count {
 		if w.buf == nil {
-			w.buf = make([]byte, scanWindow)
+			w.buf = *windowBuffers.Get().(*[]byte)
 		}
 		w.first, w.count = at, min(end-at, scanWindow/blockBytes)
 		if w.hops {
@@ -130,13 +144,17 @@ func (s *Store) findUses(w *window) []use {
 	return uses
 }
 
+// zeros is what unused blocks hold.
+var zeros [scanWindow]byte
+
 func empty(b []byte) bool {
-	for _, x := range b {
-		if x != 0 {
+	for len(b) > len(zeros) {
+		if !bytes.Equal(b[:len(zeros)], zeros[:]) {
 			return false
 		}
+		b = b[len(zeros):]
 	}
-	return true
+	return bytes.Equal(b, zeros[:len(b)])
 }
 
 // scan calls f for each batch of a use, in order. Where one is broken it looks
