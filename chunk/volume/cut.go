@@ -47,12 +47,11 @@ type CutNews struct {
 
 // cut is the one under way.
 type cut struct {
-	ev      *Cut
-	began   time.Duration
-	held    bool
-	flushed bool    // the flush was asked for
-	ops     opQueue // that came since; bounded by what clients may have in flight
-	pieces  []piece // of older operations whose chunk came since
+	ev     *Cut
+	began  time.Duration
+	held   bool
+	ops    opQueue // that came since; bounded by what clients may have in flight
+	pieces []piece // of older operations whose chunk came since
 }
 
 func (e *Engine) beginCut(ev *Cut) {
