@@ -44,6 +44,7 @@ type compaction struct {
 	list    []*segment // the next victims, best first, ≤ shortlist
 	deaths  uint64     // blocks that died since the list was made
 	barren  bool       // that look found nothing worth moving
+	tight   bool       // that look was for the emptiest ones: hardly any segment is free
 	wide    bool       // the store takes half as much again as what is live in it
 	buf     []byte
 }
@@ -113,7 +114,8 @@ const shortlist = 16
 func (c *compaction) pick(tick bool) *segment {
 	s := c.s
 	fresh := c.deaths >= uint64(s.super.segBlocks)/8
-	if fresh || len(c.list) == 0 && (tick || !c.barren) {
+	if tight := s.freeSegments() <= reserveWrites; fresh || tight != c.tight || len(c.list) == 0 && (tick || !c.barren) {
+		c.tight = tight
 		c.look()
 		c.deaths, c.barren = 0, false
 	}
@@ -123,12 +125,12 @@ func (c *compaction) pick(tick bool) *segment {
 			c.list = c.list[1:]
 			continue
 		}
-		if !s.roomFor(g.weight(), reserveCopies) {
-			return nil
-		}
 		c.list = c.list[1:]
+		if !s.roomFor(g.weight(), reserveCopies) {
+			continue
+		}
 		oldest := len(s.drops) > maxDrops
-		if w := g.weight(); oldest || s.low() && w < s.super.segBlocks-s.headBlocks() || w*4 <= g.tail || c.wide && w*2 <= g.tail {
+		if w := g.weight(); oldest || s.low() && w < c.most() || w*4 <= g.tail || c.wide && w*2 <= g.tail {
 			return g
 		}
 	}
@@ -141,21 +143,34 @@ func (g *segment) movable() bool {
 	return g.state == segClosed && !g.stuck && g.written == g.tail && g.live+g.marks > 0
 }
 
+// most is the weight from which on moving a segment is not worth it: nearly all
+// of it would be used up again.
+func (c *compaction) most() uint32 {
+	n := c.s.super.segBlocks - c.s.headBlocks()
+	if !c.tight {
+		n -= n / 8
+	}
+	return n
+}
+
 // look makes the shortlist, best first.
 func (c *compaction) look() {
 	s := c.s
 	var used uint64
-	oldest := len(s.drops) > maxDrops
+	oldest, most := len(s.drops) > maxDrops, c.most()
 	c.list = c.list[:0]
 	for _, g := range s.segs {
 		if g.state != segFree {
 			used += uint64(g.tail)
 		}
-		if !g.movable() {
+		if !g.movable() || !oldest && g.weight() >= most {
 			continue
 		}
-		if g.score = g.yield(s.lsn); oldest {
+		switch g.score = g.yield(s.lsn); {
+		case oldest:
 			g.score = -float64(g.gen)
+		case c.tight: // what is moved has to come back soon
+			g.score = -float64(g.weight())
 		}
 		if len(c.list) < shortlist || g.score > c.list[len(c.list)-1].score {
 			i, _ := slices.BinarySearchFunc(c.list, g.score, func(o *segment, score float64) int { return cmp.Compare(score, o.score) })

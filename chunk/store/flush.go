@@ -40,12 +40,19 @@ func (s *Store) durably(c *caller, rep *wire.Reply, out *outbox) {
 	s.syncs = append(s.syncs, syncWait{lsn: s.lsn, c: c, rep: rep})
 }
 
+// syncEvery is how much is written at most before the store syncs by itself: a
+// sync of gigabytes would hold up whoever asks for one, compaction too, and the
+// next opening after a kill.
+const syncEvery = 64 << 20
+
 // startSync starts a sync if somebody waits for what is written by now. One
 // runs at a time: the next covers all who come meanwhile, of all volumes.
 func (s *Store) startSync(out *outbox) {
-	if s.syncing || len(s.syncs) == 0 || s.syncs[0].lsn > s.written {
+	wanted := len(s.syncs) > 0 && s.syncs[0].lsn <= s.written
+	if s.syncing || !wanted && s.logged-s.syncedFrom < syncEvery {
 		return
 	}
+	s.syncedFrom = s.logged
 	s.syncing = true
 	target := s.written
 	out.ops = append(out.ops, &disk.Op{Kind: disk.Sync, Done: func(err error) { s.synced(target, err) }})

@@ -139,10 +139,11 @@ func (s *Store) forget(pages int) error {
 }
 
 // roomFor reports whether an append of n data blocks leaves reserve segments
-// free.
+// free. Where fewer are, what is left of the open one is not for it either: it
+// was opened out of the reserve, by what may use that.
 func (s *Store) roomFor(n uint32, reserve int) bool {
 	if s.open != nil && s.super.segBlocks-s.open.tail >= n+n/64+2 {
-		return true
+		return len(s.free) >= reserve
 	}
 	usable := s.super.segBlocks - s.headBlocks() - 1
 	usable -= usable / 60
