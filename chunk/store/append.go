@@ -1,7 +1,6 @@
 package store
 
 import (
-	"slices"
 
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
@@ -85,10 +84,12 @@ func (s *Store) append(r *record, payload int) (staged, error) {
 	return out, nil
 }
 
-// grow lengthens b by n bytes without clearing them.
+// grow lengthens b by n bytes without clearing them. It stays aligned, as a
+// way around the page cache demands.
 func grow(b []byte, n int) []byte {
 	if cap(b)-len(b) < n {
-		b = slices.Grow(b, max(n, len(b)))
+		longer := disk.Aligned(max(2*cap(b), len(b)+n))
+		return longer[:copy(longer, b)+n]
 	}
 	return b[:len(b)+n]
 }
@@ -203,9 +204,18 @@ func (s *Store) openSegment() error {
 	s.pruneDrops()
 	s.pruneGaps()
 	s.group = nil
+	s.chooseWay(g)
 	g.state, g.gen, g.life, g.tail, g.written, g.markRecords, g.stuck = segOpen, s.lsn+1, s.life, 0, 0, 0, false
 	s.open = g
 	return s.writeHead()
+}
+
+// chooseWay decides how a segment is written. Where nearly every write is
+// flushed at once, a way around the page cache saves the sync from writing the
+// page cache out; where not, the page cache answers sooner, and reads later.
+func (s *Store) chooseWay(g *segment) {
+	g.direct = s.flushes*2 > s.groups && s.groups > 0
+	s.groups, s.flushes = 0, 0
 }
 
 // takeBuffer takes a group buffer, reused if there is one.
@@ -215,7 +225,7 @@ func (s *Store) takeBuffer() []byte {
 		s.buffers = s.buffers[:n-1]
 		return b[:0]
 	}
-	return make([]byte, 0, groupBytes/4)
+	return disk.Aligned(groupBytes / 4)[:0]
 }
 
 // pump sends the oldest group, if the disk is idle, and syncs that are due.
@@ -235,7 +245,8 @@ func (s *Store) pump(out *outbox) {
 		}
 		s.writing, s.marked = g, s.durable
 		s.logged += int64(len(g.buf))
-		g.op = disk.Op{Kind: disk.Write, Off: offset(s.base(g.seg) + g.start), Bufs: [][]byte{g.buf},
+		s.groups++
+		g.op = disk.Op{Kind: disk.Write, Direct: g.seg.direct, Off: offset(s.base(g.seg) + g.start), Bufs: [][]byte{g.buf},
 			Done: func(err error) { s.wrote(g, err) }}
 		out.ops = append(out.ops, &g.op)
 	}

@@ -53,6 +53,7 @@ func (s *Store) startSync(out *outbox) {
 		return
 	}
 	s.syncedFrom = s.logged
+	s.flushes++
 	s.syncing = true
 	target := s.written
 	out.ops = append(out.ops, &disk.Op{Kind: disk.Sync, Done: func(err error) { s.synced(target, err) }})

@@ -36,6 +36,7 @@ type segment struct {
 	written uint32 // blocks on the disk
 	live    uint32
 	marks   uint32
+	direct  bool // written around the page cache: all of it, or nothing
 	// markRecords is how many records those marks began as.
 	markRecords uint32
 	score       float64 // of the last look for victims
@@ -210,7 +211,7 @@ func (s *Store) discard(gone []*segment, out *outbox) {
 			s.pinned = append(s.pinned, g)
 			continue
 		}
-		if len(s.free) < s.stock() { // it keeps its room and is used again as it is
+		if len(s.free) < max(s.stock(), len(s.segs)/8) { // it keeps its room and is used again as it is
 			s.freed(g, &s.free)
 			continue
 		}

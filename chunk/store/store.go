@@ -101,23 +101,24 @@ type Store struct {
 	ckpt  checkpoint
 
 	// The log. durable ≤ written ≤ lsn.
-	lsn        uint64 // last one given to a batch
-	written    uint64
-	durable    uint64
-	marked     uint64 // the durable LSN the log itself knows
-	markAt     time.Duration
-	syncedFrom int64  // logged, when the last sync began
-	logged     int64  // bytes of log written since the opening
-	copied     uint64 // blocks compaction appended since then
-	replayed   int64  // bytes of log the opening read behind its checkpoint
-	badSums    atomic.Uint64
-	group      *group // takes records; last of queue, or nil
-	batch      batchHead
-	inHead     bool
-	queue      []*group // ≤ maxStaged bytes, and one request more
-	writing    *group
-	buffers    [][]byte
-	floors     []*vol // their floor is not in the log yet
+	lsn             uint64 // last one given to a batch
+	written         uint64
+	durable         uint64
+	marked          uint64 // the durable LSN the log itself knows
+	markAt          time.Duration
+	syncedFrom      int64  // logged, when the last sync began
+	groups, flushes int    // written and synced since the open segment was opened
+	logged          int64  // bytes of log written since the opening
+	copied          uint64 // blocks compaction appended since then
+	replayed        int64  // bytes of log the opening read behind its checkpoint
+	badSums         atomic.Uint64
+	group           *group // takes records; last of queue, or nil
+	batch           batchHead
+	inHead          bool
+	queue           []*group // ≤ maxStaged bytes, and one request more
+	writing         *group
+	buffers         [][]byte
+	floors          []*vol // their floor is not in the log yet
 
 	syncing bool
 	syncs   []syncWait
