@@ -13,7 +13,9 @@ func TestAnAttachPrefersTheCopyThatCanBeRead(t *testing.T) {
 	for seed := range uint64(30) {
 		w := filled(t, seed, 4)
 		w.write(2, 60)
-		w.until("written", func() bool { return w.idle() && w.stores[0].blocks[w.key(2)].en.Version == w.stores[1].blocks[w.key(2)].en.Version })
+		w.until("written", func() bool {
+			return w.idle() && w.stores[0].blocks[w.key(2)].en.Version == w.stores[1].blocks[w.key(2)].en.Version
+		})
 		b := w.stores[0].blocks[w.key(2)]
 		b.en.Kind, b.en.Sum, b.data = wire.EntryPoison, 0, nil
 		w.stores[0].blocks[w.key(2)] = b
