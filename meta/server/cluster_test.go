@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/cairnstore/cairn/meta/client"
 	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -416,5 +418,51 @@ func TestWipedNodeIsSyncedBySnapshot(t *testing.T) {
 	var n int
 	if err := tr.nodes[lost].fsm.read(func(kv state.KV) { n = len(state.Volumes(kv)) }); err != nil || n < 100 {
 		t.Fatalf("%d volumes on the wiped node: %v", n, err)
+	}
+}
+
+// Whoever waits for a command is answered when the node closes: raft itself
+// forgets what its state machine has not come to.
+func TestClosingAnswersWhoeverWaits(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, nil)
+	leader := tr.nodes[tr.leader()]
+	b, err := proto.Marshal(&pb.Command{Op: &pb.Command_Housekeeping{Housekeeping: &pb.Housekeeping{}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	leader.fsm.mu.Lock() // a state machine that hangs
+	const waiting = 30
+	answered := make(chan error, waiting)
+	for i := range waiting {
+		before := leader.raft.Load().LastIndex()
+		go func() {
+			_, err := leader.commit(b)
+			answered <- err
+		}()
+		until(t, func() string { // one batch each
+			if leader.raft.Load().LastIndex() == before {
+				return fmt.Sprintf("command %d is not in the log", i)
+			}
+			return ""
+		})
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- leader.Close() }()
+	<-leader.done
+	for range waiting {
+		select {
+		case err := <-answered:
+			if err == nil {
+				t.Error("a command was done that the state machine never saw")
+			}
+		case <-time.After(patience):
+			leader.fsm.mu.Unlock()
+			t.Fatal("a command that waited when the node closed was never answered")
+		}
+	}
+	leader.fsm.mu.Unlock()
+	if err := <-closed; err != nil {
+		t.Error(err)
 	}
 }

@@ -142,7 +142,7 @@ func (s *Server) makeReady(r *raft.Raft, t *tenure) error {
 		return nil
 	}
 	defer s.flight.begin()()
-	if err := r.Barrier(enqueueTimeout).Error(); err != nil {
+	if err := s.answer(r.Barrier(enqueueTimeout)); err != nil {
 		return status.Errorf(status.Unavailable, "the new metadata leader is not ready: %w", err)
 	}
 	t.passed = true
@@ -190,6 +190,7 @@ func (s *Server) watchLeadership() {
 // a call counts for a check that begins after it.
 type verifier struct {
 	raft *raft.Raft
+	done <-chan struct{} // the node ends
 
 	mu      sync.Mutex // guards both below
 	next    *check
@@ -210,11 +211,15 @@ func (v *verifier) do() error {
 	}
 	if !v.running {
 		v.running = true
-		go v.run() // ends with the queue; raft's shutdown ends every check
+		go v.run() // ends with the queue
 	}
 	v.mu.Unlock()
-	<-c.done
-	return c.err
+	select {
+	case <-c.done:
+		return c.err
+	case <-v.done: // raft forgets what it has not looked at when it shuts down
+		return raft.ErrRaftShutdown
+	}
 }
 
 func (v *verifier) run() {
@@ -230,6 +235,19 @@ func (v *verifier) run() {
 		v.mu.Unlock()
 		c.err = v.raft.VerifyLeader().Error()
 		close(c.done)
+	}
+}
+
+// answer is f's outcome, unless the node ends first: at its shutdown raft drops
+// what is committed and waits for the state machine, and answers it never.
+func (s *Server) answer(f raft.Future) error {
+	got := make(chan error, 1)
+	go func() { got <- f.Error() }()
+	select {
+	case err := <-got:
+		return err
+	case <-s.done:
+		return raft.ErrRaftShutdown
 	}
 }
 
@@ -342,7 +360,7 @@ const enqueueTimeout = time.Second // to get into raft's queue
 func (s *Server) commit(b []byte) (*pb.Result, error) {
 	defer s.flight.begin()()
 	f := s.raft.Load().Apply(b, enqueueTimeout)
-	if err := f.Error(); err != nil {
+	if err := s.answer(f); err != nil {
 		switch {
 		case errors.Is(err, raft.ErrNotLeader):
 			return nil, s.notLeader()

@@ -256,14 +256,14 @@ func (s *Server) addNode(ctx context.Context, req *pb.AddNodeRequest) error {
 			return err
 		}
 		f := s.raft.Load().AddNonvoter(raft.ServerID(p.ID), joinAddr(p), 0, changeTimeout)
-		if err := f.Error(); err != nil {
+		if err := s.answer(f); err != nil {
 			return s.changeFailed(p.ID, err)
 		}
 	}
 	if err := s.waitCaughtUp(ctx, p); err != nil {
 		return err
 	}
-	if err := s.raft.Load().AddVoter(raft.ServerID(p.ID), joinAddr(p), 0, changeTimeout).Error(); err != nil {
+	if err := s.answer(s.raft.Load().AddVoter(raft.ServerID(p.ID), joinAddr(p), 0, changeTimeout)); err != nil {
 		return s.changeFailed(p.ID, err)
 	}
 	s.log.Info("metadata node added", "node", p.ID, "raft", p.RaftAddr, "api", p.APIAddr)
@@ -340,7 +340,7 @@ func (s *Server) removeNode(ctx context.Context, req *pb.RemoveNodeRequest) erro
 	if err := s.canLose(ctx, left); err != nil {
 		return err
 	}
-	if err := s.raft.Load().RemoveServer(goes.ID, 0, changeTimeout).Error(); err != nil {
+	if err := s.answer(s.raft.Load().RemoveServer(goes.ID, 0, changeTimeout)); err != nil {
 		return s.changeFailed(string(goes.ID), err)
 	}
 	s.log.Info("metadata node removed", "node", goes.ID)

@@ -456,7 +456,7 @@ func (s *Server) start() error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("starting raft: %w", err), s.trans.Close())
 	}
-	s.verify.raft = r
+	s.verify.raft, s.verify.done = r, s.done
 	s.mu.Lock()
 	closed := s.closed
 	if !closed {
@@ -531,7 +531,7 @@ func (s *Server) Close() error {
 	s.cancel()
 	var err error
 	if r := s.raft.Load(); r != nil {
-		f := r.Shutdown() // lets every waiting call go
+		f := r.Shutdown()
 		s.grpc.Stop()
 		err = errors.Join(f.Error(), s.trans.Close())
 	} else {
