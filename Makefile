@@ -92,6 +92,7 @@ bench: deps build
 PLANTED_STATE ?= .cache/planted
 chaos: deps build
 	@mkdir -p $(dir $(PLANTED_STATE))
+	CAIRN_SIM_SEED=$$(date +%s%3N) CAIRN_SIM_SEEDS=5000 $(GO) test -count=1 -timeout 2h -run TestSeeds ./chaos/sim
 	CAIRN_SIM_PLANTED='*' CAIRN_SIM_STATE=$(abspath $(PLANTED_STATE)) $(GO) test -count=1 -v -timeout 2h -run 'TestPlanted$$' ./chaos/sim
 	CAIRN_BIN=$(CURDIR)/$(CAIRN) CAIRN_CHAOS_SECONDS=$(CHAOS_SECONDS) $(GO) test -count=1 -v -timeout 24h -run Chaos ./chaos/cluster
 

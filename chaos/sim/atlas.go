@@ -225,10 +225,12 @@ func drawFaults(r *rand.Rand, s shape, steps int) []Fault {
 func isRot(k Kind) bool { return k == BitFlip || k == LostWrite || k == Misdirected }
 
 // takesOut reports whether a fault may keep a store from answering, or make it
-// forget.
-func takesOut(k Kind) bool {
+// forget. What befalls a gateway befalls the store in its process.
+func (s shape) takesOut(k Kind) bool {
 	switch k {
-	case Reset, SlowNet, KillGate, PauseGate, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies, HandOver:
+	case KillGate, PauseGate:
+		return s.local
+	case Reset, SlowNet, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies, HandOver:
 		return false
 	}
 	return !isRot(k)

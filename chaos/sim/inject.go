@@ -89,7 +89,7 @@ func (in *injector) count(f Fault) {
 		}
 	}
 	in.running = append(live, running{f.Kind, w.now + f.For})
-	if takesOut(f.Kind) {
+	if in.w.shape.takesOut(f.Kind) {
 		in.outUntil = max(in.outUntil, w.now+f.For)
 	}
 }
@@ -120,7 +120,7 @@ func (in *injector) fair(f Fault) bool {
 		return in.w.shape.replicas > 1 && in.quiet()
 	case isRot(f.Kind):
 		return in.w.shape.rot
-	case takesOut(f.Kind) && slices.ContainsFunc(in.w.nodes, func(n *node) bool { return n.gone }):
+	case in.w.shape.takesOut(f.Kind) && slices.ContainsFunc(in.w.nodes, func(n *node) bool { return n.gone }):
 		return false
 	case f.Kind == Copies:
 		return in.copies(f) > 0
@@ -128,7 +128,7 @@ func (in *injector) fair(f Fault) bool {
 		return in.places()-1 >= int(in.w.meta.volume().GetReplicas())
 	case in.w.shape.rot && (f.Kind == PowerAll || f.Kind == KillAll):
 		return false
-	case in.w.shape.rot && takesOut(f.Kind):
+	case in.w.shape.rot && in.w.shape.takesOut(f.Kind):
 		return in.quiet()
 	}
 	return true

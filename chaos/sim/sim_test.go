@@ -30,14 +30,14 @@ func envInt(name string, other int) int {
 }
 
 // TestSeeds runs CAIRN_SIM_SEEDS seeds on all processors, from CAIRN_SIM_SEED
-// on; without it, from one no earlier run had, which is printed. CAIRN_SIM_SECONDS
-// ends it sooner, and CAIRN_SIM_DONE is a file that sums up slices of a long run.
+// on: the same ones every time, so that a change is judged by itself; `make chaos`
+// begins where nobody was. CAIRN_SIM_SECONDS ends it sooner, and CAIRN_SIM_DONE is a file that sums up slices of a long run.
 func TestSeeds(t *testing.T) {
 	seeds := 2000
 	if testing.Short() {
 		seeds = 100
 	}
-	first := envInt("CAIRN_SIM_SEED", int(time.Now().UnixNano()/1000%1_000_000_000_000))
+	first := envInt("CAIRN_SIM_SEED", 1)
 	done := os.Getenv("CAIRN_SIM_DONE")
 	sum := &totals{}
 	first += sum.load(t, done)
