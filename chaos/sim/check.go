@@ -225,7 +225,7 @@ func (c *checker) flushed(inv uint64) {
 	defer c.w.faults.flushed()
 	for _, nd := range c.w.nodes {
 		if m := c.w.meta.member(nd); m != nil && m.InSync && nd.lostAt < inv {
-			nd.lostAt, nd.gone = 0, false
+			nd.joined(m)
 		}
 	}
 }
@@ -255,7 +255,7 @@ func (c *checker) serving(a *attachment) {
 	})
 	for _, n := range c.w.nodes {
 		if m := c.w.meta.member(n); m != nil && m.InSync {
-			n.lostAt, n.gone = 0, false
+			n.joined(m)
 		}
 	}
 	c.w.after(time.Millisecond, c.below)

@@ -180,6 +180,15 @@ func (n *node) lose() {
 	n.w.check.powerLost()
 }
 
+// joined: the member holds everything again. A lost disk's incarnation may
+// be taken for in-sync until somebody notices; the new one is not the same.
+func (n *node) joined(m *pb.Member) {
+	n.lostAt = 0
+	if n.up() && uint64(n.store.Incarnation()) == m.Incarnation {
+		n.gone = false
+	}
+}
+
 // submit gives a batch that has arrived to the store.
 func (n *node) submit(c wire.Sink, reqs []*wire.Request) {
 	var batch []*wire.Request
