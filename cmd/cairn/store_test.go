@@ -1,0 +1,104 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"os"
+	"strings"
+	"testing"
+)
+
+// Stores on the command line: listed, shown, scrubbed, verified; retired until
+// nothing is left on one, with the volume in use; and explained, and found
+// damaged, when their hosts are down.
+func TestStores(t *testing.T) {
+	d := dir(t)
+	n := startUp(t, d, "--hosts", "4", "--store-size", "2G")
+	n.ok("volume", "create", "v", "--size", "256M")
+	uri := strings.TrimSpace(n.ok("volume", "attach", "v", "--host", "host-1"))
+	tool(t, "qemu-io", "-f", "raw", "-c", "write -P 90 0 64M", "-c", "flush", uri)
+	show := func(id string) storeDetail { return decodeJSON[storeDetail](t, n.ok("store", "show", id, "-o", "json")) }
+	var used []storeDetail // stores that hold the volume, the gateway's not
+	for _, s := range decodeJSON[[]storeView](t, n.ok("store", "ls", "-o", "json")) {
+		if x := show(s.ID[:8]); x.Host != "host-1" && x.Live >= 64<<20 {
+			used = append(used, x)
+		}
+	}
+	if len(used) < 2 {
+		t.Fatalf("%d stores beside the gateway's hold 64 MiB", len(used))
+	}
+	goes, stays := used[0], used[1]
+
+	n.ok("store", "scrub", goes.ID, "--pace", "4G", "--wait")
+	if s := show(goes.ID).Scrub; s.Running || s.Verified < 64<<20>>12 || s.AgeS < 0 || s.BadBlocks != 0 {
+		t.Errorf("after a scrub: %+v", s)
+	}
+	n.ok("store", "verify", stays.ID)
+	for say, args := range map[string][]string{"no store": {"store", "show", "zz"}, "there is no file": {"store", "dump", d + "/nothing"}} {
+		if r := n.cairn(args...); r.status != exitFailed || !strings.Contains(r.err, say) {
+			t.Errorf("cairn %v: status %d, %q; want one line with %q", args, r.status, r.err, say)
+		}
+	}
+
+	n.ok("store", "retire", goes.ID)
+	until(t, "the retired store is empty, and the volume whole elsewhere", func() bool {
+		v := decodeJSON[volumeView](t, n.ok("volume", "show", "v", "-o", "json"))
+		in := 0
+		for _, m := range v.Members {
+			if m.InSync && m.State == "in-sync" && m.Store != goes.ID {
+				in++
+			}
+		}
+		x := show(goes.ID)
+		return in == 3 && x.Retired && x.CopiesLeft == 0 && x.Live == 0
+	})
+	tool(t, "qemu-io", "-f", "raw", "-c", "read -P 90 0 64M", uri)
+	n.ok("store", "retire", goes.ID, "--undo")
+	if show(goes.ID).Retired {
+		t.Error("a store that was put into service again is retired")
+	}
+	n.interrupt()
+
+	for _, path := range []string{goes.Path, stays.Path} {
+		if r := n.cairn("store", "verify", path); r.status != 0 {
+			t.Errorf("a sound store: %+v", r)
+		}
+	}
+	if out := n.ok("store", "dump", stays.Path, "-o", "json"); !json.Valid([]byte(out)) {
+		t.Errorf("no JSON: %s", out)
+	}
+	damage(t, stays.Path)
+	if r := n.cairn("store", "dump", stays.Path); r.status != exitFailed || !strings.Contains(r.out+r.err, "damage") {
+		t.Errorf("a flipped bit was not found: status %d, %s", r.status, r.err)
+	}
+}
+
+// damage flips a bit in a block that holds the test's data.
+func damage(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	block, want := make([]byte, 4096), bytes.Repeat([]byte{90}, 4096)
+	for at := int64(0); ; at += 4096 {
+		if _, err := f.ReadAt(block, at); err == io.EOF {
+			t.Fatal("the store holds none of the data")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Equal(block, want) {
+			block[77] ^= 4
+			if _, err := f.WriteAt(block, at); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+}
