@@ -124,11 +124,12 @@ func (c *client) start() {
 func (c *client) next(reader bool) {
 	l := c.w.load
 	c.w.after(c.w.span(0, 2*l.think), func() {
-		if st := c.a.e.State(); c.gone || c.a.dead || st == volume.Draining || st == volume.Ended || l.over() {
+		st := c.a.e.State()
+		if c.gone || c.a.dead || st == volume.Ended || l.over() {
 			return
 		}
-		if c.a.g.pausedUntil > c.w.now {
-			c.next(reader) // a client that gets no answers sends no more
+		if c.a.g.pausedUntil > c.w.now || st == volume.Draining {
+			c.next(reader) // a client that gets no answers sends no more; a hand-over may be given up
 			return
 		}
 		l.begun++
