@@ -202,4 +202,12 @@ bfd1       BFD        ---        up     12:00:00.000
 		{To: "10.255.0.1/32", From: "own4"}}; !reflect.DeepEqual(routes, want) {
 		t.Errorf("routes %+v", routes)
 	}
+	near := neighbours(`to_host_2_4:
+Router ID   	Pri	     State     	DTime	Interface  Router IP
+10.255.1.2  	  1	Full/PtP  	 3.880	s2         10.102.2.0
+10.255.1.1  	  1	Init/PtP  	 3.924	s1         10.101.2.0
+`)
+	if near != "10.255.1.2 Full/PtP s2\n10.255.1.1 Init/PtP s1\n" {
+		t.Errorf("neighbours %q", near)
+	}
 }

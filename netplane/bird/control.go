@@ -119,6 +119,20 @@ func parseSessions(text string) (out []Session) {
 	return out
 }
 
+// neighbours takes the rows of "show ospf neighbors" without their timers:
+//
+//	Router ID   Pri  State     DTime  Interface  Router IP
+//	10.255.1.2    1  Full/PtP  3.880  s2         10.102.2.0
+func neighbours(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		if f := strings.Fields(line); len(f) == 6 && strings.Contains(f[2], "/") {
+			fmt.Fprintln(&b, f[0], f[2], f[4])
+		}
+	}
+	return b.String()
+}
+
 // parseRoutes takes the best routes of "show route":
 //
 //	10.0.0.2/32  unicast [to_s1_4 12:00:00] * (100) [AS2i]

@@ -211,6 +211,7 @@ func (d *Daemon) supervise(p *running) {
 	t := time.NewTicker(watchEvery)
 	defer t.Stop()
 	wait := restartFirst
+	known := map[string]string{}
 	for {
 		var why error
 		select {
@@ -220,7 +221,11 @@ func (d *Daemon) supervise(p *running) {
 		case <-p.gone:
 			why = fmt.Errorf("BIRD ended by itself: %v", p.err)
 		case <-t.C:
-			if _, err := d.ask("show status"); err == nil {
+			out, err := d.ask("show protocols")
+			if err == nil {
+				err = d.nudge(out, known)
+			}
+			if err == nil {
 				wait = restartFirst
 				continue
 			} else {
@@ -233,6 +238,32 @@ func (d *Daemon) supervise(p *running) {
 			return
 		}
 	}
+}
+
+// nudge has BIRD compute the routes of an OSPF session anew when a neighbour's
+// state has changed: known, by session, is what they were. BIRD itself does it
+// when an announcement changes, and a link that comes back before its loss was
+// announced (every 5 s at most) changes none: the way over it would stay unused
+// until something else changes, for up to half an hour.
+func (d *Daemon) nudge(protocols string, known map[string]string) error {
+	for _, s := range parseSessions(protocols) {
+		if s.Kind != "OSPF" {
+			continue
+		}
+		out, err := d.ask("show ospf neighbors " + s.Name)
+		if err != nil {
+			return err
+		}
+		now := neighbours(out)
+		if now == known[s.Name] {
+			continue
+		}
+		known[s.Name] = now
+		if _, err := d.ask("reload in " + s.Name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // relaunch starts BIRD until it runs; false when the daemon is closed meanwhile.
