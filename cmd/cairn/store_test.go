@@ -18,7 +18,9 @@ func TestStores(t *testing.T) {
 	n.ok("volume", "create", "v", "--size", "256M")
 	uri := strings.TrimSpace(n.ok("volume", "attach", "v", "--host", "host-1"))
 	tool(t, "qemu-io", "-f", "raw", "-c", "write -P 90 0 64M", "-c", "flush", uri)
-	show := func(id string) storeDetail { return decodeJSON[storeDetail](t, n.ok("store", "show", id, "-o", "json")) }
+	show := func(id string) storeDetail {
+		return decodeJSON[storeDetail](t, n.ok("store", "show", id, "-o", "json"))
+	}
 	var used []storeDetail // stores that hold the volume, the gateway's not
 	for _, s := range decodeJSON[[]storeView](t, n.ok("store", "ls", "-o", "json")) {
 		if x := show(s.ID[:8]); x.Host != "host-1" && x.Live >= 64<<20 {
