@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"cmp"
 	"slices"
 
 	"github.com/cairnstore/cairn/proto/ids"
@@ -92,14 +91,7 @@ func (e *Engine) copyRanges(k *catchUp, c *chunk, sources []*replica, ranges []i
 // from: data to be read, and states without data. Sorted by layer and block within
 // each.
 func difference(from ids.Version, joiner, survivor []wire.Entry) []wire.Entry {
-	type place struct {
-		layer ids.LayerID
-		block ids.Block
-	}
-	mine := map[place]wire.Entry{}
-	for _, en := range joiner {
-		mine[place{en.Layer, en.Block}] = en
-	}
+	mine := byPlace(joiner)
 	var data, direct []wire.Entry
 	for _, en := range survivor {
 		m, ok := mine[place{en.Layer, en.Block}]
@@ -119,8 +111,7 @@ func difference(from ids.Version, joiner, survivor []wire.Entry) []wire.Entry {
 			direct = append(direct, wire.Entry{Chunk: m.Chunk, Layer: m.Layer, Block: m.Block, Kind: wire.EntryHole})
 		}
 	}
-	byPlace := func(a, b wire.Entry) int { return cmp.Or(cmp.Compare(a.Layer, b.Layer), cmp.Compare(a.Block, b.Block)) }
-	slices.SortFunc(data, byPlace)
-	slices.SortFunc(direct, byPlace)
+	slices.SortFunc(data, comparePlaces)
+	slices.SortFunc(direct, comparePlaces)
 	return append(direct, data...)
 }

@@ -133,17 +133,20 @@ type Engine struct {
 	viewing    []*read   // that go on in origins; bounded by the operations in flight
 	stuckViews []stuckView
 
-	flush    flushState
-	member   memberState
-	alloc    allocState
-	attach   *attach
-	full     fullState
-	moves    moveState
-	hand     *handOver // nil: it stays here
-	pace     pacer
-	lag      lagState
-	lastTick time.Duration
-	damageAt time.Duration // when the replicas are asked again what is bad
+	flush     flushState
+	member    memberState
+	alloc     allocState
+	attach    *attach
+	full      fullState
+	moves     moveState
+	hand      *handOver // nil: it stays here
+	pace      pacer
+	lag       lagState
+	lastTick  time.Duration
+	damageAt  time.Duration // when the replicas are asked again what is bad
+	compare   *comparing    // nil: no chunk is compared now
+	compareAt time.Duration // when the next one is
+	compared  int           // chunks begun with
 	// until then nobody made progress, or this process did not run
 	stillUntil time.Duration
 
@@ -162,6 +165,7 @@ type Stats struct {
 	MaxHold                time.Duration // of a snapshot's cut
 	Excluded, Joined       uint64
 	Repaired               uint64 // blocks rewritten from a good copy
+	Stale                  uint64 // blocks that a copy had lost without a trace, found by comparing, given to it again
 	ReadBlocks             uint64 // of clients' reads, that replicas answered
 	LocalBlocks            uint64 // of those, by the replica of this host: ≤ ReadBlocks
 	Moved                  uint64 // copies of chunks that took another's place, or came on top
@@ -340,6 +344,7 @@ func (e *Engine) tick() {
 	e.planMoves()
 	e.resumeCopies()
 	e.askDamage()
+	e.compareNext()
 }
 
 // submit admits one operation, or keeps it until the volume serves.

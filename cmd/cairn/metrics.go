@@ -155,6 +155,7 @@ var (
 	volExcluded = counter("volume_exclusions_total", "Stores excluded since the attach.", "volume")
 	volJoined   = counter("volume_joins_total", "Stores that caught up since the attach.", "volume")
 	volRepaired = counter("volume_repaired_blocks_total", "Bad blocks written anew from a good copy since the attach.", "volume")
+	volStale    = counter("volume_stale_blocks_total", "Blocks a copy had lost without a trace, found by comparing copies since the attach.", "volume")
 	volStall    = gauge("volume_max_write_stall_seconds", "The longest a write has waited since the attach.", "volume")
 	nbdOps      = counter("nbd_requests_total", "NBD requests answered.", "volume", "op")
 	nbdFailed   = counter("nbd_requests_failed_total", "NBD requests answered with an error.", "volume", "op")
@@ -187,6 +188,7 @@ func hostMetrics(h *hostd) collect {
 			emit(volExcluded.of(float64(in.Stats.Excluded), name))
 			emit(volJoined.of(float64(in.Stats.Joined), name))
 			emit(volRepaired.of(float64(in.Stats.Repaired), name))
+			emit(volStale.of(float64(in.Stats.Stale), name))
 			emit(volStall.of(in.Stats.MaxWriteStall.Seconds(), name))
 			h.nbdMetrics(emit, name)
 		}
