@@ -30,6 +30,8 @@ const (
 	// freeFloor is what a batch leaves of the file system below: the database
 	// maps its files, and a full file system is a signal there, not an error.
 	freeFloor = 256 << 20
+	// openFloor is what an empty database and its log may need.
+	openFloor = 64 << 20
 	// ownerFile marks a directory as ours to empty.
 	ownerFile = "CAIRN-INDEX-PAGES"
 )
@@ -38,6 +40,7 @@ const (
 type Pages struct {
 	dir   string
 	floor uint64 // bytes to leave free
+	poor  bool   // the database is in memory: there was no room to open it
 	db    *badger.DB
 	wg    sync.WaitGroup
 	saves chan save
@@ -76,7 +79,7 @@ func Open(dir string) (*Pages, error) {
 		}
 	}
 	p := &Pages{dir: dir, floor: freeFloor, saves: make(chan save, 1)}
-	if p.db, err = badger.OpenManaged(p.options()); err != nil {
+	if p.db, err = p.open(); err != nil {
 		if err := p.Wipe(); err != nil {
 			return nil, err
 		}
@@ -113,10 +116,34 @@ func (p *Pages) Wipe() error {
 		return fmt.Errorf("empty the index pages: %w", err)
 	}
 	var err error
-	if p.db, err = badger.OpenManaged(o); err != nil {
+	if p.db, err = p.open(); err != nil {
 		return fmt.Errorf("open the index pages: %w", err)
 	}
 	return nil
+}
+
+// open opens the database; in memory and without what is on the disk when the
+// file system is so full that Badger's mapped files would find no blocks, which
+// ends the process (SIGBUS). Nothing is saved then until the next opening.
+func (p *Pages) open() (*badger.DB, error) {
+	free, err := p.free()
+	if err != nil {
+		return nil, err
+	}
+	o := p.options()
+	if p.poor = free < openFloor; p.poor {
+		o = o.WithInMemory(true).WithDir("").WithValueDir("")
+	}
+	return badger.OpenManaged(o)
+}
+
+// free is how many bytes the file system has left for us.
+func (p *Pages) free() (uint64, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(p.dir, &fs); err != nil {
+		return 0, status.Errorf(status.IO, "free space below the index pages: %w", err)
+	}
+	return fs.Bavail * uint64(fs.Bsize), nil
 }
 
 // Save hands a batch to the goroutine that writes. The store has one in flight
@@ -143,12 +170,13 @@ func (p *Pages) write() {
 }
 
 func (p *Pages) save(at uint64, batch []store.SavedPage) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(p.dir, &fs); err != nil {
-		return status.Errorf(status.IO, "free space below the index pages: %w", err)
+	free, err := p.free()
+	if err != nil {
+		return err
 	}
-	if free := fs.Bavail * uint64(fs.Bsize); free < p.floor {
-		return status.Errorf(status.NoSpace, "the file system of the index pages has %d MiB left, %d MiB are kept free: make room below %s", free>>20, p.floor>>20, p.dir)
+	if p.poor || free < p.floor {
+		return status.Errorf(status.NoSpace, "the file system of the index pages has %d MiB left, %d MiB are kept free: make room below %s%s", free>>20, p.floor>>20, p.dir,
+			map[bool]string{true: ", and start the host again"}[p.poor])
 	}
 	b := p.db.NewWriteBatchAt(at)
 	defer b.Cancel()

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cairnstore/cairn/chunk/disk"
 	"github.com/cairnstore/cairn/chunk/store"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -119,6 +121,54 @@ func TestFreeSpaceIsKept(t *testing.T) {
 	p.floor = 0
 	saved(t, p, 2, store.SavedPage{Key: []byte("k"), Page: []byte("v")})
 	if got, _ := as(t, p, 2); got != "k=v" {
+		t.Fatalf("there is %q", got)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// On a file system without a free byte pages are kept in memory, and what was
+// saved before is there when there is room again. (Badger alone dies of SIGBUS.)
+func TestFullFileSystem(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a mount: not in the short tests")
+	}
+	root := t.TempDir()
+	if err := unix.Mount("none", root, "tmpfs", 0, "size=96m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	dir := filepath.Join(root, "pages")
+	p := open(t, dir)
+	p.floor = 0
+	saved(t, p, 1, store.SavedPage{Key: []byte("k"), Page: []byte("v")})
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	filler := filepath.Join(root, "filler")
+	if err := os.WriteFile(filler, make([]byte, 96<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the file system is not full: %v", err)
+	}
+	p = open(t, dir)
+	p.floor = 0
+	done := make(chan error, 1)
+	p.Save(2, []store.SavedPage{{Key: []byte("k"), Page: []byte("w")}}, func(err error) { done <- err })
+	if err := <-done; !errors.Is(err, status.NoSpace) {
+		t.Fatalf("saved on a full file system: %v", err)
+	}
+	if got, _ := as(t, p, 9); got != "" {
+		t.Fatalf("there is %q", got)
+	}
+	if err := errors.Join(p.Close(), os.Remove(filler)); err != nil {
+		t.Fatal(err)
+	}
+	p = open(t, dir)
+	if got, _ := as(t, p, 1); got != "k=v" {
 		t.Fatalf("there is %q", got)
 	}
 	if err := p.Close(); err != nil {
