@@ -103,7 +103,7 @@ func viewHost(h *pb.HostState) hostView {
 			Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState(),
 			Retired: st.Store.Retired, FillRate: int64(st.FillBytesPerSecond), WatchedMs: st.WatchedMs}
 		switch {
-		case !st.Up:
+		case !st.Up && (!h.Up || v.State == "" || v.State == "ok"):
 			v.State = "down"
 		case v.State == "":
 			v.State = "ok"
