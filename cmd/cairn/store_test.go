@@ -3,9 +3,13 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -103,4 +107,79 @@ func damage(t *testing.T, path string) {
 			return
 		}
 	}
+}
+
+// A store on a block device keeps what it was given over its host's death; a
+// device that holds something else is left alone, and the host says so.
+func TestStoreOnADevice(t *testing.T) {
+	m := newMachines(t)
+	for n := 1; n <= 3; n++ {
+		m.config("meta.toml", n)
+		m.start(fmt.Sprintf("meta-%d", n))
+	}
+	mine, foreign := loopDevice(t), loopDevice(t)
+	if f, err := os.OpenFile(foreign, os.O_WRONLY, 0); err != nil {
+		t.Fatal(err)
+	} else if _, err := f.WriteAt([]byte("somebody's file system"), 4096); err != nil {
+		t.Fatal(errors.Join(err, f.Close()))
+	} else if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file := m.config("host.toml", 1)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, _, ok := strings.Cut(string(text), "[[store]]")
+	if !ok {
+		t.Fatalf("no store in %s", text)
+	}
+	for _, dev := range []string{mine, foreign} {
+		head += fmt.Sprintf("[[store]]\npath = %q\n\n", dev)
+	}
+	if err := os.WriteFile(file, []byte(head), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.start("host-1")
+	m.ok("volume", "create", "v", "--size", "256M", "--replicas", "1")
+	uri := strings.TrimSpace(m.ok("volume", "attach", "v"))
+	tool(t, "qemu-io", "-f", "raw", "-c", "write -P 91 0 32M", "-c", "flush", uri)
+	m.stop("host-1", syscall.SIGKILL)
+	m.start("host-1")
+	until(t, "the volume is attached again", func() bool {
+		return decodeJSON[volumeView](t, m.ok("volume", "show", "v", "-o", "json")).State == "attached"
+	})
+	tool(t, "qemu-io", "-f", "raw", "-c", "read -P 91 0 32M", uri)
+	stores := decodeJSON[[]storeView](t, m.ok("store", "ls", "-o", "json"))
+	if len(stores) != 1 || stores[0].Live < 32<<20 {
+		t.Fatalf("stores: %+v", stores)
+	}
+	if x := decodeJSON[storeDetail](t, m.ok("store", "show", stores[0].ID, "-o", "json")); x.Path != mine || x.Kind != "device" {
+		t.Errorf("the store is on %s, a %s", x.Path, x.Kind)
+	}
+	m.stop("host-1", syscall.SIGTERM)
+	if r := run(t, bin(t), "store", "verify", mine); r.status != 0 {
+		t.Errorf("a sound device: %+v", r)
+	}
+	f, err := os.Open(foreign)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 22)
+	_, err = f.ReadAt(got, 4096)
+	if err := errors.Join(err, f.Close()); err != nil || string(got) != "somebody's file system" {
+		t.Errorf("the foreign device holds %q now: %v", got, err)
+	}
+}
+
+// loopDevice is a block device of 1 GiB that is gone at the test's end.
+func loopDevice(t *testing.T) string {
+	t.Helper()
+	img := filepath.Join(t.TempDir(), "img")
+	if err := errors.Join(os.WriteFile(img, nil, 0o600), os.Truncate(img, 1<<30)); err != nil {
+		t.Fatal(err)
+	}
+	dev := strings.TrimSpace(tool(t, "losetup", "--find", "--show", img))
+	t.Cleanup(func() { tool(t, "losetup", "--detach", dev) })
+	return dev
 }
