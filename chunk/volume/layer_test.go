@@ -384,6 +384,62 @@ func deletedSnapshot(t *testing.T, seed uint64) *world {
 	return w
 }
 
+// Metadata takes a layer away after it gave no clear answer; the layer below it
+// is deleted meanwhile. Its blocks must not go into the one that is about to go.
+// Guard: nothing else is merged until the answer is known.
+func TestNothingIsMergedIntoALayerThatMayBeGone(t *testing.T) {
+	for seed := range uint64(20) {
+		w := filled(t, seed, 4)
+		var snaps []*snapshotModel
+		for len(snaps) < 2 {
+			w.cutNow()
+			w.until("held", func() bool { return len(w.cuts) > 0 })
+			w.takeCuts(&snaps)
+			w.until("released", func() bool { return w.e.cut == nil })
+		}
+		w.giveUpOpen()
+		w.layer(snaps[1].layer).State = pb.LayerState_LAYER_STATE_DELETED
+		var late *MetaCall
+		w.hold = func(m *MetaCall) bool {
+			if m.Prune == nil || late != nil {
+				return false
+			}
+			late = m
+			w.pending = append(w.pending, func() {
+				w.step(&MetaDone{Call: m, Err: status.Errorf(status.Unknown, "leadership lost")})
+			})
+			return true
+		}
+		w.step(&Refresh{Volume: w.known()})
+		w.until("asked", func() bool { return late != nil })
+		w.layer(snaps[0].layer).State = pb.LayerState_LAYER_STATE_DELETED
+		w.step(&Refresh{Volume: w.known()})
+		var next *MetaCall
+		w.hold = func(m *MetaCall) bool {
+			if m.Prune == nil {
+				return false
+			}
+			next = m
+			return true
+		}
+		w.settleFor(2 * reclaimRetry)
+		w.hold = nil
+		if _, err := w.prune(late.Prune); err != nil {
+			w.fail("%v", err)
+		}
+		w.step(&MetaDone{Call: next, Err: status.Errorf(status.Unavailable, "no leader")})
+		w.until("merged", func() bool {
+			for i := range w.stores {
+				w.tell(i)
+			}
+			return len(w.vol.Layers) <= 1 && w.idle()
+		})
+		w.readAll()
+		w.until("read", w.idle)
+		w.same()
+	}
+}
+
 // A member comes back while others still have to answer a merge: what they are
 // about to change is not copied from them.
 // Guard: sources takes none with a merge to answer.

@@ -14,6 +14,8 @@ import (
 //  1. Every member is told which layers there are and that this one is merged.
 //  2. Chunk by chunk, every member gives the layer's blocks to the child.
 //  3. When all members have, for all chunks, metadata takes the layer away.
+//     Until it is known whether it did, nothing else is merged: a layer that
+//     may be gone already must not be given another one's blocks.
 //
 // Members may be at different places meanwhile: a chunk shows the same through
 // its layers before, during and after. Only comparing them layer by layer would
@@ -34,6 +36,8 @@ type reclaim struct {
 	active int // chunks under way, ≤ reclaimChunks; or members being told
 	told   bool
 	call   *MetaCall
+	asked  uint64        // revision of an earlier asking whose outcome is unknown; 0: none
+	after  time.Duration // it is asked again
 }
 
 // quiet reports whether every member is in sync and serves.
@@ -65,7 +69,7 @@ func (e *Engine) stepReclaim() {
 		e.reclaim = rc
 		e.tellLayers(rc)
 	case !e.quiet():
-		if rc.call == nil { // else its answer decides
+		if rc.call == nil && rc.asked == 0 { // else the answer decides
 			e.endReclaim(reclaimRetry)
 		}
 	}
@@ -159,7 +163,7 @@ func (e *Engine) mergeChunks() {
 			e.mergeChunk(rc, c)
 		}
 	}
-	if rc != nil && rc == e.reclaim && rc.told && rc.call == nil && rc.active == 0 && len(rc.queue) == 0 {
+	if rc != nil && rc == e.reclaim && rc.told && rc.call == nil && e.now >= rc.after && rc.active == 0 && len(rc.queue) == 0 {
 		rc.call = &MetaCall{Prune: &pb.PruneLayer{VolumeId: uint64(e.volume), Epoch: uint32(e.epoch), Revision: e.revision, Layer: uint32(rc.layer)}}
 		e.out.Meta = append(e.out.Meta, rc.call)
 	}
@@ -211,17 +215,28 @@ func (e *Engine) endReclaim(pause time.Duration) {
 	e.reclaim, e.reclaimAfter = nil, e.now+pause
 }
 
-// prunedLayer takes metadata's answer.
+// prunedLayer takes metadata's answer. One that is not known is asked for again;
+// so is a refusal after it, unless the first asking's revision is over.
 func (e *Engine) prunedLayer(ev *MetaDone) {
 	rc := e.reclaim
-	if ev.Err != nil || ev.Result.GetVolume() == nil {
-		e.lookAgain() // it may have happened
+	if ev.Err == nil && ev.Result.GetVolume() != nil {
+		e.reclaim, e.reclaimWhy = nil, ""
+		e.layers.prune(rc.layer)
+		e.layers.take(ev.Result.Volume)
+		return
+	}
+	e.lookAgain() // it may have happened
+	switch status.Of(ev.Err) {
+	case status.Unavailable, status.Unknown, status.Timeout, status.Shutdown:
+		if rc.asked == 0 {
+			rc.asked = ev.Call.Prune.Revision
+		}
+	}
+	if rc.asked == 0 || rc.asked != ev.Call.Prune.Revision && status.Of(ev.Err) == status.Conflict {
 		e.endReclaim(reclaimRetry)
 		return
 	}
-	e.reclaim, e.reclaimWhy = nil, ""
-	e.layers.prune(rc.layer)
-	e.layers.take(ev.Result.Volume)
+	rc.call, rc.after = nil, e.now+reclaimRetry
 }
 
 // lookAgain has the shell bring the volume as metadata knows it.
