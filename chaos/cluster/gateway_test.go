@@ -7,8 +7,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
+	"syscall"
 	"testing"
 	"time"
 
@@ -45,7 +47,7 @@ func killGateway(t *testing.T, c *Cluster, dial func(context.Context) (check.Dev
 	l := check.NewLoad(check.Config{Dial: dial, Seed: 31, Base: base, Blocks: areaBlocks, Conns: 1, Depth: 8, Log: t.Logf})
 	stop, done := start(t.Context(), l)
 	var stalls []time.Duration
-	for range kills {
+	for n := range kills {
 		awaitOps(t, l, done, 500)
 		from := l.History().NowNs()
 		if err := c.Kill(gateway); err != nil { // its supervisor starts it again
@@ -53,6 +55,7 @@ func killGateway(t *testing.T, c *Cluster, dial func(context.Context) (check.Dev
 		}
 		awaitOps(t, l, done, 200) // some are answered before the kill is felt
 		stalls = append(stalls, l.History().Longest(from, l.History().NowNs()))
+		t.Logf("kill %d of %d: longest operation %v", n+1, kills, stalls[n].Round(time.Millisecond))
 		waitInSync(t, c)
 	}
 	if err := stop(); err != nil {
@@ -86,7 +89,18 @@ func storageDaemon(t *testing.T, socket string) string {
 	cmd := exec.Command("qemu-storage-daemon", "--blockdev", "driver=nbd,node-name=n,server.type=unix,server.path="+socket+",export="+volumeName+",reconnect-delay=120,discard=unmap",
 		"--nbd-server", "addr.type=unix,addr.path="+own, "--export", "type=nbd,id=e,node-name=n,name="+volumeName+",writable=on")
 	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // it ends with the thread that starts it
+	started, ended := make(chan error), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			ended <- cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
 		t.Fatalf("qemu-storage-daemon: %v", err)
 	}
 	t.Cleanup(func() {
@@ -94,7 +108,7 @@ func storageDaemon(t *testing.T, socket string) string {
 			t.Error(err)
 		}
 		var exit *exec.ExitError
-		if err := cmd.Wait(); err != nil && !errors.As(err, &exit) {
+		if err := <-ended; err != nil && !errors.As(err, &exit) {
 			t.Error(err)
 		}
 		if err := os.RemoveAll(dir); err != nil {

@@ -22,7 +22,7 @@ import (
 const (
 	livedWell    = 500 * time.Millisecond // a child that lived so long and died is started again at once
 	restartAfter = 100 * time.Millisecond // one that did not, after this
-	restartCap   = 5 * time.Second        // and more slowly while it keeps dying
+	restartCap   = 5 * time.Second        // and more slowly while it keeps dying before it serves
 	readyWait    = 30 * time.Second
 	stopWait     = 30 * time.Second
 )
@@ -145,17 +145,29 @@ func (c *child) supervise() {
 			continue
 		}
 		began := time.Now()
-		err := c.runOnce()
-		if time.Since(began) > livedWell {
-			wait = 0
-		}
+		served, err := c.runOnce()
+		var now time.Duration
+		now, wait = restartWaits(wait, time.Since(began), served)
 		if _, held := os.Stat(c.holdFile()); held != nil && ctx.Err() == nil {
 			say("%s ended (%v): started again", c.name, err)
-			pause(ctx, wait)
-			wait = min(max(2*wait, restartAfter), restartCap)
+			pause(ctx, now)
 		}
 	}
 	c.closeSocket()
+}
+
+// restartWaits says how long to wait before a child that lived for so long is
+// started again, and what the next wait is measured by. One that served is not
+// what is wrong: whoever kills it again and again must not make its clients wait
+// longer and longer.
+func restartWaits(wait, lived time.Duration, served bool) (now, next time.Duration) {
+	switch {
+	case lived > livedWell:
+		wait = 0
+	case served:
+		wait = min(wait, restartAfter)
+	}
+	return wait, min(max(2*wait, restartAfter), restartCap)
 }
 
 // openSocket opens the socket the process is given, if it is not open, and
@@ -193,11 +205,11 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// runOnce runs the process to its end.
-func (c *child) runOnce() (err error) {
+// runOnce runs the process to its end, and says whether it came to serve.
+func (c *child) runOnce() (served bool, err error) {
 	logf, err := os.OpenFile(c.l.path("log", c.name+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer func() { err = errors.Join(err, logf.Close()) }()
 	cmd := exec.CommandContext(c.ctx, c.args[0], c.args[1:]...)
@@ -206,7 +218,7 @@ func (c *child) runOnce() (err error) {
 	cmd.Stderr = logf
 	given, env, err := c.openSocket()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if given != nil {
 		cmd.ExtraFiles, cmd.Env = []*os.File{given}, append(os.Environ(), env...)
@@ -217,7 +229,7 @@ func (c *child) runOnce() (err error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return err
+		return false, err
 	}
 	started := make(chan error, 1)
 	waited := make(chan error, 1)
@@ -228,29 +240,31 @@ func (c *child) runOnce() (err error) {
 			return
 		}
 		started <- nil
-		c.watchReady(out)
+		served = c.watchReady(out)
 		waited <- cmd.Wait()
 	}()
 	if err := <-started; err != nil {
-		return err
+		return false, err
 	}
 	pid := pidFile(c.l.dir, c.name)
 	if err := os.WriteFile(pid, []byte(strconv.Itoa(cmd.Process.Pid)+"\n"), 0o600); err != nil {
-		return errors.Join(err, cmd.Process.Kill(), <-waited)
+		return false, errors.Join(err, cmd.Process.Kill(), <-waited)
 	}
 	err = <-waited
 	ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus)
 	c.killed = c.ctx.Err() != nil && ok && ws.Signal() == syscall.SIGKILL
-	return errors.Join(err, os.Remove(pid))
+	return served, errors.Join(err, os.Remove(pid))
 }
 
 // watchReady waits for the line a daemon prints when it serves, and reads on so
-// that it never blocks.
-func (c *child) watchReady(out io.Reader) {
+// that it never blocks. It says whether the line came.
+func (c *child) watchReady(out io.Reader) (served bool) {
 	sc := bufio.NewScanner(out)
 	for sc.Scan() {
 		if sc.Text() == "ready" {
+			served = true
 			c.once.Do(func() { close(c.ready) })
 		}
 	}
+	return served
 }

@@ -9,5 +9,5 @@ import "embed"
 
 // Files are the samples, by name.
 //
-//go:embed *.toml *.service *.yml *.json
+//go:embed *.toml *.service *.socket *.yml *.json
 var Files embed.FS
