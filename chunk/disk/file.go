@@ -203,6 +203,34 @@ func (d *File) Reserve() error {
 	return nil
 }
 
+// Extend makes the file longer, durably, with its new part reserved or not;
+// for a device the system has done it. Nothing may be in flight. NoSpace when
+// there is less room than is to be reserved: the file is then as it was.
+func (d *File) Extend(size int64, reserve bool) error {
+	if d.device || size < d.size {
+		return status.Errorf(status.Invalid, "the store's file has %d bytes and cannot be extended to %d", d.size, size)
+	}
+	if reserve {
+		err := d.k.allocate(d.fd, d.size, size-d.size)
+		if err != nil { // what it got before it failed lies behind the file's end
+			err = errors.Join(err, d.k.truncate(d.f, d.size))
+		}
+		if errors.Is(err, unix.ENOSPC) {
+			return status.Errorf(status.NoSpace, "the file system has no room for %d bytes more: make room there, or add a store", size-d.size)
+		} else if err != nil {
+			return status.Errorf(status.IO, "reserve %d bytes for the store: %w", size-d.size, err)
+		}
+	}
+	if err := d.k.truncate(d.f, size); err != nil {
+		return status.Errorf(status.IO, "extend the store file to %d bytes: %w", size, err)
+	}
+	if err := d.k.fsync(d.f); err != nil {
+		return status.Errorf(status.IO, "sync the extended store file: %w", err)
+	}
+	d.size = size
+	return nil
+}
+
 // Close finishes what was submitted and closes the file.
 func (d *File) Close() error {
 	d.mu.Lock()

@@ -3,6 +3,7 @@ package disk
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -39,14 +40,17 @@ func run(t *testing.T, name string, args ...string) string {
 
 // loopDevice makes a block device of size bytes. It takes root, which the quick
 // tests of every day do without.
-func loopDevice(t *testing.T, size int64) string {
+func loopDevice(t *testing.T, size int64) string { return loopOf(t, size, 512) }
+
+// loopOf is loopDevice with sectors of a size.
+func loopOf(t *testing.T, size int64, sector int) string {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("a block device: not in the short tests")
 	}
 	img := filepath.Join(t.TempDir(), "image")
 	must(t, os.WriteFile(img, nil, 0o600), os.Truncate(img, size))
-	dev := run(t, "losetup", "-f", "--show", img)
+	dev := run(t, "losetup", "-f", "--show", "--sector-size", strconv.Itoa(sector), img)
 	t.Cleanup(func() { run(t, "losetup", "-d", dev) })
 	return dev
 }
@@ -117,7 +121,12 @@ func roundTrip(t *testing.T, d *File) {
 func discard(d Disk, off, n int64) error { return do(d, &Op{Kind: Discard, Off: off, Len: n}) }
 
 func TestBlockDevice(t *testing.T) {
-	dev := loopDevice(t, 16<<20)
+	for _, sector := range []int{512, 4096} {
+		t.Run(fmt.Sprintf("sectors of %d", sector), func(t *testing.T) { blockDevice(t, loopOf(t, 16<<20, sector)) })
+	}
+}
+
+func blockDevice(t *testing.T, dev string) {
 	d, err := Open(dev)
 	must(t, err)
 	if !d.Device() || !d.HasDirect() || d.Size() != 16<<20 {
@@ -142,6 +151,36 @@ func TestBlockDevice(t *testing.T) {
 	run(t, "umount", dir)
 	if status.Of(err) != status.Held {
 		t.Fatalf("a mounted device was opened: %v", err)
+	}
+}
+
+// A file that is extended keeps what it holds; where there is no room for the
+// new part it stays as it was.
+func TestExtend(t *testing.T) {
+	dir := mounted(t, "ext4", 64<<20)
+	for _, reserve := range []bool{true, false} {
+		path := filepath.Join(dir, fmt.Sprint(reserve))
+		d, err := Create(path, 1<<20)
+		must(t, err)
+		if reserve {
+			must(t, d.Reserve())
+		}
+		must(t, WriteAt(d, []byte("here"), 1<<20-4), d.Extend(8<<20, reserve), WriteAt(d, []byte("there"), 8<<20-5))
+		if got := content(t, d, 1<<20-4, 4); string(got) != "here" || d.Size() != 8<<20 {
+			t.Fatalf("%q in %d bytes", got, d.Size())
+		}
+		if err := d.Extend(1<<20, reserve); status.Of(err) != status.Invalid {
+			t.Errorf("made shorter: %v", err)
+		}
+		if err := d.Extend(1<<30, true); status.Of(err) != status.NoSpace {
+			t.Errorf("extended beyond its file system: %v", err)
+		}
+		must(t, d.Close())
+		st, err := os.Stat(path)
+		must(t, err)
+		if used := st.Sys().(*syscall.Stat_t).Blocks * 512; st.Size() != 8<<20 || (used >= 8<<20) != reserve {
+			t.Errorf("reserve %v: %d bytes, %d of them taken up", reserve, st.Size(), used)
+		}
 	}
 }
 
@@ -322,7 +361,7 @@ func (k *brokenKernel) size(f *os.File) (int64, bool, error) {
 	return linux{}.size(f)
 }
 func (k *brokenKernel) truncate(f *os.File, n int64) error {
-	return errors.Join(k.broken(), linux{}.truncate(f, n))
+	return errors.Join(k.count(true), linux{}.truncate(f, n))
 }
 func (k *brokenKernel) fsync(f *os.File) error { return errors.Join(k.broken(), linux{}.fsync(f)) }
 func (k *brokenKernel) remove(p string) error  { return errors.Join(k.count(true), linux{}.remove(p)) }
@@ -360,7 +399,7 @@ func whole(k *brokenKernel, path, dev string) error {
 		return err
 	}
 	b := Aligned(Align)
-	errs := []error{WriteAt(d, b[:2], 0), do(d, &Op{Kind: Write, Direct: true, Bufs: [][]byte{b}}), ReadAt(d, b[:2], 0), SyncAll(d), discard(d, 0, Align), AllocateAt(d, 0, Align), d.Reserve(), d.Close()}
+	errs := []error{WriteAt(d, b[:2], 0), do(d, &Op{Kind: Write, Direct: true, Bufs: [][]byte{b}}), ReadAt(d, b[:2], 0), SyncAll(d), discard(d, 0, Align), AllocateAt(d, 0, Align), d.Reserve(), d.Extend(1<<20+Align, true), d.Close()}
 	if d, err = open(k, path); err == nil {
 		errs = append(errs, d.Close())
 	}
@@ -402,6 +441,24 @@ func TestEverySystemCallHasFailed(t *testing.T) {
 		}
 		if n < 9 && !errors.Is(err, syscall.EIO) {
 			t.Fatalf("call %d failed and nobody was told: %v", n, err)
+		}
+	}
+	for n := 1; ; n++ {
+		path := filepath.Join(dir, "extended")
+		d, err := Create(path, 1<<20)
+		must(t, err)
+		k := &brokenKernel{fail: n, sites: sites, worse: true}
+		d.k = k
+		err = d.Extend(2<<20, true)
+		calls := k.calls
+		k.fail, k.worse = 0, false
+		must(t, d.Close(), os.Remove(path))
+		if calls < n {
+			must(t, err)
+			break
+		}
+		if !errors.Is(err, syscall.EIO) {
+			t.Fatalf("call %d of extending a file failed and nobody was told: %v", n, err)
 		}
 	}
 	var missing []string

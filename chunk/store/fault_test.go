@@ -138,6 +138,14 @@ type tracer struct {
 	ofPages bool     // the failed one was the pages'
 	after   int      // writes and syncs submitted since
 	hidden  bool     // reads have to be submitted
+	grown   bool     // all of the disk is there
+}
+
+func (d *tracer) Size() int64 {
+	if d.grown {
+		return d.Mem.Size()
+	}
+	return testSize
 }
 
 func (d *tracer) count(op *disk.Op) bool {
@@ -258,7 +266,15 @@ func wholeLife(t *testing.T, d *tracer, seed uint64) (p *player, models []model,
 		t.Fatal(err)
 	}
 	steps(p.s, 30)
-	return p, []model{p.m}, p.s.Close()
+	if err := p.s.Close(); err != nil {
+		return p, []model{p.m}, err
+	}
+	d.grown = true
+	if seed == 1 {
+		d.Mem.Flip(blockBytes+100, 1)
+	}
+	_, _, err = Grow(d)
+	return p, []model{p.m}, err
 }
 
 // Every place that does I/O has had it failed, several times each. A write, a
@@ -268,12 +284,12 @@ func wholeLife(t *testing.T, d *tracer, seed uint64) (p *player, models []model,
 func TestEveryIOHasFailed(t *testing.T) {
 	failed := map[string]int{}
 	for seed := range uint64(2) {
-		plan := &tracer{Mem: disk.NewMem(testSize), pages: newMemPages()}
+		plan := &tracer{Mem: disk.NewMem(testSize + 2*testSeg), pages: newMemPages()}
 		if _, _, err := wholeLife(t, plan, seed); err != nil {
 			t.Fatal(err)
 		}
 		for _, n := range chosen(plan.sites) {
-			d := &tracer{Mem: disk.NewMem(testSize), pages: newMemPages(), fail: n}
+			d := &tracer{Mem: disk.NewMem(testSize + 2*testSeg), pages: newMemPages(), fail: n}
 			p, models, err := wholeLife(t, d, seed)
 			if d.failed == "" {
 				t.Fatalf("seed %d: call %d of %d was not made again", seed, n, plan.n)

@@ -88,14 +88,14 @@ const maxDamage = 1000
 // report then has what is known.
 func Inspect(d disk.Disk, progress func(done, of int)) (*Report, error) {
 	rep := &Report{FormatVersion: formatVersion, SizeBytes: d.Size(), Checkpoints: []CheckpointRef{}, Segments: []SegmentReport{}, Volumes: []VolumeReport{}, Damage: []string{}}
-	p, err := readSuper(d)
+	p, _, err := readSuper(d)
 	rep.superblocks(d)
 	if err != nil {
 		return rep, err
 	}
 	rep.ID, rep.Cluster, rep.SegmentBytes = p.ID.String(), p.Cluster, offset(p.segBlocks)
-	if need := offset(logStart + p.segments*p.segBlocks); need > d.Size() || p.segBlocks < minSegBlocks || p.segments < minSegments {
-		return rep, status.Errorf(status.Corrupt, "store %s needs a disk of %d bytes and finds %d: it was cut", p.ID, need, d.Size())
+	if err := p.fits(d); err != nil {
+		return rep, err
 	}
 	s := newStore(Config{Disk: readOnly{d}, BootID: "inspection"}, *p)
 	c := &course{w: window{d: s.disk}, cut: 1<<64 - 1}

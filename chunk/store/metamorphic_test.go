@@ -20,6 +20,18 @@ type option struct {
 	rules  string // of the disk
 	hidden bool   // reads have to be submitted
 	file   string // "", thin, reserved
+	way    string // "" as the store chooses, direct, cached
+}
+
+// oneWay sends everything through the page cache, or around it.
+type oneWay struct {
+	disk.Disk
+	direct bool
+}
+
+func (d oneWay) Submit(op *disk.Op) {
+	op.Direct = d.direct
+	d.Disk.Submit(op)
 }
 
 // One history under many settings gives one answer: what every block holds is
@@ -38,6 +50,9 @@ func TestOneHistoryOneAnswer(t *testing.T) {
 		{name: "no discards", seg: testSeg, steps: 4, reopen: 50, rules: "discard fails EOPNOTSUPP"},
 		{name: "lost discards", seg: testSeg, steps: 4, reopen: 50, rules: "discard lost"},
 		{name: "a thin file", seg: testSeg, steps: 2, reopen: 90, file: "thin"},
+		{name: "around the page cache", seg: testSeg, steps: 2, reopen: 70, file: "reserved", way: "direct"},
+		{name: "around the page cache, thin", seg: 2 * testSeg, index: 3 * pageBytes, ckpt: 1 << 19, steps: 2, reopen: 40, file: "thin", way: "direct"},
+		{name: "through the page cache", seg: testSeg, steps: 2, reopen: 70, file: "thin", way: "cached"},
 		{name: "a reserved file", seg: testSeg, steps: 2, reopen: 90, file: "reserved"},
 	}
 	for seed := range uint64(3) {
@@ -74,7 +89,13 @@ func (o *option) disk(t *testing.T) disk.Disk {
 			t.Error(err)
 		}
 	})
-	return f
+	if o.way == "" {
+		return f
+	}
+	if !f.HasDirect() {
+		t.Fatal("the file system of the test's directory has no way around the page cache: set TMPDIR")
+	}
+	return oneWay{f, o.way == "direct"}
 }
 
 func (o *option) run(t *testing.T, seed uint64) {

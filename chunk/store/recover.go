@@ -114,6 +114,9 @@ func (s *Store) chooseHead(c *course) error {
 	if c.head == nil {
 		return status.Errorf(status.Corrupt, "store %s has no readable segment head left: rebuild it from its peers", s.super.ID)
 	}
+	if c.head.beyond {
+		return status.Errorf(status.Corrupt, "the log of store %s names segments its superblock does not know: rebuild it from its peers", s.super.ID)
+	}
 	c.sameRun = c.head.boot == s.cfg.BootID
 	inUse := c.head.segments
 	later := []use{c.head.use}

@@ -85,6 +85,7 @@ type head struct {
 	gaps        []gap
 	roots       []root
 	layers      []volumeLayers
+	beyond      bool // it names what this disk does not have
 }
 
 // volumeLayers is what a head says of a volume's layers.
@@ -230,8 +231,9 @@ func (s *Store) addTable(d *head, r *record) {
 	tableEntries(r.payload, func(a, b, c uint64) {
 		switch r.kind {
 		case kindSegments:
-			if n := uint32(a); n < uint32(len(s.segs)) {
-				d.segments[n] = use{seg: s.segs[n], gen: b, life: uint32(a >> 32), last: c & (1<<lastBits - 1), tail: uint32(c >> lastBits), headed: true}
+			n, tail := uint32(a), uint32(c>>lastBits)
+			if d.beyond = d.beyond || n >= uint32(len(s.segs)) || tail > s.super.segBlocks; !d.beyond {
+				d.segments[n] = use{seg: s.segs[n], gen: b, life: uint32(a >> 32), last: c & (1<<lastBits - 1), tail: tail, headed: true}
 			}
 		case kindVolumes:
 			d.volumes = append(d.volumes, record{kind: kindVolume, volume: a, layer: uint32(b), flags: uint8(b >> 32), version: c})

@@ -58,6 +58,15 @@ type Usage struct {
 	CheckpointLag          uint64 // bytes of log behind the last checkpoint begun
 }
 
+// WriteAmplification is what was written to the log for each byte of it that was
+// no copy; 1 when nothing was written.
+func (u *Usage) WriteAmplification() float64 {
+	if u.LogBytes <= u.CopiedBytes {
+		return 1
+	}
+	return float64(u.LogBytes) / float64(u.LogBytes-u.CopiedBytes)
+}
+
 // Reserves of free segments: compaction leaves one, because the next opening,
 // after whatever crash, begins a segment; tombstones, drops and seals leave two,
 // guests' writes leave four.
@@ -67,6 +76,7 @@ const (
 	reserveWrites = 4
 	minSegments   = 12
 	minSegBlocks  = 64
+	maxSegBlocks  = 64 << 20 / blockBytes
 )
 
 // Store is one open store. Its methods may be called from any goroutine.
@@ -148,7 +158,7 @@ func Make(d disk.Disk, f Format) error {
 	if err != nil {
 		return err
 	}
-	if old, err := readSuper(d); err == nil {
+	if old, _, err := readSuper(d); err == nil {
 		return status.Errorf(status.Exists, "the disk already holds store %s: erase it first if its data may go", old.ID)
 	} else if k := status.Of(err); k != status.NotFound {
 		return err
@@ -185,31 +195,37 @@ func (f *Format) super(d disk.Disk) (*super, error) {
 			seg /= 2
 		}
 	}
-	if seg%blockBytes != 0 || seg < minSegBlocks*blockBytes || seg > 64<<20 || blocks*blockBytes/seg < minSegments {
+	if seg%blockBytes != 0 || seg < minSegBlocks*blockBytes || seg > maxSegBlocks*blockBytes || blocks*blockBytes/seg < minSegments {
 		return nil, status.Errorf(status.Invalid, "a disk of %d bytes does not make a store of segments of %d bytes: it needs %d of them, of %d KiB to 64 MiB",
 			d.Size(), seg, minSegments, minSegBlocks*blockBytes>>10)
 	}
 	return &super{ID: f.ID, Incarnation: f.Incarnation, Cluster: f.Cluster, segBlocks: uint32(seg / blockBytes), segments: uint32(blocks * blockBytes / seg)}, nil
 }
 
-// readSuper finds a good superblock.
-func readSuper(d disk.Disk) (*super, error) {
+// readSuper finds a good superblock, and the copy (0 or 1) that is to be written
+// anew; -1: none. Where both are good and differ, a Grow was cut short, and the
+// larger one counts.
+func readSuper(d disk.Disk) (p *super, bad int64, err error) {
 	if d.Size() < 2*blockBytes {
-		return nil, status.Errorf(status.NotFound, "the disk of %d bytes is too small to hold a store", d.Size())
+		return nil, -1, status.Errorf(status.NotFound, "the disk of %d bytes is too small to hold a store", d.Size())
 	}
 	b := make([]byte, 2*blockBytes)
 	if err := disk.ReadAt(d, b, 0); err != nil {
-		return nil, status.Errorf(status.IO, "read the superblock: %w", err)
+		return nil, -1, status.Errorf(status.IO, "read the superblock: %w", err)
 	}
-	p, err := decodeSuper(b[:blockBytes])
-	if err != nil {
-		if q, err2 := decodeSuper(b[blockBytes:]); err2 == nil {
-			return q, nil
-		} else if status.Of(err2) != status.NotFound {
-			return nil, err2
-		}
+	p, err = decodeSuper(b[:blockBytes])
+	q, err2 := decodeSuper(b[blockBytes:])
+	switch {
+	case err == nil && err2 == nil && *p == *q:
+		return p, -1, nil
+	case err == nil && (err2 != nil || p.segments > q.segments):
+		return p, 1, nil
+	case err2 == nil:
+		return q, 0, nil
+	case status.Of(err2) != status.NotFound:
+		return nil, -1, err2
 	}
-	return p, err
+	return nil, -1, err
 }
 
 func newStore(cfg Config, p super) *Store {
@@ -240,15 +256,20 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.CheckpointBytes == 0 {
 		cfg.CheckpointBytes = defaultCheckpointBytes
 	}
-	p, err := readSuper(cfg.Disk)
+	p, bad, err := readSuper(cfg.Disk)
 	if err != nil {
 		return nil, err
 	}
 	if cfg.Cluster != "" && cfg.Cluster != p.Cluster {
 		return nil, status.Errorf(status.Invalid, "store %s belongs to cluster %q, not to %q: give this cluster a disk of its own", p.ID, p.Cluster, cfg.Cluster)
 	}
-	if need := offset(logStart + p.segments*p.segBlocks); p.segBlocks < minSegBlocks || p.segments < minSegments || need > cfg.Disk.Size() {
-		return nil, status.Errorf(status.Corrupt, "store %s needs a disk of %d bytes and finds %d: it was cut", p.ID, need, cfg.Disk.Size())
+	if err := p.fits(cfg.Disk); err != nil {
+		return nil, err
+	}
+	if bad >= 0 {
+		if err := p.write(cfg.Disk, bad); err != nil {
+			return nil, err
+		}
 	}
 	s := newStore(cfg, *p)
 	if err := s.recover(); err != nil {

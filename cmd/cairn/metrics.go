@@ -148,6 +148,18 @@ var (
 	storeUsed     = gauge("store_used_bytes", "Segments in use.", "store")
 	storeLive     = gauge("store_live_bytes", "Blocks that can be read.", "store")
 	storeOK       = gauge("store_ok", "1 when a store is well.", "store")
+	storeFull     = gauge("store_utilisation", "Live bytes over capacity.", "store")
+	storeLog      = counter("store_log_bytes_total", "Written to the log since the opening: data, copies of compaction, records.", "store")
+	storeCopied   = counter("store_copied_bytes_total", "Moved by compaction since the opening.", "store")
+	storeAmp      = gauge("store_write_amplification", "Log written since the opening over what of it was no copy of compaction.", "store")
+	storeDebt     = gauge("store_compaction_debt_bytes", "Dead in closed segments: what compaction could give back.", "store")
+	storeFree     = gauge("store_free_segments", "Segments that may be opened.", "store")
+	storeSums     = counter("store_checksum_errors_total", "Blocks read that did not match their checksum, since the opening.", "store")
+	storeBad      = gauge("store_bad_blocks", "Blocks known not to be readable now.", "store")
+	storeScrubAge = gauge("store_scrub_age_seconds", "Since the last whole verification, or since they are counted.", "store")
+	storeIndex    = gauge("store_index_bytes", "Index pages in memory.", "store")
+	storeMisses   = counter("store_index_misses_total", "Index pages fetched, since the opening.", "store")
+	storeLag      = gauge("store_checkpoint_lag_bytes", "Log behind the last checkpoint begun.", "store")
 
 	volServing  = gauge("volume_serving", "1 when a volume attached here serves.", "volume")
 	volInSync   = gauge("volume_replicas_in_sync", "Stores of a volume attached here that are in sync.", "volume")
@@ -173,6 +185,12 @@ func hostMetrics(h *hostd) collect {
 			emit(storeUsed.of(float64(u.UsedBytes), id))
 			emit(storeLive.of(float64(u.LiveBytes), id))
 			emit(storeOK.of(yes(u.State == "ok"), id))
+			for f, v := range map[family]float64{
+				storeFull: float64(u.LiveBytes) / float64(u.CapacityBytes), storeLog: float64(u.LogBytes), storeCopied: float64(u.CopiedBytes), storeAmp: u.WriteAmplification(),
+				storeDebt: float64(u.DebtBytes), storeFree: float64(u.FreeSegments), storeSums: float64(u.ChecksumErrors), storeBad: float64(len(s.BadBlocks())),
+				storeScrubAge: s.scrubAge().Seconds(), storeIndex: float64(u.IndexBytes), storeMisses: float64(u.IndexMisses), storeLag: float64(u.CheckpointLag)} {
+				emit(f.of(v, id))
+			}
 		}
 		for _, v := range h.gw.Volumes() {
 			name, in := v.Name(), v.Info()

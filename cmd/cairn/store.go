@@ -24,7 +24,7 @@ const storePoll = 250 * time.Millisecond
 
 func storeCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "store", Short: "Stores: the disks of chunk servers"}
-	cmd.AddCommand(storeListCommand(c), storeShowCommand(c), storeScrubCommand(c), storeVerifyCommand(c), storeRetireCommand(c), storeDumpCommand())
+	cmd.AddCommand(storeListCommand(c), storeShowCommand(c), storeScrubCommand(c), storeVerifyCommand(c), storeRetireCommand(c), storeDumpCommand(), storeGrowCommand())
 	return cmd
 }
 

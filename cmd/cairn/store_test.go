@@ -64,6 +64,9 @@ func TestStores(t *testing.T) {
 	if show(goes.ID).Retired {
 		t.Error("a store that was put into service again is retired")
 	}
+	if r := n.cairn("store", "grow", goes.Path, "--size", "3G"); r.status != exitFailed || !strings.Contains(r.err, "stop it first") {
+		t.Errorf("a running store was grown: %+v", r)
+	}
 	n.interrupt()
 
 	for _, path := range []string{goes.Path, stays.Path} {
@@ -74,6 +77,17 @@ func TestStores(t *testing.T) {
 	if out := n.ok("store", "dump", stays.Path, "-o", "json"); !json.Valid([]byte(out)) {
 		t.Errorf("no JSON: %s", out)
 	}
+	for _, args := range [][]string{{goes.Path}, {goes.Path, "--size", "1G"}, {goes.Path, "--size", "much"}} {
+		if r := n.cairn(append([]string{"store", "grow"}, args...)...); r.status != exitUsage {
+			t.Errorf("store grow %v: %+v", args, r)
+		}
+	}
+	n.ok("store", "grow", goes.Path, "--size", "3G")
+	n = startUp(t, d, "--hosts", "4", "--store-size", "2G")
+	if x := show(goes.ID); x.Size != 3<<30 || x.Capacity < goes.Capacity*4/3 || x.Kind != goes.Kind || x.Incarnation != goes.Incarnation {
+		t.Errorf("grown from %+v to %+v", goes, x)
+	}
+	n.interrupt()
 	damage(t, stays.Path)
 	if r := n.cairn("store", "dump", stays.Path); r.status != exitFailed || !strings.Contains(r.out+r.err, "damage") {
 		t.Errorf("a flipped bit was not found: status %d, %s", r.status, r.err)

@@ -26,6 +26,7 @@ const (
 	defaultStoreSize = 64 << 30 // of a store file whose size nobody gave
 	// thinSegmentBytes: a thin store keeps room for a handful of segments.
 	thinSegmentBytes = 16 << 20
+	thinSegments     = 1 << 16 // more of them are listed in too large a head; larger ones then
 	stepEvery        = 100 * time.Millisecond
 	recordDurably    = time.Minute // between the records that survive a power loss
 	scrubSaveEvery   = 10 * time.Second
@@ -208,6 +209,9 @@ func createStore(sc storeConfig, cluster string) (_ *disk.File, err error) {
 		err = d.Reserve()
 	} else if size >= 256*thinSegmentBytes {
 		form.SegmentBytes = thinSegmentBytes
+		for size/uint64(form.SegmentBytes) > thinSegments && form.SegmentBytes < 64<<20 {
+			form.SegmentBytes *= 2
+		}
 	}
 	if err == nil {
 		err = store.Make(d, form)
@@ -353,6 +357,18 @@ func (s *hostStore) saveScrub() error {
 	}
 	s.scrubbed = time.Now()
 	return writeFile(s.scrubs, b)
+}
+
+// scrubAge is how long ago the last whole pass ended; before the first one, how
+// long ago the store was first opened, or the pass began that runs.
+func (s *hostStore) scrubAge() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	from := s.scrub.Finished
+	if from == 0 {
+		from = s.scrub.Started
+	}
+	return time.Since(time.Unix(0, from))
 }
 
 // startScrub begins a pass, or changes the pace of the one that runs.

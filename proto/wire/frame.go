@@ -165,7 +165,10 @@ func DecodeRequest(h Header, body []byte) (*Request, error) {
 			q.Sums[i] = le.Uint32(rest[4*i:])
 		}
 	}
-	q.Entries = decodeEntries(rest[4*sums : fixed])
+	var err error
+	if q.Entries, err = decodeEntries(rest[4*sums : fixed]); err != nil {
+		return nil, err
+	}
 	for rest = rest[fixed:]; len(rest) > 0; rest = rest[4:] {
 		q.Chain = append(q.Chain, ids.LayerID(le.Uint32(rest)))
 	}
@@ -259,7 +262,10 @@ func DecodeReply(h Header, body []byte) (*Reply, error) {
 		}
 	}
 	rest = rest[8*digests:]
-	r.Entries = decodeEntries(rest[:entryBytes*entries])
+	var err error
+	if r.Entries, err = decodeEntries(rest[:entryBytes*entries]); err != nil {
+		return nil, err
+	}
 	r.Detail = string(rest[entryBytes*entries:])
 	return r, nil
 }
@@ -274,16 +280,19 @@ func checkBody(h Header, body []byte, fixed int) error {
 	return nil
 }
 
-func decodeEntries(b []byte) []Entry {
+func decodeEntries(b []byte) ([]Entry, error) {
 	if len(b) == 0 {
-		return nil
+		return nil, nil
 	}
 	es := make([]Entry, len(b)/entryBytes)
 	for i := range es {
 		p := b[i*entryBytes:]
 		es[i] = Entry{Chunk: ids.ChunkID(le.Uint64(p)), Version: ids.Version(le.Uint64(p[8:])),
 			Layer: ids.LayerID(le.Uint32(p[16:])), Block: ids.Block(le.Uint32(p[20:])),
-			Sum: le.Uint32(p[24:]), Kind: EntryKind(le.Uint32(p[28:]))}
+			Sum: le.Uint32(p[24:]), Kind: EntryKind(p[28])}
+		if k := le.Uint32(p[28:]); k > 255 {
+			return nil, status.Errorf(status.Invalid, "a block cannot be in state %d", k)
+		}
 	}
-	return es
+	return es, nil
 }
