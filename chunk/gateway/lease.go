@@ -94,6 +94,7 @@ func (g *Gateway) tickLoop() {
 	t := time.NewTicker(tickEvery)
 	defer t.Stop()
 	told := map[*Volume]bool{}
+	var shares sharing
 	for {
 		select {
 		case <-g.ctx.Done():
@@ -114,6 +115,7 @@ func (g *Gateway) tickLoop() {
 				}
 			}
 		}
+		shares.step(g.Volumes())
 		for v := range told {
 			if !live[v] {
 				delete(told, v)

@@ -264,6 +264,9 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 	case *Submit:
 		for _, op := range ev.Ops {
 			op.at = now
+			if op.Kind != OpFlush {
+				e.throttle.asked++
+			}
 			e.submit(op)
 		}
 	case *Replies:
@@ -375,6 +378,7 @@ func (e *Engine) done(op *Op, k status.Kind) {
 		return
 	}
 	op.answered = true
+	e.throttle.note(op)
 	e.note(op, k)
 	e.out.Done = append(e.out.Done, Done{op, k})
 }

@@ -20,6 +20,7 @@ type Info struct {
 	Replicas []ReplicaInfo
 	Caring   string // what is being repaired, or ought to be; "": nothing
 	Filling  int    // copies of chunks being made on other stores
+	Share    Share  // it is held to, for what others are promised
 }
 
 // ReplicaInfo is the state of one member.
@@ -35,7 +36,7 @@ type ReplicaInfo struct {
 func (e *Engine) Info() Info {
 	in := Info{State: e.state, Why: e.why, Epoch: e.epoch, Revision: e.revision, Size: e.size, Floor: e.floor,
 		InFlight: e.inFlight.len, Stats: e.stats, Layers: max(1, len(e.layers.all)), Merging: e.reclaiming(), MergeWhy: e.reclaimWhy,
-		Caring: e.caring(), Filling: len(e.moves.fills)}
+		Caring: e.caring(), Filling: len(e.moves.fills), Share: e.throttle.share}
 	for _, r := range e.replicas {
 		in.Replicas = append(in.Replicas, ReplicaInfo{Index: r.index, Store: r.store, Host: r.host, Addr: r.addr,
 			State: r.stateName(), JoinedBytes: r.joinedBytes})

@@ -21,7 +21,10 @@ type Share struct{ IOPS, Bytes uint64 }
 
 func (*Share) event() {}
 
-const defaultBurst = time.Second
+const (
+	defaultBurst = time.Second
+	shareBurst   = 100 * time.Millisecond // of a Share that is the lower bound
+)
 
 // bucket holds tokens × 1e6, so that a microsecond's worth is whole.
 type bucket struct {
@@ -78,14 +81,34 @@ type throttle struct {
 	waited     uint64
 	qos        *pb.Qos
 	share      Share
+
+	// What clients have asked for and what was answered, flushes left out.
+	asked, answered, answeredBytes uint64 // answered ≤ asked
+}
+
+// Claim tells what the volume is promised and has had, for a Sharer.
+func (e *Engine) Claim() Claim {
+	t := &e.throttle
+	return Claim{Volume: e.volume, MinIOPS: t.qos.GetIopsMin(), MinBytes: t.qos.GetBytesPerSecondMin(),
+		Ops: t.answered, Bytes: t.answeredBytes, Open: t.asked - t.answered}
+}
+
+// note counts an answered operation.
+func (t *throttle) note(op *Op) {
+	if op.Kind != OpFlush {
+		_, bytes := cost(op)
+		t.answered++
+		t.answeredBytes += bytes
+	}
 }
 
 // setQos takes over the volume's own bounds.
 func (e *Engine) setQos(q *pb.Qos) {
-	if q.GetIopsMax() == e.throttle.qos.GetIopsMax() && q.GetBytesPerSecondMax() == e.throttle.qos.GetBytesPerSecondMax() && q.GetBurstMs() == e.throttle.qos.GetBurstMs() {
+	was := e.throttle.qos
+	e.throttle.qos = q
+	if q.GetIopsMax() == was.GetIopsMax() && q.GetBytesPerSecondMax() == was.GetBytesPerSecondMax() && q.GetBurstMs() == was.GetBurstMs() {
 		return
 	}
-	e.throttle.qos = q
 	e.setBuckets()
 }
 
@@ -106,8 +129,16 @@ func (e *Engine) setBuckets() {
 		t.at = e.now
 	}
 	t.refill(e.now)
-	t.ops.set(lower(t.qos.GetIopsMax(), t.share.IOPS), burst)
-	t.bytes.set(lower(t.qos.GetBytesPerSecondMax(), t.share.Bytes), burst)
+	for _, x := range []struct {
+		b          *bucket
+		own, share uint64
+	}{{&t.ops, t.qos.GetIopsMax(), t.share.IOPS}, {&t.bytes, t.qos.GetBytesPerSecondMax(), t.share.Bytes}} {
+		rate, most := lower(x.own, x.share), burst
+		if rate > 0 && rate == x.share {
+			most = min(burst, shareBurst)
+		}
+		x.b.set(rate, most)
+	}
 	t.on = t.ops.rate > 0 || t.bytes.rate > 0 || t.held.head != nil
 }
 

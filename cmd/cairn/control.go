@@ -193,6 +193,9 @@ func (c *control) attachment(name string) *pb.AttachmentStatus {
 	if in.Why != "" {
 		a.State = fmt.Sprintf("%s: %s", a.State, in.Why)
 	}
+	if sh := in.Share; sh.IOPS > 0 {
+		a.State = fmt.Sprintf("%s, held to %d IOPS and %s/s for what others are promised", a.State, sh.IOPS, formatSize(sh.Bytes))
+	}
 	for _, r := range in.Replicas {
 		a.Replicas = append(a.Replicas, &pb.ReplicaStatus{Store: r.Store[:], Host: r.Host, State: r.State, JoinedBytes: r.JoinedBytes})
 	}

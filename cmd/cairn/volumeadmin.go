@@ -204,8 +204,8 @@ func (q *qosFlags) register(cmd *cobra.Command) {
 	f.Uint64Var(&q.iops, "iops", 0, "at most so many operations a second (0: no bound)")
 	f.StringVar(&q.bandwidth, "bandwidth", "", "at most so many bytes a second, as 100M")
 	f.DurationVar(&q.burst, "burst", 0, "so much of a bound may come at once (default 1s)")
-	f.Uint64Var(&q.minIOPS, "min-iops", 0, "so many operations a second are kept free on its host")
-	f.StringVar(&q.minBandwidth, "min-bandwidth", "", "so many bytes a second are kept free on its host")
+	f.Uint64Var(&q.minIOPS, "min-iops", 0, "so many operations a second at least, before other volumes of its host")
+	f.StringVar(&q.minBandwidth, "min-bandwidth", "", "so many bytes a second at least, before other volumes of its host")
 }
 
 // qos returns what was given, nil if nothing was.
@@ -247,8 +247,10 @@ func volumeSet(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "set NAME", Short: "Change a volume's tags and bounds", Args: cobra.ExactArgs(1),
 		Long: `Change a volume's tags and bounds. Bounds hold within seconds, for a running VM
-too; all of them are replaced by those given.`,
-		Example: "  cairn volume set db --tag tier=gold --untag old\n  cairn volume set db --iops 5000 --bandwidth 200M\n  cairn volume set db --iops 0   # no bounds",
+too; all of them are replaced by those given. A minimum (--min-iops, --min-bandwidth) is
+kept by holding back the other volumes attached on the same host while this one asks for
+more than it gets; of two minima, either keeps the promise.`,
+		Example: "  cairn volume set db --tag tier=gold --untag old\n  cairn volume set db --iops 5000 --bandwidth 200M\n  cairn volume set db --min-iops 1000\n  cairn volume set db --iops 0   # no bounds",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			qos, err := q.qos(cmd)
 			if err != nil {
