@@ -79,6 +79,7 @@ var floors = map[string]int{
 var reasons = map[string]string{
 	"github.com/BurntSushi/toml":          "configuration files that people write by hand, with comments and clear errors",
 	"github.com/anishathalye/porcupine":   "decides whether a recorded block history is linearizable; a checker of our own would need its own proof",
+	"github.com/dgraph-io/ristretto/v2":   "the buffer type that Badger's writer of finished tables takes; Badger's own dependency",
 	"github.com/dgraph-io/badger/v4":      "holds the metadata state: ordered keys, transactions and snapshots in pure Go",
 	"github.com/hashicorp/go-hclog":       "the logger hashicorp/raft demands; adapts it to our own log",
 	"github.com/hashicorp/raft":           "consensus for metadata: the part that must not be home-made",

@@ -1,14 +1,13 @@
 package server
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
@@ -34,11 +33,22 @@ type fsm struct {
 	dir  string
 	lock *os.File // flock beside dir: nobody else has this state open
 
+	// ending is above 0 while somebody wants swap for writing: long reads, which
+	// are snapshots and backups, then give up.
+	ending atomic.Int32
+	// swap is held for reading by whoever reads db outside of a batch, and for
+	// writing while db is replaced. Whoever takes both takes mu first. A read does
+	// not wait for a batch that is being applied: nothing of it has been answered
+	// yet. half is held for writing while a batch is written in more than one
+	// transaction, and for reading while a view is opened.
+	swap   sync.RWMutex
+	half   sync.RWMutex
+	db     *badger.DB
+	broken bool // a restore failed half way: only another one may follow
+
 	mu      sync.RWMutex // guards all below; held for writing while a batch is applied
-	db      *badger.DB
 	applied uint64
 	hash    uint64
-	broken  bool // a restore failed half way: only another one may follow
 
 	news news // what changed lately, for watchers
 
@@ -116,10 +126,22 @@ func lockDir(dir string) (*os.File, error) {
 	return lock, nil
 }
 
+// halt makes long reads end, now and from now on: the node closes.
+func (f *fsm) halt() { f.ending.Add(1) }
+
+// own is mu and swap for writing. The returned function lets both go.
+func (f *fsm) own() (free func()) {
+	f.mu.Lock()
+	f.ending.Add(1)
+	f.swap.Lock()
+	f.ending.Add(-1)
+	return func() { f.swap.Unlock(); f.mu.Unlock() }
+}
+
 // close lets the state go. What it had not synced is in the log.
 func (f *fsm) close() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.halt()
+	defer f.own()()
 	return errors.Join(f.db.Close(), f.lock.Close())
 }
 
@@ -133,14 +155,17 @@ func (f *fsm) trusted() (ok bool) {
 	kv := newView(f.db)
 	defer kv.close()
 	m := kv.Get(keyMark)
-	if m == nil {
-		return kv.err == nil && state.HashAll(kv) == 0 && kv.err == nil
-	}
-	if len(m) != 17 || m[16] != 0 {
+	switch {
+	case kv.err != nil:
 		return false
+	case m == nil:
+	case len(m) != 17 || m[16] != 0:
+		return false
+	default:
+		f.applied, f.hash = binary.BigEndian.Uint64(m), binary.BigEndian.Uint64(m[8:])
 	}
-	f.applied, f.hash = binary.BigEndian.Uint64(m), binary.BigEndian.Uint64(m[8:])
-	return state.HashAll(kv) == f.hash && kv.err == nil
+	sum, err := hashAll(f.db, kv.txn)
+	return err == nil && sum == f.hash
 }
 
 // wipe leaves an empty database. The directory holds only what the log and
@@ -169,12 +194,14 @@ func (f *fsm) at() (applied, hash uint64) {
 
 // read runs fn over the applied state.
 func (f *fsm) read(fn func(kv state.KV)) error {
-	f.mu.RLock()
-	defer f.mu.RUnlock()
+	f.swap.RLock()
+	defer f.swap.RUnlock()
 	if f.broken {
 		return status.Errorf(status.Unavailable, "the metadata state is being restored: ask again")
 	}
+	f.half.RLock()
 	kv := newView(f.db)
+	f.half.RUnlock()
 	defer kv.close()
 	fn(kv)
 	if kv.err != nil {
@@ -250,7 +277,7 @@ func (f *fsm) applyPart(logs []*raft.Log, cmds []*pb.Command) []any {
 	if kv.err != nil {
 		panic(fmt.Sprintf("reading the metadata state: %v", kv.err))
 	}
-	if err := commit(f.db, over, last, hash); err != nil {
+	if err := f.commit(over, last, hash); err != nil {
 		panic(fmt.Sprintf("writing the metadata state: %v", err))
 	}
 	f.applied, f.hash = last, hash
@@ -275,7 +302,8 @@ func mark(applied, hash uint64, dirty byte) []byte {
 // commit writes a batch in one transaction. One too large for that is written
 // in several between two marks; a crash between them leaves the dirty mark, and
 // the next start rebuilds.
-func commit(db *badger.DB, over *state.Overlay, applied, hash uint64) error {
+func (f *fsm) commit(over *state.Overlay, applied, hash uint64) error {
+	db := f.db
 	txn := db.NewTransaction(true)
 	err := over.Changes(func(k, v []byte) error { return apply1(txn, k, v) })
 	if err == nil {
@@ -288,6 +316,8 @@ func commit(db *badger.DB, over *state.Overlay, applied, hash uint64) error {
 	if !errors.Is(err, badger.ErrTxnTooBig) {
 		return err
 	}
+	f.half.Lock()
+	defer f.half.Unlock()
 	if err := setMark(db, mark(0, 0, 1)); err != nil {
 		return err
 	}
@@ -365,7 +395,7 @@ func (v *view) Delete([]byte) { panic("meta/server: write to a read-only view") 
 // Scan implements state.KV. The shell's own keys (0x00) are left out.
 func (v *view) Scan(prefix, from []byte, fn func(key, val []byte) bool) {
 	opt := badger.DefaultIteratorOptions
-	opt.Prefix, opt.PrefetchSize = prefix, 64
+	opt.Prefix, opt.PrefetchValues = prefix, false // a value is beside its key; Badger would start a goroutine for each
 	it := v.txn.NewIterator(opt)
 	defer it.Close()
 	start := prefix
@@ -383,152 +413,6 @@ func (v *view) Scan(prefix, from []byte, fn func(key, val []byte) bool) {
 		}
 		if !fn(it.Item().KeyCopy(nil), val) {
 			return
-		}
-	}
-}
-
-// A snapshot: magic (8), applied (8), then pairs of key length (4, never 0),
-// value length (4), key, value; then 0 (4), count (8), state hash (8).
-const snapMagic = "cairnms1"
-
-type snapshot struct {
-	kv            *view
-	applied, hash uint64
-}
-
-// Snapshot implements raft.FSM: a moment of the database, read later.
-func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	return &snapshot{kv: newView(f.db), applied: f.applied, hash: f.hash}, nil
-}
-
-// Release implements raft.FSMSnapshot.
-func (s *snapshot) Release() { s.kv.close() }
-
-// Persist implements raft.FSMSnapshot.
-func (s *snapshot) Persist(sink raft.SnapshotSink) error {
-	if err := s.write(sink); err != nil {
-		return errors.Join(err, sink.Cancel())
-	}
-	return sink.Close()
-}
-
-func (s *snapshot) write(out io.Writer) error {
-	w := bufio.NewWriterSize(out, 1<<20)
-	var sum, count uint64
-	_, err := w.Write(binary.BigEndian.AppendUint64([]byte(snapMagic), s.applied))
-	s.kv.Scan(nil, nil, func(k, v []byte) bool {
-		if err == nil {
-			err = writePair(w, k, v)
-		}
-		sum += state.HashPair(k, v)
-		count++
-		return err == nil
-	})
-	if err = errors.Join(err, s.kv.err); err != nil {
-		return err
-	}
-	if sum != s.hash {
-		return fmt.Errorf("the state's hash is %x by a scan and %x by its changes: no snapshot is made of it", sum, s.hash)
-	}
-	return writeTail(w, count, sum)
-}
-
-func writePair(w *bufio.Writer, k, v []byte) error {
-	h := binary.BigEndian.AppendUint32(w.AvailableBuffer(), uint32(len(k)))
-	_, err := w.Write(binary.BigEndian.AppendUint32(h, uint32(len(v))))
-	for _, b := range [][]byte{k, v} {
-		if err == nil {
-			_, err = w.Write(b)
-		}
-	}
-	return err
-}
-
-func writeTail(w *bufio.Writer, count, sum uint64) error {
-	tail := binary.BigEndian.AppendUint64(make([]byte, 4), count)
-	if _, err := w.Write(binary.BigEndian.AppendUint64(tail, sum)); err != nil {
-		return err
-	}
-	return w.Flush()
-}
-
-// Restore implements raft.FSM: it replaces the state by a snapshot, which is
-// marked whole only after its hash was right.
-func (f *fsm) Restore(rc io.ReadCloser) (err error) {
-	defer func() { err = errors.Join(err, rc.Close()) }()
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.broken = true // raft would go on applying entries to what is left
-	if err := f.wipe(); err != nil {
-		return err
-	}
-	if err := setMark(f.db, mark(0, 0, 1)); err != nil {
-		return err
-	}
-	applied, hash, err := load(f.db, bufio.NewReaderSize(rc, 1<<20))
-	if err != nil {
-		return fmt.Errorf("restoring a metadata snapshot: %w", err)
-	}
-	if err := setMark(f.db, mark(applied, hash, 0)); err != nil {
-		return err
-	}
-	f.applied, f.hash, f.broken = applied, hash, false
-	f.news.begin(applied)
-	return nil
-}
-
-func load(db *badger.DB, r io.Reader) (applied, sum uint64, err error) {
-	wb := db.NewWriteBatch()
-	defer wb.Cancel()
-	if applied, sum, err = readPairs(r, wb.Set); err != nil {
-		return 0, 0, err
-	}
-	return applied, sum, wb.Flush()
-}
-
-// readPairs reads a snapshot to its end and compares its hash. What fn was
-// given counts only if the result is no error.
-func readPairs(r io.Reader, fn func(k, v []byte) error) (applied, sum uint64, err error) {
-	var head [16]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return 0, 0, err
-	}
-	if string(head[:8]) != snapMagic {
-		return 0, 0, status.Errorf(status.Unsupported, "it is of another format (%q)", head[:8])
-	}
-	for count := uint64(0); ; count++ {
-		var n [8]byte
-		if _, err := io.ReadFull(r, n[:4]); err != nil {
-			return 0, 0, err
-		}
-		klen := binary.BigEndian.Uint32(n[:])
-		if klen == 0 {
-			var tail [16]byte
-			if _, err := io.ReadFull(r, tail[:]); err != nil {
-				return 0, 0, err
-			}
-			if binary.BigEndian.Uint64(tail[:]) != count || binary.BigEndian.Uint64(tail[8:]) != sum {
-				return 0, 0, status.Errorf(status.Corrupt, "its hash is wrong")
-			}
-			return binary.BigEndian.Uint64(head[8:]), sum, nil
-		}
-		if _, err := io.ReadFull(r, n[4:]); err != nil {
-			return 0, 0, err
-		}
-		vlen := binary.BigEndian.Uint32(n[4:])
-		if klen > 1<<16 || vlen > 1<<26 {
-			return 0, 0, status.Errorf(status.Corrupt, "it has a pair of %d and %d bytes", klen, vlen)
-		}
-		kv := make([]byte, klen+vlen)
-		if _, err := io.ReadFull(r, kv); err != nil {
-			return 0, 0, err
-		}
-		k, v := kv[:klen:klen], kv[klen:]
-		sum += state.HashPair(k, v)
-		if err := fn(k, v); err != nil {
-			return 0, 0, err
 		}
 	}
 }

@@ -301,7 +301,7 @@ func TestADifferentStateIsFoundAndMended(t *testing.T) {
 		t.Fatal(res.Detail)
 	}
 	s.fsm.mu.Lock()
-	err := commit(s.fsm.db, over, s.fsm.applied, s.fsm.hash+over.HashDelta())
+	err := s.fsm.commit(over, s.fsm.applied, s.fsm.hash+over.HashDelta())
 	s.fsm.hash += over.HashDelta()
 	s.fsm.mu.Unlock()
 	if err != nil {

@@ -79,6 +79,29 @@ func (s *sealedLog) StoreLogs(logs []*raft.Log) error {
 	return s.LogStore.StoreLogs(sealed)
 }
 
+// cutPiece is how many entries are forgotten in one transaction: bbolt writes
+// one at a time, and commits wait for it.
+const cutPiece = 512
+
+// DeleteRange implements raft.LogStore. What a snapshot has made superfluous, at
+// the log's beginning, goes in pieces from there; a crash leaves a log that
+// begins in between. At the log's end all goes at once: in between there must
+// not be a gap.
+func (s *sealedLog) DeleteRange(lo, hi uint64) error {
+	first, err := s.FirstIndex()
+	if err != nil {
+		return err
+	}
+	for lo == first && hi-lo >= cutPiece && hi > lo {
+		if err := s.LogStore.DeleteRange(lo, lo+cutPiece-1); err != nil {
+			return err
+		}
+		lo += cutPiece
+		first = lo
+	}
+	return s.LogStore.DeleteRange(lo, hi)
+}
+
 // check reads every entry.
 func (s *sealedLog) check() error {
 	return guard("the metadata log", func() error {
@@ -221,17 +244,52 @@ func (s *sealedSnaps) Create(v raft.SnapshotVersion, index, term uint64, c raft.
 	if err != nil {
 		return nil, err
 	}
-	return &sealedSink{sink, s}, nil
+	// raft renames the directory when the snapshot is whole; until then its name ends so.
+	data, err := os.OpenFile(filepath.Join(s.dir, sink.ID()+".tmp", "state.bin"), os.O_RDWR, 0)
+	if err != nil {
+		return nil, errors.Join(err, sink.Cancel())
+	}
+	return &sealedSink{SnapshotSink: sink, s: s, data: data}, nil
 }
+
+// syncPiece is how much of a snapshot may wait to be written to the disk: a
+// commit's sync, on the same file system, may have to wait for it.
+const syncPiece = 4 << 20
 
 type sealedSink struct {
 	raft.SnapshotSink
-	s *sealedSnaps
+	s     *sealedSnaps
+	data  *os.File // the same file as raft's, for syncing it
+	bytes int      // since the last sync
+	ended bool     // raft closes a sink twice
+}
+
+// Write implements io.Writer.
+func (k *sealedSink) Write(b []byte) (int, error) {
+	n, err := k.SnapshotSink.Write(b)
+	if k.bytes += n; k.bytes >= syncPiece && err == nil {
+		k.bytes = 0
+		err = k.data.Sync()
+	}
+	return n, err
+}
+
+// Cancel implements raft.SnapshotSink.
+func (k *sealedSink) Cancel() error {
+	if k.ended {
+		return nil
+	}
+	k.ended = true
+	return errors.Join(k.SnapshotSink.Cancel(), k.data.Close())
 }
 
 // Close implements io.Closer: the snapshot is whole, and then sealed.
 func (k *sealedSink) Close() error {
-	if err := k.SnapshotSink.Close(); err != nil {
+	if k.ended {
+		return nil
+	}
+	k.ended = true
+	if err := errors.Join(k.SnapshotSink.Close(), k.data.Close()); err != nil {
 		return err
 	}
 	sum, err := k.s.sum(k.ID())

@@ -531,6 +531,7 @@ func (s *Server) Close() error {
 	s.cancel()
 	var err error
 	if r := s.raft.Load(); r != nil {
+		s.fsm.halt() // raft waits for a snapshot that is being written
 		f := r.Shutdown()
 		s.grpc.Stop()
 		err = errors.Join(f.Error(), s.trans.Close())

@@ -36,13 +36,10 @@ type KV interface {
 // wrapping sum of its pairs' parts, so that order does not matter and a change
 // costs one subtraction and one addition.
 func HashPair(key, val []byte) uint64 {
-	h := sha256.New()
-	var n [4]byte
-	binary.BigEndian.PutUint32(n[:], uint32(len(key)))
-	h.Write(n[:]) // a sha256 never fails to take bytes
-	h.Write(key)
-	h.Write(val)
-	return binary.BigEndian.Uint64(h.Sum(nil))
+	var room [512]byte // most pairs fit: nothing is allocated
+	b := binary.BigEndian.AppendUint32(room[:0], uint32(len(key)))
+	sum := sha256.Sum256(append(append(b, key...), val...))
+	return binary.BigEndian.Uint64(sum[:])
 }
 
 // HashAll returns the state hash of kv by scanning it.
