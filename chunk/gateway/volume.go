@@ -144,6 +144,9 @@ func (v *Volume) perform(a *actions) {
 	for _, n := range a.out.Cuts {
 		v.cutNews(n)
 	}
+	for _, l := range a.out.Listed {
+		l.List.User.(chan volume.Listed) <- l // has room for it
+	}
 	for _, c := range a.out.Meta {
 		go v.callMeta(c)
 	}

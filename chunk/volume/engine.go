@@ -310,6 +310,8 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 		e.beginCut(ev)
 	case *Release:
 		e.release(ev)
+	case *List:
+		e.beginList(ev)
 	}
 	e.settle()
 }

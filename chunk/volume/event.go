@@ -87,11 +87,12 @@ type MetaCall struct {
 // Out gathers the actions of steps. The shell carries them out after it has
 // released its lock, in any order: sends are independent of each other.
 type Out struct {
-	Sends []Send
-	Done  []Done
-	Meta  []*MetaCall
-	Links []LinkAction
-	Cuts  []CutNews
+	Sends  []Send
+	Done   []Done
+	Meta   []*MetaCall
+	Links  []LinkAction
+	Cuts   []CutNews
+	Listed []Listed
 }
 
 // Reset empties o, keeping its memory.
@@ -99,7 +100,8 @@ func (o *Out) Reset() {
 	clear(o.Sends)
 	clear(o.Done)
 	clear(o.Cuts)
-	o.Sends, o.Done, o.Meta, o.Links, o.Cuts = o.Sends[:0], o.Done[:0], o.Meta[:0], o.Links[:0], o.Cuts[:0]
+	clear(o.Listed)
+	o.Sends, o.Done, o.Meta, o.Links, o.Cuts, o.Listed = o.Sends[:0], o.Done[:0], o.Meta[:0], o.Links[:0], o.Cuts[:0], o.Listed[:0]
 }
 
 // Event is what can happen to an engine.

@@ -47,6 +47,7 @@ type world struct {
 	kept    []func()
 	cuts    []CutNews // not looked at yet
 	onCuts  func()
+	listed  func(Listed)
 	origins func() []*pb.OriginState // what the volume is a clone of; nil: of nothing
 	prunes  int
 	copies  uint32           // of each chunk
@@ -196,6 +197,9 @@ func (w *world) drain() {
 			delete(w.done, d.Op)
 			f(d.Status)
 		}
+	}
+	for _, l := range out.Listed {
+		w.listed(l)
 	}
 	if len(out.Cuts) > 0 && w.onCuts != nil {
 		w.onCuts()
