@@ -60,7 +60,7 @@ func (s *Store) low() bool {
 // step goes on if it can. Without pressure only ticks of the clock drive it.
 func (c *compaction) step(out *outbox, tick bool) error {
 	s := c.s
-	if c.reading || s.closed || !tick && !s.low() {
+	if c.reading || s.closed || !s.low() && (!tick || s.straight.active(s)) {
 		return nil
 	}
 	if c.victim != nil && c.victim.state != segClosed {

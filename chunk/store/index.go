@@ -55,6 +55,8 @@ type chunk struct {
 	id    ids.ChunkID
 	layer ids.LayerID
 	pages []*page // by n; nil: nothing was ever written there
+
+	ragged bool // it is on the straightener's list
 }
 
 // vol is what the store knows of a volume.

@@ -195,10 +195,11 @@ func (s *Store) startRead(r *read, out *outbox) {
 		s.finishRead(r, out)
 		return
 	}
+	asked := r.into && len(r.ents) == 1 // and it was not there
 	r.buf, r.into = make([]byte, len(r.ents)*blockBytes), false
 	var ops []*disk.Op
 	r.eachRun(func(off int64, b []byte) bool {
-		if s.now == nil || !s.now.ReadNow(b, off) {
+		if s.now == nil || asked || !s.now.ReadNow(b, off) {
 			ops = append(ops, &disk.Op{Kind: disk.Read, Off: off, Bufs: [][]byte{b}, Done: r.gotRun})
 		}
 		return true

@@ -49,7 +49,7 @@ type Usage struct {
 	Segments, FreeSegments int
 	DebtBytes              uint64 // dead in closed segments: what compaction could give back
 	LogBytes               uint64 // written to the log since the opening: data, copies and records
-	CopiedBytes            uint64 // of it, moved by compaction: LogBytes / (LogBytes - CopiedBytes) is the write amplification
+	CopiedBytes            uint64 // of it, moved by compaction and straightening: LogBytes / (LogBytes - CopiedBytes) is the write amplification
 	ChecksumErrors         uint64 // blocks that were read and did not match, since the opening
 	IndexBytes             uint64 // of index pages in memory
 	IndexMisses            uint64 // pages fetched, since the opening
@@ -147,6 +147,7 @@ type Store struct {
 	reading    int        // windows of merges being read
 	compact    compaction
 	scrub      scrubber
+	straight   straightener
 }
 
 const defaultIndexBytes = 64 << 20
@@ -368,6 +369,9 @@ func (s *Store) step(now time.Duration, out *outbox) error {
 		return err
 	}
 	if err := s.scrub.step(s, now, out); err != nil {
+		return err
+	}
+	if err := s.straight.tick(s, out); err != nil {
 		return err
 	}
 	return s.compact.step(out, true)

@@ -306,6 +306,7 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 		}
 		return s.change(c, q, out)
 	case wire.Read:
+		s.straight.requests++
 		return s.read(c, v, q, out)
 	case wire.Flush:
 		return s.flush(c, q, out)
@@ -451,6 +452,7 @@ func (s *Store) change(c *caller, q *wire.Request, out *outbox) error {
 		return err
 	}
 	s.compact.idle = false // something has died by it, perhaps
+	s.straight.requests++
 	s.afterAppends(c, &wire.Reply{Kind: q.Kind, ID: q.ID}, out)
 	return nil
 }
@@ -471,6 +473,9 @@ func (s *Store) stageRuns(v *vol, q *wire.Request, k kind) error {
 			}
 			if err := s.appendRun(c, k, q.Block+ids.Block(i), n, q.Version, sums, data); err != nil {
 				return err
+			}
+			if k == kindData {
+				s.straight.wrote(s, c, n)
 			}
 		}
 		i += n
