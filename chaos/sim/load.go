@@ -143,6 +143,7 @@ func (c *client) next(reader bool) {
 		}
 		if reader {
 			o.Len = min(o.Len, ids.BlockSize)
+			o.States = o.States[:min(len(o.States), 1)]
 			c.next(true)
 			if len(c.live) > 4*maxDepth {
 				return
@@ -163,6 +164,9 @@ func (l *load) draw() *volume.Op {
 		return &volume.Op{Kind: volume.OpFlush}
 	}
 	switch k := r.IntN(100); {
+	case k < 4 && !win.parts:
+		o.States = make([]byte, n)
+		return o
 	case k < 46:
 		o.Kind = volume.OpRead
 	case r.IntN(100) >= l.w.shape.zeros:
@@ -246,6 +250,9 @@ func (c *client) abandon() {
 
 func (o *op) String() string {
 	kind := [...]string{"read", "write", "zero", "trim", "flush"}[o.Kind]
+	if o.States != nil {
+		kind = "status"
+	}
 	if o.FUA {
 		kind += "+fua"
 	}

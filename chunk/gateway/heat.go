@@ -22,7 +22,7 @@ const (
 // operation begins: few lie across a border.
 func (v *Volume) count(ops []*volume.Op) {
 	for _, op := range ops {
-		if op.Kind == volume.OpRead || op.Kind == volume.OpWrite {
+		if op.Kind == volume.OpWrite || op.Kind == volume.OpRead && op.States == nil {
 			if op.Off < v.Size() {
 				v.heat.Count(uint32(op.Off/v.chunkBytes), op.Len, op.Kind == volume.OpWrite)
 			}

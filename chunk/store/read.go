@@ -76,6 +76,10 @@ func (s *Store) look(v *vol, r *read, out *outbox) error {
 	if err := s.resolve(v, r); err != nil {
 		return err
 	}
+	if r.flags&wire.FlagEntries != 0 && r.flags&wire.FlagNoData != 0 {
+		out.reply(r.c, r.withEntries(&wire.Reply{Kind: wire.Read, ID: r.id}))
+		return nil
+	}
 	for i := range r.ents {
 		e := &r.ents[i]
 		if e.kind == kindPoison {
@@ -268,15 +272,23 @@ func (s *Store) finishRead(r *read, out *outbox) {
 		}
 	}
 	if rep.Status == status.OK && r.flags&wire.FlagEntries != 0 {
-		rep.Entries = make([]wire.Entry, len(r.ents))
-		for i, e := range r.ents {
-			rep.Entries[i] = wire.Entry{Chunk: r.chunk, Layer: r.layerOf(i), Block: r.block + ids.Block(i), Version: e.version, Sum: e.sum, Kind: wire.EntryKind(e.kind)}
-		}
-	}
-	if r.flags&wire.FlagFrozen != 0 {
+		r.withEntries(rep)
+	} else if r.flags&wire.FlagFrozen != 0 {
 		rep.Incarnation = s.incarnation
 	}
 	out.reply(r.c, rep)
+}
+
+// withEntries adds what the index says of each block.
+func (r *read) withEntries(rep *wire.Reply) *wire.Reply {
+	rep.Entries = make([]wire.Entry, len(r.ents))
+	for i, e := range r.ents {
+		rep.Entries[i] = wire.Entry{Chunk: r.chunk, Layer: r.layerOf(i), Block: r.block + ids.Block(i), Version: e.version, Sum: e.sum, Kind: wire.EntryKind(e.kind)}
+	}
+	if r.flags&wire.FlagFrozen != 0 {
+		rep.Incarnation = r.s.incarnation
+	}
+	return rep
 }
 
 func (r *read) corrupt(i int, why string) *wire.Reply {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/cairnstore/cairn/chunk/disk"
@@ -190,6 +191,30 @@ func (s *Store) find(c ids.ChunkID, b ids.Block) uint32 {
 		panic(err)
 	}
 	return e.loc
+}
+
+// A read without data tells how each block is stored, also of one that has no
+// good copy or that is not on the disk yet, and does not touch the disk.
+func TestReadWithoutData(t *testing.T) {
+	d := formatMem(t)
+	s := open(t, d, testBoot)
+	mustOK(t, ask(s, put(1, 0, 3, 5, 1)))
+	mustOK(t, ask(s, wire.Request{Kind: wire.Install, Volume: 1, Chunk: 1, Limit: 9, Entries: []wire.Entry{{Chunk: 1, Block: 1, Version: 5, Kind: wire.EntryPoison}}}))
+	mustOK(t, ask(s, wire.Request{Kind: wire.Zero, Volume: 1, Chunk: 1, Block: 3, Count: 1, Version: 6}))
+	q := readOf(1, 0, 5, 0)
+	q.Flags |= wire.FlagNoData
+	r := mustOK(t, ask(s, q))
+	var kinds []wire.EntryKind
+	for _, e := range r.Entries {
+		kinds = append(kinds, e.Kind)
+	}
+	if want := []wire.EntryKind{wire.EntryData, wire.EntryPoison, wire.EntryData, wire.EntryZero, wire.EntryHole}; !slices.Equal(kinds, want) || len(r.Data) > 0 {
+		t.Errorf("%v and %d bytes of data, not %v and none", kinds, len(r.Data), want)
+	}
+	q.Chunk = 2
+	if r := mustOK(t, ask(s, q)); len(r.Entries) != 5 || r.Entries[4].Kind != wire.EntryHole {
+		t.Errorf("of a chunk that is not there: %v", r.Entries)
+	}
 }
 
 func TestPoisonIsReportedUntilOverwritten(t *testing.T) {

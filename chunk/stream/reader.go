@@ -126,7 +126,9 @@ func Cost(q *wire.Request) int {
 	n := 512 + len(q.Data) + 4*len(q.Sums) + 32*len(q.Entries)
 	switch q.Kind {
 	case wire.Read:
-		n += int(min(q.Count, wire.MaxIO)) * ids.BlockSize
+		if q.Flags&wire.FlagNoData == 0 {
+			n += int(min(q.Count, wire.MaxIO)) * ids.BlockSize
+		}
 		if q.Flags&wire.FlagEntries != 0 {
 			n += int(min(q.Count, wire.MaxIO)) * 32
 		}

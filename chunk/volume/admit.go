@@ -130,6 +130,23 @@ func (p piece) data() []byte {
 	return p.op.Data[at : at+p.n]
 }
 
+// states returns the piece's part of what its operation says of its blocks.
+func (p piece) states() []byte {
+	at := (p.off - p.op.Off) / ids.BlockSize
+	return p.op.States[at : at+p.n/ids.BlockSize]
+}
+
+// zeros answers a piece of a read of which nothing was ever written.
+func (p piece) zeros() {
+	if p.op.States == nil {
+		clear(p.data())
+		return
+	}
+	for i := range p.states() {
+		p.states()[i] = BlockHole
+	}
+}
+
 // start begins a piece, or lets it wait for its chunk. Blocks are registers, and
 // what overlaps takes turns only where it must:
 //
@@ -184,13 +201,18 @@ func (e *Engine) begin(j *job) {
 func (e *Engine) startUnallocated(c *chunk, p piece) {
 	index := ids.ChunkIndex(p.off / (uint64(e.perChunk) * ids.BlockSize))
 	shows := e.originHas(index)
+	if shows && p.op.States != nil { // the origin's blocks count as data
+		clear(p.states())
+		e.partDone(p.op, status.OK)
+		return
+	}
 	if shows && p.op.Kind == OpRead {
 		e.viewAll(c, p)
 		return
 	}
 	if p.op.Kind != OpWrite && !(shows && (p.op.Kind == OpZero || p.op.Kind == OpCopy)) {
 		if p.op.Kind == OpRead {
-			clear(p.data())
+			p.zeros()
 		}
 		e.partDone(p.op, status.OK)
 		return

@@ -34,7 +34,12 @@ type Op struct {
 	Off  uint64 // bytes
 	Len  uint64 // bytes
 	Data []byte // Write: payload. Read: Len bytes to fill
-	User any    // whoever submitted it: a Completer, for the shell
+
+	// States makes a read say how its blocks are stored instead of what is in
+	// them: a byte for each of its whole blocks, BlockData or BlockHole.
+	States []byte
+
+	User any // whoever submitted it: a Completer, for the shell
 
 	// Waited is how long the client's request has been with the shell already:
 	// it counts in Slow.
@@ -46,6 +51,12 @@ type Op struct {
 	next     *Op           // wait queue
 	at       time.Duration // it was submitted
 }
+
+// How a block is stored (Op.States).
+const (
+	BlockData byte = iota // there is data, or there may be
+	BlockHole             // it reads as zeros and takes no space
+)
 
 // Done is a finished operation.
 type Done struct {

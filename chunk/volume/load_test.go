@@ -129,10 +129,15 @@ func (w *world) flush() *Op {
 	})
 }
 
-func (w *world) read(block uint64) *Op {
+func (w *world) read(block uint64) *Op { return w.look(block, nil) }
+
+// describe asks how a block is stored: a hole is as good as reading zeros.
+func (w *world) describe(block uint64) *Op { return w.look(block, []byte{BlockHole + 1}) }
+
+func (w *world) look(block uint64, states []byte) *Op {
 	r := w.block(block)
 	over, since := r.over, len(r.all)
-	op := &Op{Kind: OpRead, Off: block * ids.BlockSize, Len: ids.BlockSize, Data: make([]byte, ids.BlockSize)}
+	op := &Op{Kind: OpRead, Off: block * ids.BlockSize, Len: ids.BlockSize, Data: make([]byte, ids.BlockSize), States: states}
 	was := map[byte]bool{}
 	for v := range r.may {
 		was[v] = true
@@ -143,6 +148,12 @@ func (w *world) read(block uint64) *Op {
 		}
 		if w.ok("read")(k); k != status.OK {
 			return
+		}
+		if states != nil && states[0] == BlockData {
+			return
+		}
+		if states != nil && states[0] != BlockHole {
+			w.fail("block %d is not described", block)
 		}
 		val := op.Data[0]
 		if !r.may[val] && !was[val] && !slices.Contains(r.all[since:], val) || !bytes.Equal(op.Data, bytes.Repeat([]byte{val}, ids.BlockSize)) {
@@ -186,8 +197,10 @@ func (w *world) someLoad(val byte) byte {
 			continue
 		}
 		switch w.rng.IntN(8) {
-		case 0, 1:
+		case 0:
 			w.read(b)
+		case 1:
+			w.describe(b)
 		case 2:
 			w.write(b, 0)
 		case 3:

@@ -152,7 +152,7 @@ func (t *throttle) refill(now time.Duration) {
 
 // cost is what an operation takes: what is only noted costs no bytes.
 func cost(op *Op) (ops, bytes uint64) {
-	if op.Kind == OpRead || op.Kind == OpWrite {
+	if op.Kind == OpWrite || op.Kind == OpRead && op.States == nil {
 		return 1, op.Len
 	}
 	return 1, 0

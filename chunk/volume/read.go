@@ -79,7 +79,9 @@ func (e *Engine) sendRead(rd *read) {
 		return
 	}
 	rd.req = wire.Request{Kind: wire.Read, Chunk: rd.c.id, Layer: e.layers.top, Chain: e.layers.chain, Block: rd.first, Count: rd.count}
-	if !best.local || rd.bad != 0 || len(e.origins) > 0 {
+	if rd.states() {
+		rd.req.Flags = wire.FlagEntries | wire.FlagNoData
+	} else if !best.local || rd.bad != 0 || len(e.origins) > 0 {
 		rd.req.Flags = wire.FlagEntries
 	} else if rd.job == nil && rd.piece.aligned() {
 		// Only the in-process twin fills it, and only before Submit returns.
@@ -105,6 +107,10 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 	}
 	switch k {
 	case status.OK:
+		if rd.states() {
+			e.describe(rd, rep.Entries)
+			return
+		}
 		e.countRead(r, rd)
 		if rd.bad != 0 {
 			e.repair(rd, rep)
@@ -138,6 +144,23 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 		rd.bad |= 1 << pos
 	}
 	e.sendRead(rd)
+}
+
+// states says whether a read asks how its blocks are stored.
+func (rd *read) states() bool { return rd.job == nil && rd.op.States != nil }
+
+// describe answers a read that asks how its blocks are stored. What a clone does
+// not have itself counts as data if its origin may have it.
+func (e *Engine) describe(rd *read, es []wire.Entry) {
+	shows := e.originHas(rd.c.index)
+	for i, out := 0, rd.piece.states(); i < len(out); i++ {
+		out[i] = BlockData
+		if k := es[i].Kind; k == wire.EntryZero || k == wire.EntryHole && !shows {
+			out[i] = BlockHole
+		}
+	}
+	rd.until = e.counter
+	e.answerRead(rd)
 }
 
 // holesIn lists what a clone does not have itself.
@@ -195,6 +218,11 @@ func (e *Engine) splitRead(rd *read) {
 // verified checks data that crossed a wire against its checksums. Data of the
 // in-process twin was checked by the store itself.
 func (e *Engine) verified(rd *read, rep *wire.Reply) bool {
+	if rd.states() {
+		return len(rep.Entries) == int(rd.count) && !slices.ContainsFunc(rep.Entries, func(en wire.Entry) bool {
+			return !names(rd.req.Layer, rd.req.Chain, en.Layer)
+		})
+	}
 	if len(rep.Data) != int(rd.count)*ids.BlockSize {
 		return false
 	}

@@ -251,7 +251,7 @@ func (s *memStore) read(q *wire.Request, r *wire.Reply) {
 	}
 	for i := range q.Count {
 		k, b := lookup(s.blocks, q.Chunk, q.Block+ids.Block(i), q.Layer, q.Chain)
-		if s.bad[k] || b.en.Kind == wire.EntryPoison {
+		if q.Flags&wire.FlagNoData == 0 && (s.bad[k] || b.en.Kind == wire.EntryPoison) {
 			r.Status, r.Block, r.Entries = status.Corrupt, k.block, nil
 			if !s.bad[k] {
 				r.Status = status.Poison

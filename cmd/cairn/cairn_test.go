@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -166,6 +167,13 @@ func TestADiskForOtherPrograms(t *testing.T) {
 	tool(t, "nbdcopy", "--flush", img, uri)
 	tool(t, "fio", "--name=v", "--verify_state_save=0", "--ioengine=nbd", "--uri="+uri, "--rw=randwrite", "--bs=4k", "--iodepth=32", "--offset=64m",
 		"--size=16m", "--verify=crc32c", "--verify_fatal=1", "--end_fsync=1")
+	var stored [][]string // offset, length, state: to the block
+	for _, line := range strings.Split(tool(t, "nbdinfo", "--map", uri), "\n") {
+		stored = append(stored, strings.Fields(line)[:3])
+	}
+	if want := [][]string{{"0", "33554432", "0"}, {"33554432", "33554432", "3"}, {"67108864", "16777216", "0"}, {"83886080", "989855744", "3"}}; !reflect.DeepEqual(stored, want) {
+		t.Fatalf("nbdinfo --map says %v, not %v", stored, want)
+	}
 	n.interrupt()
 	n = startUp(t, d)
 	if err := os.Remove(img + ".back"); err != nil && !errors.Is(err, os.ErrNotExist) {

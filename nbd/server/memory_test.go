@@ -14,6 +14,7 @@ import (
 	"github.com/cairnstore/cairn/chunk/volume"
 	"github.com/cairnstore/cairn/nbd/client"
 	"github.com/cairnstore/cairn/nbd/server"
+	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
@@ -109,7 +110,15 @@ func (m *memory) do(op *volume.Op) status.Kind {
 	b := m.data[op.Off : op.Off+op.Len]
 	switch op.Kind {
 	case volume.OpRead:
-		copy(op.Data, b)
+		for i := range op.States {
+			op.States[i] = volume.BlockData
+			if !m.present[(op.Off+uint64(i)*ids.BlockSize)/memoryThin] {
+				op.States[i] = volume.BlockHole
+			}
+		}
+		if op.States == nil {
+			copy(op.Data, b)
+		}
 	case volume.OpWrite:
 		copy(b, op.Data)
 		m.written += op.Len

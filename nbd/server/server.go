@@ -28,11 +28,13 @@ type Volume interface {
 	ReadOnly() bool
 	// Submit takes a batch of operations, valid and inside Size. Each comes back
 	// once through op.User.(volume.Completer), from any goroutine, perhaps
-	// before Submit returns; until then it and its Data belong to the volume.
+	// before Submit returns; until then it, its Data and States belong to the
+	// volume.
 	// The slice is the caller's again when Submit returns.
 	Submit(ops []*volume.Op)
-	// Extents describes [off, off+n) from off on: never a hole where a write
-	// may have been acknowledged, never data where one may fail for space.
+	// Extents describes [off, off+n) from off on, coarsely: never a hole where a
+	// write may have been acknowledged. How single blocks are stored, a read with
+	// States tells.
 	Extents(off, n uint64) []volume.Extent
 }
 

@@ -8,6 +8,7 @@ import (
 	"github.com/cairnstore/cairn/chunk/volume"
 	"github.com/cairnstore/cairn/nbd"
 	"github.com/cairnstore/cairn/nbd/socket"
+	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
@@ -55,6 +56,7 @@ const (
 	provisionHeld  = 16 << 10 // bytes of the budget each of them counts for: 4 GiB fill the default budget
 	cacheBytes     = 1 << 20  // a CACHE hint is followed so far
 	maxExtents     = 4 << 10  // of one BLOCK_STATUS reply; the client asks on from where it ends
+	statusBytes    = 64 << 20 // of the export that one BLOCK_STATUS reply describes block by block
 )
 
 // zeros is what provisioning writes; volumes only read it.
@@ -127,8 +129,8 @@ func (c *conn) take(req nbd.Request) error {
 		r.failed = kind
 		r.answer(kind)
 		c.answered = append(c.answered, r)
-	case req.Type == nbd.CmdBlockStatus:
-		c.blockStatus(r)
+	case req.Type == nbd.CmdBlockStatus && c.largeHole(r):
+		c.answered = append(c.answered, r)
 	default:
 		r.prepare()
 		c.batch = append(c.batch, r)
@@ -250,6 +252,8 @@ func (r *request) prepare() {
 	case nbd.CmdWrite:
 		r.op.Kind = volume.OpWrite
 		r.op.Data = r.buf.b[:r.req.Len]
+	case nbd.CmdBlockStatus:
+		r.describe()
 	case nbd.CmdTrim:
 		r.op.Kind = volume.OpTrim
 	case nbd.CmdWriteZeroes:
@@ -421,6 +425,9 @@ func (r *request) answer(kind status.Kind) {
 	errno, structured := status.NBD(kind), r.c.door.Structured
 	r.data = nil
 	switch {
+	case r.req.Type == nbd.CmdBlockStatus && (errno == 0 || kind == status.IO): // what nobody can read is data
+		r.headLen = r.extents(kind == status.OK)
+		return
 	case errno != 0 && structured:
 		head = nbd.AppendError(head, cookie, errno, kind.String())
 	case errno != 0:
@@ -435,26 +442,57 @@ func (r *request) answer(kind status.Kind) {
 	r.headLen = len(head)
 }
 
-// blockStatus answers from the thin map, at once.
-func (c *conn) blockStatus(r *request) {
+// largeHole answers a BLOCK_STATUS that begins in a large hole of the thin map,
+// at once.
+func (c *conn) largeHole(r *request) bool {
+	x := c.vol.Extents(r.req.Off, uint64(r.req.Len))[0]
+	if !x.Hole || x.Len < min(uint64(r.req.Len), statusBytes) {
+		return false
+	}
+	r.data = nbd.AppendExtent(r.data, nbd.Extent{Len: uint32(x.Len), State: nbd.StateHole | nbd.StateZero})
+	r.headLen = len(nbd.AppendStatusHead(r.head[:0], r.req.Cookie, c.door.AllocID, 1))
+	return true
+}
+
+// describe asks the volume how the blocks from the request's offset on are stored.
+func (r *request) describe() {
+	from := r.req.Off - r.req.Off%ids.BlockSize
+	to := min(r.req.Off+uint64(r.req.Len)+ids.BlockSize-1, from+statusBytes, r.c.vol.Size()/ids.BlockSize*ids.BlockSize)
+	blocks := (max(to, from) - from) / ids.BlockSize
+	r.buf = getBuffer(int(blocks) + 1)
+	r.op.Kind, r.op.Off, r.op.Len, r.op.States = volume.OpRead, from, blocks*ids.BlockSize, r.buf.b[:blocks]
+}
+
+// extents encodes how blocks are stored, as the volume has said it, or as data;
+// it returns the length of the header.
+func (r *request) extents(known bool) int {
 	limit := maxExtents
 	if r.req.Flags&nbd.CmdReqOne != 0 {
 		limit = 1
 	}
-	count := 0
-	for _, x := range c.vol.Extents(r.req.Off, uint64(r.req.Len)) {
-		if count == limit {
-			break
+	end := r.req.Off + uint64(r.req.Len)
+	count, left := 0, r.op.States
+	if !known || len(left) == 0 { // a volume's last bytes may be less than a block
+		left = nil
+		r.data = nbd.AppendExtent(r.data, nbd.Extent{Len: r.req.Len})
+		count = 1
+	}
+	for at := r.req.Off; len(left) > 0 && at < end && count < limit; count++ {
+		n := 1
+		for n < len(left) && left[n] == left[0] {
+			n++
 		}
-		e := nbd.Extent{Len: uint32(x.Len)}
-		if x.Hole {
+		e := nbd.Extent{}
+		if left[0] == volume.BlockHole {
 			e.State = nbd.StateHole | nbd.StateZero
 		}
+		left = left[n:]
+		stop := min(end, r.op.Off+r.op.Len-uint64(len(left))*ids.BlockSize)
+		e.Len = uint32(stop - at)
 		r.data = nbd.AppendExtent(r.data, e)
-		count++
+		at = stop
 	}
-	r.headLen = len(nbd.AppendStatusHead(r.head[:0], r.req.Cookie, c.door.AllocID, count))
-	c.answered = append(c.answered, r)
+	return len(nbd.AppendStatusHead(r.head[:0], r.req.Cookie, r.c.door.AllocID, count))
 }
 
 var _ socket.Owner = (*request)(nil)

@@ -141,6 +141,10 @@ const (
 	// FlagRaw says, of a Read without a chain, that the layer's own entries are
 	// wanted, even while it is being merged: for copying between replicas.
 	FlagRaw uint16 = 1 << 6
+	// FlagNoData says, of a Read with FlagEntries, that the entries are all that
+	// is wanted: no data is read or sent, and a block without a good copy is no
+	// error. A store that does not know it sends the data too.
+	FlagNoData uint16 = 1 << 7
 )
 
 // DigestBlocks is the range of one digest: 4 MiB.
