@@ -383,15 +383,7 @@ type poolVolume struct {
 
 // pool adds up what metadata and every store say.
 func (s *session) pool(ctx context.Context) (*poolView, error) {
-	rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Tenants{Tenants: true}})
-	if err != nil {
-		return nil, err
-	}
-	vols, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
-	if err != nil {
-		return nil, err
-	}
-	gone, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_DeletedVolumes{DeletedVolumes: true}})
+	rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Tenants{Tenants: true}, WithVolumes: true})
 	if err != nil {
 		return nil, err
 	}
@@ -400,7 +392,7 @@ func (s *session) pool(ctx context.Context) (*poolView, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, v := range append(vols.Volumes, gone.Volumes...) {
+	for _, v := range rep.Volumes {
 		x := poolVolume{Name: v.Name, Tenant: v.Tenant, Logical: v.SizeBytes, Placed: v.ChunkCount * v.ChunkBytes * uint64(v.Replicas), Live: live[v.Id], Deleted: v.DeletedUnixNs > 0}
 		if x.Deleted {
 			p.OfDeleted += x.Live

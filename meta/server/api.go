@@ -312,6 +312,9 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 	case *pb.QueryRequest_Tenants:
 		rep.Tenants, rep.Pool = state.Tenants(kv), state.PoolOf(kv)
 		rep.Pool.CapacityBytes = state.StoreBytes(kv)
+		if req.WithVolumes {
+			rep.Volumes = append(state.Volumes(kv), state.DeletedVolumes(kv)...)
+		}
 	case *pb.QueryRequest_Tokens:
 		rep.Tokens = state.Tokens(kv)
 	case *pb.QueryRequest_Waste:

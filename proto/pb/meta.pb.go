@@ -4361,6 +4361,7 @@ type QueryRequest struct {
 	Q             isQueryRequest_Q `protobuf_oneof:"q"`
 	WithChunks    bool             `protobuf:"varint,20,opt,name=with_chunks,json=withChunks,proto3" json:"with_chunks,omitempty"`    // volume: its chunk map too
 	WithOrigins   bool             `protobuf:"varint,61,opt,name=with_origins,json=withOrigins,proto3" json:"with_origins,omitempty"` // volume: what its clone chain reads through
+	WithVolumes   bool             `protobuf:"varint,45,opt,name=with_volumes,json=withVolumes,proto3" json:"with_volumes,omitempty"` // tenants: the volumes of the same moment too, deleted ones last
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4547,6 +4548,13 @@ func (x *QueryRequest) GetWithChunks() bool {
 func (x *QueryRequest) GetWithOrigins() bool {
 	if x != nil {
 		return x.WithOrigins
+	}
+	return false
+}
+
+func (x *QueryRequest) GetWithVolumes() bool {
+	if x != nil {
+		return x.WithVolumes
 	}
 	return false
 }
@@ -6681,7 +6689,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\fMemberResult\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"\xcd\x04\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"\xf0\x04\n" +
 	"\fQueryRequest\x12\x18\n" +
 	"\x06volume\x18\x01 \x01(\tH\x00R\x06volume\x12\x1a\n" +
 	"\avolumes\x18\x02 \x01(\bH\x00R\avolumes\x12\x16\n" +
@@ -6700,7 +6708,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05place\x18P \x01(\v2\x17.cairn.v1.PlaceQuestionH\x00R\x05place\x12\x1f\n" +
 	"\vwith_chunks\x18\x14 \x01(\bR\n" +
 	"withChunks\x12!\n" +
-	"\fwith_origins\x18= \x01(\bR\vwithOriginsB\x03\n" +
+	"\fwith_origins\x18= \x01(\bR\vwithOrigins\x12!\n" +
+	"\fwith_volumes\x18- \x01(\bR\vwithVolumesB\x03\n" +
 	"\x01q\",\n" +
 	"\vGoneVolumes\x12\x1d\n" +
 	"\n" +
