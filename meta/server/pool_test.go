@@ -32,7 +32,7 @@ func TestPoolIsOfOneMoment(t *testing.T) {
 		})
 	}
 	changed := map[int]bool{}
-	for range 100 {
+	for len(changed) < 20 && ctx.Err() == nil {
 		rep, err := c.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Tenants{Tenants: true}, WithVolumes: true})
 		if err != nil {
 			t.Error(err)
@@ -51,7 +51,7 @@ func TestPoolIsOfOneMoment(t *testing.T) {
 	}
 	close(stop)
 	wg.Wait()
-	if len(changed) < 10 {
-		t.Errorf("of 100 looks only %d were at different moments", len(changed))
+	if len(changed) < 20 && !t.Failed() {
+		t.Errorf("only %d different moments were seen", len(changed))
 	}
 }
