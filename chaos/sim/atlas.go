@@ -15,9 +15,7 @@ import (
 //   - The loss of a disk (Amnesia) needs another in-sync member of every chunk
 //     that kept its power and its disk, and no other fault of a store under
 //     way, nor does one begin before that store is in sync again: P2 and P3
-//     speak of all but one of the in-sync replicas. (A writer that has not heard
-//     yet that a machine is gone may exclude the other copy for a lesser fault:
-//     docs/PROTOCOL.md, known limits.)
+//     speak of all but one of the in-sync replicas.
 //   - So does the loss of all disks but one (Survivor), right behind a completed
 //     flush, when no change of members is under way: that one, if it is in sync
 //     and lost no power since, has everything flushed, even if it loses its

@@ -309,6 +309,45 @@ func (c *checker) asked(a *attachment, m *volume.MetaCall) {
 	c.w.note(a.g.name, "asks", func() string {
 		return fmt.Sprintf("epoch %d: %v%v%v%v", a.epoch, m.Allocate, m.Change, m.Move, m.Detach)
 	}, uint64(a.epoch))
+	if m.Change != nil {
+		for _, ch := range m.Change.Changes {
+			c.lastGood(ch)
+		}
+	}
+}
+
+// darkTime is how long a machine may be without power before an exclusion must
+// not count on it any more: it cannot have answered within the engine's bound.
+const darkTime = 400 * time.Millisecond
+
+// lastGood checks that no exclusion is asked for of a copy that has everything,
+// when those that stay have been without power for a while (P3, P5).
+func (c *checker) lastGood(m *pb.MemberChange) {
+	out := func(n *node) bool {
+		return slices.ContainsFunc(m.Exclude, func(id []byte) bool { return bytes.Equal(id, n.id[:]) })
+	}
+	for _, ch := range c.w.meta.chunks() {
+		good, stay, dark := "", 0, 0
+		for _, n := range c.w.nodes {
+			mem := c.w.meta.member(n)
+			switch {
+			case mem == nil || !mem.InSync || !holds(ch, n):
+			case out(n):
+				if n.lostAt == 0 {
+					good = n.name
+				}
+			default:
+				stay++
+				if !n.up() && n.lostAt != 0 && c.w.now-n.darkSince > darkTime {
+					dark++
+				}
+			}
+		}
+		if good != "" && stay > 0 && dark == stay {
+			c.w.violate("P3", "%s, which has all of chunk %d, is to be excluded while those that stay have no power", good, ch.Index)
+			return
+		}
+	}
 }
 
 // powerLost looks whether what was not flushed may be gone: a chunk all of

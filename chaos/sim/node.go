@@ -39,6 +39,7 @@ type node struct {
 	pausedUntil time.Duration
 	fullUntil   time.Duration // writes find no room
 	lostAt      uint64        // logical time of the last power loss; 0: it holds all it accepted
+	darkSince   time.Duration // when that was
 	rots        bool          // its disk has rotted since the store was opened
 	gone        bool          // its disk was lost, and it has not joined again
 	formats     int           // lives of the identity given out
@@ -166,7 +167,7 @@ func (n *node) powerLoss(keep int) {
 	n.w.note(n.name, "power loss", func() string { return fmt.Sprintf("keeps %d %%", keep) }, uint64(keep))
 	n.stop(min(keep, 99))
 	n.boot++
-	n.lostAt = n.w.tick()
+	n.lostAt, n.darkSince = n.w.tick(), n.w.now
 	n.w.check.powerLost()
 }
 
@@ -176,7 +177,7 @@ func (n *node) lose() {
 	n.stop(99)
 	n.format()
 	n.boot++
-	n.gone, n.rots, n.lostAt = true, false, n.w.tick()
+	n.gone, n.rots, n.lostAt, n.darkSince = true, false, n.w.tick(), n.w.now
 	n.w.check.powerLost()
 }
 

@@ -25,6 +25,7 @@ var (
 	rare  = shape{hosts: 3, replicas: 3, local: true, flushes: 0, zeros: 10}
 	trims = shape{hosts: 3, replicas: 3, flushes: 9, zeros: 40}
 	moves = shape{hosts: 4, replicas: 3, flushes: 25, zeros: 10, grace: time.Second}
+	twins = shape{hosts: 3, replicas: 2, flushes: 2, zeros: 10}
 	rots  = shape{hosts: 3, replicas: 3, flushes: 9, zeros: 10, rot: true, victim: 1}
 )
 
@@ -61,6 +62,9 @@ var scenarios = []scenario{
 		{At: 80, Kind: HandOver, Gate: 2}, {At: 80, Kind: LeaderFalls, For: 200 * ms}, {At: 81, Kind: Isolate, Host: 1, Gate: 2, For: 6000 * ms, Arg: 300},
 		{At: 150, Kind: HandOver, Gate: 0}, {At: 150, Kind: LeaderFalls, For: 200 * ms}, {At: 151, Kind: Isolate, Host: 2, Gate: 0, For: 6000 * ms, Arg: 300}},
 		[]string{"handover-serves-on", "handover-unknown", "handover-old-epoch"}},
+	{"the last good copy fails while the other is dark", twins, []Fault{{At: 20, Kind: PowerHost, Host: 1, For: 2500 * ms}, {At: 23, Kind: KillStore, Host: 0, For: 900 * ms},
+		{At: 80, Kind: PowerHost, Host: 2, For: 2500 * ms}, {At: 84, Kind: KillStore, Host: 1, For: 900 * ms},
+		{At: 150, Kind: PowerHost, Host: 0, For: 2500 * ms}, {At: 155, Kind: KillStore, Host: 2, For: 900 * ms}}, []string{"exclude-unasked"}},
 	{"a detach while a copy is missing", apart, []Fault{{At: 20, Kind: DiskError, Host: 1, For: 600 * ms}, {At: 22, Kind: Handover}, {At: 22, Kind: KillStore, Host: 2, For: 300 * ms}}, []string{"drain-without-joins"}},
 }
 

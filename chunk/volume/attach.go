@@ -21,8 +21,9 @@ import (
 type attach struct {
 	phase     attachPhase
 	started   time.Duration
-	try       int // tells the answers of this round from those of an earlier one
-	pending   int // answers, or transfers, of the running phase outstanding
+	decided   uint64 // the doubt since when members not reached are to go; 0: not yet
+	try       int    // tells the answers of this round from those of an earlier one
+	pending   int    // answers, or transfers, of the running phase outstanding
 	floor     ids.Version
 	best      map[blockKey]wire.Entry // the newest state of each block above the floor
 	has       map[*replica]map[blockKey]wire.Entry
@@ -82,10 +83,28 @@ func (e *Engine) stepAttach() {
 		e.why = why
 		return
 	}
-	if allLost || e.now-a.started >= e.cfg.SealWait {
-		a.phase = attachExclude
+	if (allLost || e.now-a.started >= e.cfg.SealWait) && e.stillThere(reached) {
+		a.phase, a.decided = attachExclude, 0
 		e.commitExclusion(unreached)
 	}
+}
+
+// stillThere reports whether all that were reached have given a sign of life
+// since it was decided to go on with them alone (see mayPropose). One that does
+// not loses its link, and the decision is made anew.
+func (e *Engine) stillThere(reached []*replica) bool {
+	a := e.attach
+	if a.decided == 0 {
+		a.decided = e.newDoubt()
+	}
+	all := true
+	for _, r := range reached {
+		if !e.lives(r, a.decided) {
+			e.ping(r)
+			all = false
+		}
+	}
+	return all
 }
 
 // insufficient says why the sealed members are not enough: every chunk needs

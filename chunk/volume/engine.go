@@ -135,6 +135,7 @@ type Engine struct {
 
 	flush     flushState
 	member    memberState
+	doubts    uint64 // times a replica was suspected, or an attach went on without one
 	alloc     allocState
 	attach    *attach
 	full      fullState

@@ -195,7 +195,7 @@ func (e *Engine) abortJoin(r *replica, why string) {
 	}
 	r.why = why
 	if r.join.asked {
-		r.join.dead = true
+		r.join.dead, r.suspected = true, e.newDoubt()
 		return
 	}
 	r.join = nil

@@ -71,7 +71,7 @@ func (e *Engine) exclude(r *replica, why string) {
 	if !r.inSync || r.excluding {
 		return
 	}
-	r.excluding, r.why, r.bouncedAt = true, why, e.now
+	r.excluding, r.why, r.bouncedAt, r.suspected = true, why, e.now, e.newDoubt()
 }
 
 // startChange commits what is due: exclusions first, then one addition. A
@@ -82,7 +82,7 @@ func (e *Engine) startChange() {
 	}
 	var out []*replica
 	for _, r := range e.replicas {
-		if r.join != nil && r.join.dead || r.excluding && e.mayExclude(append(out, r)) {
+		if (r.join != nil && r.join.dead || r.excluding) && e.mayPropose(append(out, r)) {
 			out = append(out, r)
 		}
 	}
@@ -99,14 +99,54 @@ func (e *Engine) startChange() {
 	}
 }
 
-// mayExclude reports whether, without out, every chunk keeps MinInSync replicas
+// mayPropose reports whether out may be excluded now: those that are to stay
+// must have answered something that was sent after the last of out was suspected.
+// A machine that loses power says nothing. Until pings miss it, it looks as good
+// as any, and the one that is suspected, for less, may be the only one left that
+// has everything. Who is not known to be alive is asked.
+func (e *Engine) mayPropose(out []*replica) bool {
+	if !e.enough(out, (*replica).readable) {
+		return false
+	}
+	since := uint64(0)
+	for _, r := range out {
+		since = max(since, r.suspected)
+	}
+	if e.enough(out, func(r *replica) bool { return r.readable() && e.lives(r, since) }) {
+		return true
+	}
+	for _, r := range e.replicas {
+		if r.readable() && !slices.Contains(out, r) && !e.lives(r, since) {
+			e.ping(r)
+		}
+	}
+	return false
+}
+
+// newDoubt counts one more reason to ask who is there. Times would not do: what is
+// sent at the same moment may have been sent before.
+func (e *Engine) newDoubt() uint64 {
+	e.doubts++
+	return e.doubts
+}
+
+// lives reports whether a replica has answered something that was sent after a
+// doubt, and not long ago.
+func (e *Engine) lives(r *replica, doubt uint64) bool {
+	return r.alive >= doubt && e.now-r.lastReply < e.cfg.Stall/4
+}
+
+// mayExclude reports whether the rules allow that out goes, as far as is known.
+func (e *Engine) mayExclude(out []*replica) bool { return e.enough(out, (*replica).readable) }
+
+// enough reports whether, without out, every chunk keeps MinInSync replicas
 // that serve now, and the volume a member that does: one that is away itself may
 // come back without what only those that are to go still have. Of replicas in
 // doubt, which have to go one after the other, those that stay for now count
 // too, as long as one serves: an attach would not rely on them either.
-func (e *Engine) mayExclude(out []*replica) bool {
+func (e *Engine) enough(out []*replica, good func(*replica) bool) bool {
 	doubtful := !slices.ContainsFunc(out, func(r *replica) bool { return !r.doubt })
-	serves := func(r *replica) bool { return r.readable() && !slices.Contains(out, r) }
+	serves := func(r *replica) bool { return good(r) && !slices.Contains(out, r) }
 	if !slices.ContainsFunc(e.replicas, serves) {
 		return false
 	}

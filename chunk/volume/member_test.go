@@ -319,6 +319,7 @@ func TestAConflictWaitsForNews(t *testing.T) {
 		calls := 0
 		w.hold = func(m *MetaCall) bool { calls++; return true }
 		w.fall(2)
+		w.until("asked", func() bool { return calls == 1 })
 		w.vol.Revision++ // somebody else's change
 		call := w.e.member.call
 		w.step(&MetaDone{Call: call, Result: &pb.Result{Members: []*pb.MemberResult{w.change(call.Change.Changes[0])}}})

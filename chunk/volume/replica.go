@@ -49,6 +49,9 @@ type replica struct {
 	free      []uint32
 	busy      int // requests outstanding
 	lastReply time.Duration
+	alive     uint64 // it has answered something that was sent after so many doubts: ≤ e.doubts
+	pinging   bool   // it owes the answer to a ping
+	suspected uint64 // it is excluding, or its join is dead, since that doubt: ≤ e.doubts
 }
 
 // slot is one outstanding request. Exactly one of job, read and on is set.
@@ -59,6 +62,7 @@ type slot struct {
 	pos  int
 	at   time.Duration
 	tag  uint32 // tells this use of the slot from earlier ones
+	late uint64 // e.doubts when it was sent
 	used bool
 }
 
@@ -119,7 +123,7 @@ func (e *Engine) send(r *replica, q *wire.Request, s slot) {
 		i = uint32(len(r.slots))
 		r.slots = append(r.slots, slot{})
 	}
-	s.tag, s.used, s.at = r.slots[i].tag+1, true, e.now
+	s.tag, s.used, s.at, s.late = r.slots[i].tag+1, true, e.now, e.doubts
 	r.slots[i] = s
 	r.busy++
 	q.ID = uint64(s.tag)<<32 | uint64(i)
@@ -150,7 +154,9 @@ func (e *Engine) replies(ev *Replies) {
 			continue
 		}
 		r.lastReply = e.now
-		if s := &r.slots[i]; s.job != nil {
+		s := &r.slots[i]
+		r.alive = max(r.alive, s.late)
+		if s.job != nil {
 			r.pulse.add(e.now - s.at)
 		}
 		if rep.Status == status.Fenced { // before its slot is freed: end answers what is in it
@@ -413,8 +419,16 @@ func (e *Engine) watchStalls() {
 func (e *Engine) askForLife() {
 	for _, r := range e.replicas {
 		if r.inSync && r.sealed && r.busy == 0 {
-			e.call(r, &wire.Request{Kind: wire.Ping}, func(*wire.Reply) {})
+			e.ping(r)
 		}
+	}
+}
+
+// ping asks for a sign of life, unless an answer to that is awaited.
+func (e *Engine) ping(r *replica) {
+	if !r.pinging {
+		r.pinging = true
+		e.call(r, &wire.Request{Kind: wire.Ping}, func(*wire.Reply) { r.pinging = false })
 	}
 }
 
@@ -424,7 +438,7 @@ func (e *Engine) stalled(r *replica) {
 	why := fmt.Sprintf("no answer for %v", e.cfg.Stall)
 	switch {
 	case e.state == Attaching: // its limits are those of sealing
-		if r.inSync && e.attach.phase > attachExclude {
+		if r.inSync && (e.attach.phase > attachExclude || r.pinging) {
 			e.bounce(r, why)
 		}
 	case since < e.cfg.Stall:
