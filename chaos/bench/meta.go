@@ -38,9 +38,13 @@ type MetaFigures struct {
 	CreateCPUUs      float64 `json:"cpuUsPerCreation"` // all three nodes and the clients
 	ChunksPerSecond  float64 `json:"chunkAllocationsPerSecond"`
 	ChunkCPUUs       float64 `json:"cpuUsPerChunk"`
-	ReadP50Ms        float64 `json:"readP50Ms"` // linearizable, during both loads
+	ReadP50Ms        float64 `json:"readP50Ms"` // linearizable, 200 a second, under the load of metaMixed
 	ReadP99Ms        float64 `json:"readP99Ms"`
-	LeaderLossMs     float64 `json:"leaderLossMs"` // from its end to the next command's answer; heartbeats of 1 s
+	MixedCreates     float64 `json:"mixedCreationsPerSecond"` // what that load came to
+	MixedChunks      float64 `json:"mixedAllocationsPerSecond"`
+	FullReadP50Ms    float64 `json:"fullReadP50Ms"`
+	FullReadP99Ms    float64 `json:"fullReadP99Ms"` // the same while as much is asked for as can be
+	LeaderLossMs     float64 `json:"leaderLossMs"`  // from its end to the next command's answer; heartbeats of 1 s
 }
 
 // trio is three nodes in this process.
@@ -144,6 +148,8 @@ type metaBench struct {
 	each    time.Duration
 	clients []*metaclient.Client
 	made    atomic.Int64
+	vols    []*pb.Volume // one per worker
+	next    []uint32     // the chunk each allocates next
 
 	mu    sync.Mutex // guards reads
 	reads []time.Duration
@@ -154,47 +160,111 @@ func (b *metaBench) run(ctx context.Context) (f *MetaFigures, err error) {
 	if err := b.hosts(ctx); err != nil {
 		return nil, err
 	}
-	n, cpu, err := b.load(ctx, func(ctx context.Context, c *metaclient.Client, _ int) (int, error) {
-		name := fmt.Sprintf("v%d", b.made.Add(1))
-		_, err := c.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: name, SizeBytes: 1 << 40}}})
-		return 1, err
+	if err := b.attach(ctx); err != nil {
+		return nil, err
+	}
+	var creates, chunks atomic.Int64
+	_, _, err = b.load(ctx, func(ctx context.Context, c *metaclient.Client, worker int) (int, error) {
+		return b.mixed(ctx, c, worker, &creates, &chunks)
 	})
+	if err != nil {
+		return nil, err
+	}
+	f.MixedCreates, f.MixedChunks = float64(creates.Load())/b.each.Seconds(), float64(chunks.Load())/b.each.Seconds()
+	f.ReadP50Ms, f.ReadP99Ms = b.latencies()
+	n, cpu, err := b.load(ctx, b.create)
 	if err != nil {
 		return nil, err
 	}
 	f.CreatesPerSecond, f.CreateCPUUs = float64(n)/b.each.Seconds(), float64(cpu.Microseconds())/float64(max(1, n))
-	vols := make([]*pb.Volume, metaClients*metaFlights)
-	next := make([]uint32, len(vols))
-	for i := range vols {
-		res, err := b.clients[i%metaClients].Do(ctx, &pb.Command{Op: &pb.Command_Attach{Attach: &pb.Attach{Volume: fmt.Sprintf("v%d", i+1), Host: "host-1", Session: "bench"}}})
-		if err != nil {
-			return nil, err
-		}
-		vols[i] = res.Volume
-	}
-	n, cpu, err = b.load(ctx, func(ctx context.Context, c *metaclient.Client, worker int) (int, error) {
-		v, a := vols[worker], &pb.Allocate{PreferHost: "host-1"}
-		a.VolumeId, a.Epoch, a.Revision = v.Id, v.Epoch, v.Revision
-		for range allocBatch {
-			a.Indices = append(a.Indices, next[worker])
-			next[worker] = (next[worker] + 1) % (1 << 14)
-		}
-		res, err := c.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: a}})
-		if err == nil {
-			vols[worker] = res.Volume
-		}
-		return allocBatch, err
-	})
+	n, cpu, err = b.load(ctx, b.allocate)
 	if err != nil {
 		return nil, err
 	}
 	f.ChunksPerSecond, f.ChunkCPUUs = float64(n)/b.each.Seconds(), float64(cpu.Microseconds())/float64(max(1, n))
-	slices.Sort(b.reads)
-	if k := len(b.reads); k > 0 {
-		f.ReadP50Ms, f.ReadP99Ms = b.reads[k/2].Seconds()*1e3, b.reads[k*99/100].Seconds()*1e3
-	}
+	f.FullReadP50Ms, f.FullReadP99Ms = b.latencies()
 	f.LeaderLossMs, err = b.leaderLoss(ctx)
 	return f, err
+}
+
+// create makes one more volume.
+func (b *metaBench) create(ctx context.Context, c *metaclient.Client, _ int) (int, error) {
+	name := fmt.Sprintf("v%d", b.made.Add(1))
+	_, err := c.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: name, SizeBytes: 1 << 40}}})
+	return 1, err
+}
+
+// attach makes a volume for each worker.
+func (b *metaBench) attach(ctx context.Context) error {
+	b.vols, b.next = make([]*pb.Volume, metaClients*metaFlights), make([]uint32, metaClients*metaFlights)
+	for i := range b.vols {
+		if _, err := b.create(ctx, b.clients[i%metaClients], i); err != nil {
+			return err
+		}
+		res, err := b.clients[i%metaClients].Do(ctx, &pb.Command{Op: &pb.Command_Attach{Attach: &pb.Attach{Volume: fmt.Sprintf("v%d", i+1), Host: "host-1", Session: "bench"}}})
+		if err != nil {
+			return err
+		}
+		b.vols[i] = res.Volume
+	}
+	return nil
+}
+
+// allocate adds chunks to the worker's volume.
+func (b *metaBench) allocate(ctx context.Context, c *metaclient.Client, worker int) (int, error) {
+	v, a := b.vols[worker], &pb.Allocate{PreferHost: "host-1"}
+	a.VolumeId, a.Epoch, a.Revision = v.Id, v.Epoch, v.Revision
+	for range allocBatch {
+		a.Indices = append(a.Indices, b.next[worker])
+		b.next[worker] = (b.next[worker] + 1) % (1 << 14)
+	}
+	res, err := c.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: a}})
+	if err == nil {
+		b.vols[worker] = res.Volume
+	}
+	return allocBatch, err
+}
+
+// The load of the goals: each worker takes its turn once in a while, so that
+// all together ask for 1,024 creations and 5,120 chunks a second, evenly.
+const (
+	metaMixedCreates = 1024
+	metaMixedAllocs  = 80 // commands
+)
+
+// mixed waits for the worker's turn: most make a volume, some allocate.
+func (b *metaBench) mixed(ctx context.Context, c *metaclient.Client, worker int, creates, chunks *atomic.Int64) (int, error) {
+	const workers, allocators = metaClients * metaFlights, 16
+	each := time.Second * (workers - allocators) / metaMixedCreates
+	if worker < allocators {
+		each = time.Second * allocators / metaMixedAllocs
+	}
+	due := time.NewTimer(each - time.Duration(time.Now().UnixNano()+int64(worker)*int64(each)/workers)%each)
+	defer due.Stop()
+	select {
+	case <-due.C:
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	do, done := b.create, creates
+	if worker < allocators {
+		do, done = b.allocate, chunks
+	}
+	n, err := do(ctx, c, worker)
+	done.Add(int64(n))
+	return n, err
+}
+
+// latencies returns p50 and p99 of the reads since the last call, in ms.
+func (b *metaBench) latencies() (p50, p99 float64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	slices.Sort(b.reads)
+	if k := len(b.reads); k > 0 {
+		p50, p99 = b.reads[k/2].Seconds()*1e3, b.reads[k*99/100].Seconds()*1e3
+	}
+	b.reads = nil
+	return p50, p99
 }
 
 // hosts registers three hosts that beat now.
@@ -271,20 +341,29 @@ func (b *metaBench) load(ctx context.Context, do func(ctx context.Context, c *me
 	return done.Load(), cpu, err
 }
 
-// read asks for one volume again and again, linearizably.
+// metaReadEvery is when the next read is due, whether the one before is answered
+// or not: what waits behind a slow one has waited since then.
+const metaReadEvery = 5 * time.Millisecond
+
+// read asks linearizably, at a steady rate.
 func (b *metaBench) read(ctx, end context.Context) (err error) {
 	c := b.m.client()
 	defer func() { err = errors.Join(err, c.Close()) }()
-	for end.Err() == nil {
-		at := time.Now()
+	for due := time.Now(); ; due = due.Add(metaReadEvery) {
+		t := time.NewTimer(time.Until(due))
+		select {
+		case <-t.C:
+		case <-end.Done():
+			t.Stop()
+			return nil
+		}
 		if _, err := c.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Hosts{Hosts: true}}); err != nil {
 			return err
 		}
 		b.mu.Lock()
-		b.reads = append(b.reads, time.Since(at))
+		b.reads = append(b.reads, time.Since(due))
 		b.mu.Unlock()
 	}
-	return nil
 }
 
 // leaderLoss ends the leader and times the next command.
@@ -313,10 +392,13 @@ func printMeta(cfg Config, f *MetaFigures) error {
 		return enc.Encode(f)
 	}
 	_, err := fmt.Fprintf(cfg.Out, `metadata, three nodes in one process, %v each
-volume creations       %8.0f /s   %6.0f µs CPU each (three nodes and clients)
-chunk allocations      %8.0f /s   %6.1f µs CPU each, %d in a command
-linearizable read      p50 %.2f ms, p99 %.2f ms, during both
-leader lost            %.0f ms until the next command is answered
-`, cfg.Each, f.CreatesPerSecond, f.CreateCPUUs, f.ChunksPerSecond, f.ChunkCPUUs, allocBatch, f.ReadP50Ms, f.ReadP99Ms, f.LeaderLossMs)
+linearizable read      p50 %.2f ms, p99 %.2f ms, during %.0f creations and %.0f allocations a second together, goal p99 < 10: %s
+volume creations       %8.0f /s   %6.0f µs CPU each (three nodes and clients), goal ≥ 1000: %s
+chunk allocations      %8.0f /s   %6.1f µs CPU each, %d in a command, goal ≥ 5000: %s
+linearizable read      p50 %.2f ms, p99 %.2f ms, during these two, which ask for all there is
+leader lost            %.0f ms until the next command is answered, goal < 4000: %s
+`, cfg.Each, f.ReadP50Ms, f.ReadP99Ms, f.MixedCreates, f.MixedChunks, met(f.ReadP99Ms < 10 && f.MixedCreates >= 1000 && f.MixedChunks >= 5000),
+		f.CreatesPerSecond, f.CreateCPUUs, met(f.CreatesPerSecond >= 1000), f.ChunksPerSecond, f.ChunkCPUUs, allocBatch, met(f.ChunksPerSecond >= 5000),
+		f.FullReadP50Ms, f.FullReadP99Ms, f.LeaderLossMs, met(f.LeaderLossMs < 4000))
 	return err
 }
