@@ -59,6 +59,24 @@ func TestEveryFlippedBitIsNoticed(t *testing.T) {
 	}
 }
 
+// A block's state that is no byte is refused, not cut to one.
+func TestStatesAreBytes(t *testing.T) {
+	for at := range 4 {
+		q := &Request{Kind: Install, Entries: []Entry{{Chunk: 1, Kind: EntryPoison}}}
+		b := AppendRequest(nil, q)
+		b[HeaderBytes+requestFixed+28+at] = 2
+		le.PutUint32(b[24:], Checksum(b[HeaderBytes:]))
+		le.PutUint32(b[28:], Checksum(b[:28]))
+		h, err := ParseHeader(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := DecodeRequest(h, b[HeaderBytes:]); (err == nil) != (at == 0) {
+			t.Errorf("byte %d of a state set: %+v, %v", at, got, err)
+		}
+	}
+}
+
 // FuzzDecode: whatever a frame holds, its checksums being no obstacle, it is
 // refused with a kind, or what was understood goes out as the same bytes.
 func FuzzDecode(f *testing.F) {
