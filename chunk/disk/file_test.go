@@ -308,6 +308,70 @@ func (k *hungKernel) write(fd int, b [][]byte, off int64) (int, error) {
 }
 func (k *hungKernel) fdatasync(fd int) error { <-k.release; return k.linux.fdatasync(fd) }
 
+// oneHangs hangs in one kind of call only.
+type oneHangs struct {
+	linux
+	kind    Kind
+	release chan struct{}
+}
+
+func (k *oneHangs) hang(kind Kind) {
+	if kind == k.kind {
+		<-k.release
+	}
+}
+func (k *oneHangs) read(fd int, b [][]byte, off int64) (int, error) {
+	k.hang(Read)
+	return k.linux.read(fd, b, off)
+}
+func (k *oneHangs) write(fd int, b [][]byte, off int64) (int, error) {
+	k.hang(Write)
+	return k.linux.write(fd, b, off)
+}
+func (k *oneHangs) fdatasync(fd int) error { k.hang(Sync); return k.linux.fdatasync(fd) }
+func (k *oneHangs) punch(fd int, off, n int64) error {
+	k.hang(Discard)
+	return k.linux.punch(fd, off, n)
+}
+
+// A disk that hangs in one kind of call answers the other kinds: the hung ones
+// are completions that come late, and all of them come.
+func TestOneKindHangs(t *testing.T) {
+	for _, hung := range []Kind{Read, Write, Sync, Discard} {
+		k := &oneHangs{kind: hung, release: make(chan struct{})}
+		d, err := create(k, filepath.Join(t.TempDir(), "store"), 1<<20)
+		must(t, err)
+		late := make(chan error, 100)
+		for range cap(late) {
+			op := &Op{Kind: hung, Done: func(err error) { late <- err }}
+			if hung == Read || hung == Write {
+				op.Bufs = [][]byte{make([]byte, 512)}
+			} else if hung == Discard {
+				op.Len = 4096
+			}
+			d.Submit(op)
+		}
+		for _, kind := range []Kind{Read, Write, Sync, Discard} {
+			if kind == hung {
+				continue
+			}
+			op := &Op{Kind: kind}
+			if kind == Discard {
+				op.Len = 4096
+			}
+			must(t, do(d, op)) // would not come back
+		}
+		if n := len(late); n > 0 {
+			t.Errorf("%s: %d were answered while the disk hung", hung, n)
+		}
+		close(k.release)
+		for range cap(late) {
+			must(t, <-late)
+		}
+		must(t, d.Close())
+	}
+}
+
 // brokenKernel fails its n-th call with EIO and notes from where it was made.
 type brokenKernel struct {
 	mu    sync.Mutex
