@@ -43,9 +43,15 @@ test-unit:
 	$(GO) test -race -short -timeout 8m $(addprefix ./,$(MANY))
 	$(GO) test -timeout 12m $(addprefix ./,$(MANY))
 
-test-int: build
+# The S3 server that backups are tested against: a program of its own, so that none
+# of its modules become cairn's.
+VERSITYGW := .bin/versitygw
+$(VERSITYGW):
+	GOBIN=$(CURDIR)/.bin $(GO) install github.com/versity/versitygw/cmd/versitygw@v1.8.0
+
+test-int: build $(VERSITYGW)
 	@if [ -z "$(INT_PKGS)" ]; then echo "no integration tests found in $(INT_DIRS)" >&2; exit 1; fi
-	CAIRN_BIN=$(CURDIR)/$(CAIRN) $(GO) test -p 1 -count=1 -timeout 10m $(INT_PKGS)
+	CAIRN_BIN=$(CURDIR)/$(CAIRN) CAIRN_VERSITYGW=$(CURDIR)/$(VERSITYGW) $(GO) test -p 1 -count=1 -timeout 10m $(INT_PKGS)
 
 # command-or-file:package; nothing is asked of apt when all are there.
 NEEDS := cbc:coinor-cbc qemu-system-x86_64:qemu-system-x86 qemu-nbd:qemu-utils nbdkit:nbdkit nbdinfo:libnbd-bin nbdsh:python3-libnbd \

@@ -77,9 +77,21 @@ type groupMember struct {
 
 // snapshot cuts volumes and names the cuts in one entry. Volumes nobody has
 // attached are attached for it.
-func (s *session) snapshot(ctx context.Context, name string, volumes []string) (err error) {
+func (s *session) snapshot(ctx context.Context, name string, volumes []string) error {
+	group, longest, err := s.takeSnapshot(ctx, name, volumes)
+	if err != nil {
+		return err
+	}
+	for _, m := range group {
+		fmt.Printf("%s@%s\n", m.volume, name)
+	}
+	say("writes were held for %.1f ms at most", float64(longest.Microseconds())/1000)
+	return nil
+}
+
+func (s *session) takeSnapshot(ctx context.Context, name string, volumes []string) (_ []*groupMember, longest time.Duration, err error) {
 	if slices.Sort(volumes); len(slices.Compact(slices.Clone(volumes))) != len(volumes) {
-		return usagef("a volume is named twice")
+		return nil, 0, usagef("a volume is named twice")
 	}
 	var group []*groupMember
 	defer func() {
@@ -93,36 +105,31 @@ func (s *session) snapshot(ctx context.Context, name string, volumes []string) (
 		m := &groupMember{volume: n}
 		v, err := s.volume(ctx, n)
 		if err != nil {
-			return err
+			return nil, 0, err
 		}
 		if v.HolderHost == "" {
 			if _, err := s.attach(ctx, n, "", false); err != nil {
-				return err
+				return nil, 0, err
 			}
 			if v, err = s.volume(ctx, n); err != nil {
-				return err
+				return nil, 0, err
 			}
 			m.attached = true
 		}
 		m.host = v.HolderHost
 		group = append(group, m)
 	}
-	longest, err := s.cutGroup(ctx, group)
-	if err != nil {
-		return errors.Join(err, s.giveUp(ctx, group))
+	if longest, err = s.cutGroup(ctx, group); err != nil {
+		return nil, 0, errors.Join(err, s.giveUp(ctx, group))
 	}
 	op := &pb.NameSnapshots{Name: name}
 	for _, m := range group {
 		op.Cuts = append(op.Cuts, m.cut)
 	}
 	if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_NameSnapshots{NameSnapshots: op}}); err != nil {
-		return errors.Join(err, s.giveUp(ctx, group))
+		return nil, 0, errors.Join(err, s.giveUp(ctx, group))
 	}
-	for _, m := range group {
-		fmt.Printf("%s@%s\n", m.volume, name)
-	}
-	say("writes were held for %.1f ms at most", float64(longest.Microseconds())/1000)
-	return nil
+	return group, longest, nil
 }
 
 // giveUp lets go of what was cut for nothing.

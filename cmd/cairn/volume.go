@@ -17,7 +17,7 @@ func volumeCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "volume", Aliases: []string{"vol"}, Short: "Thin, replicated volumes"}
 	cmd.AddCommand(volumeCreate(c), volumeList(c), volumeShow(c), volumeRename(c), volumeResize(c), volumeRemove(c), volumeUndelete(c), volumePurge(c), volumeUndoShrink(c), volumeSet(c), volumeTrust(c),
 		volumeAttach(c), volumeDetach(c), volumeStats(c), volumeImport(c), volumeExport(c), volumeSnapshot(c), volumeRollback(c), volumeClone(c), volumeFlatten(c),
-		volumeDiff(c), volumeMap(c))
+		volumeDiff(c), volumeMap(c), volumeBackup(c), volumeRestore(c))
 	for _, s := range cmd.Commands() {
 		if s.ValidArgsFunction == nil && strings.Contains(s.Use, "NAME") && s.Name() != "create" && s.Name() != "import" {
 			s.ValidArgsFunction = c.completeVolumes
