@@ -65,7 +65,7 @@ func (s *S3) fail(name string, err error) error {
 		case minio.NoSuchKey:
 			return status.Errorf(status.NotFound, "there is no %s/%s", s, name)
 		case minio.NoSuchBucket:
-			return status.Errorf(status.Invalid, "there is no bucket %s at %s: make it first", s.bucket, s.c.EndpointURL())
+			return status.Errorf(status.Unavailable, "there is no bucket %s at %s: make it first", s.bucket, s.c.EndpointURL())
 		case minio.AccessDenied, "InvalidAccessKeyId", "SignatureDoesNotMatch":
 			return status.Errorf(status.Permission, "the store at %s refuses these keys for bucket %s (%s)", s.c.EndpointURL(), s.bucket, r.Code)
 		}

@@ -36,7 +36,7 @@ func s3Server(t *testing.T) (objects string) {
 		t.Fatal(err)
 	}
 	objects = t.TempDir()
-	cmd := exec.Command(server, "--port", addr, "--access", "test", "--secret", "secretsecret", "posix", objects)
+	cmd := exec.Command(server, "--port", addr, "--access", "test", "--secret", "secretsecret", "--quiet", "posix", objects)
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
