@@ -59,6 +59,23 @@ func (f *Fleet) plenty() bool {
 // roomyFew hosts with room are kept in use in any fleet, for choice.
 const roomyFew = 2
 
+// tight reports whether at most 1 host in tightPart, or one alone, has room for
+// a large job.
+func (f *Fleet) tight() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	roomy := 0
+	for level := levelCount / largeShare; level <= levelCount; level++ {
+		roomy += len(f.levels.at[level])
+	}
+	return roomy*tightPart < len(f.hosts)+tightPart
+}
+
+const (
+	largeShare = 4  // a large job may take a quarter of a host
+	tightPart  = 20 // hosts for each that is kept for one
+)
+
 // lowest is the lowest level of hosts that may have room for a need.
 func (f *Fleet) lowest(need Amounts) int {
 	share := 0.0

@@ -52,7 +52,7 @@ func TestPackingIsNearTheBound(t *testing.T) {
 }
 
 func TestChurnRefusesNearlyNothing(t *testing.T) {
-	for _, p := range []placement.Policy{placement.NearData, placement.BestFit, placement.Balanced} {
+	for _, p := range placement.Policies {
 		if r := replayed(t, "churn-0.95", figureHosts, p); float64(r.Refused) > 0.001*float64(r.Asked) {
 			t.Errorf("%s refuses %d of %d", p, r.Refused, r.Asked)
 		}
