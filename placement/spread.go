@@ -11,6 +11,7 @@ import (
 type Placed struct {
 	Bytes  uint64
 	Stores []ids.StoreID
+	Keep   ids.StoreID // a copy that stays: its reader is there
 }
 
 // ChunkMove takes one replica of a chunk to another store.
@@ -73,6 +74,9 @@ func Even(stores []Store, chunks []Placed, slack float64, movesMax int) (moves [
 		for _, c := range from.chunks {
 			if over(from) <= allowed || len(moves) >= movesMax {
 				break
+			}
+			if chunks[c].Keep == from.ID {
+				continue
 			}
 			best := (*bin)(nil)
 			for _, to := range order {

@@ -41,7 +41,7 @@ func filled(t *testing.T, stores []Store) (chunks []Placed, sets map[string]bool
 				t.Fatal(err)
 			}
 			for _, c := range plan.Chunks {
-				chunks = append(chunks, Placed{chunk, c})
+				chunks = append(chunks, Placed{Bytes: chunk, Stores: c})
 				domains := map[string]bool{}
 				for _, id := range c {
 					i := at[id]

@@ -18,6 +18,16 @@ const (
 	careMost   = 20 * time.Minute // then others have their turn
 )
 
+// hearWishes keeps what placement wants, for the sessions that begin by it.
+func (g *Gateway) hearWishes(ws []*pb.VolumeWishes) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.wishes = map[uint64]*pb.VolumeWishes{}
+	for _, w := range ws {
+		g.wishes[w.VolumeId] = w
+	}
+}
+
 // careFor begins sessions for volumes the leader has named.
 func (g *Gateway) careFor(names []string) {
 	for _, name := range names {
@@ -69,7 +79,11 @@ func (g *Gateway) repair(name string) error {
 	}
 	g.mu.Lock()
 	g.care[name] = v
+	wishes := g.wishes[res.Volume.Id]
 	g.mu.Unlock()
+	if wishes != nil {
+		v.step(&volume.Wish{Moves: wishes.Wishes})
+	}
 	g.log.Info("repairing a volume that is not attached", "volume", name, "epoch", res.Volume.Epoch)
 	look := time.NewTicker(careLook)
 	defer look.Stop()

@@ -49,6 +49,7 @@ type Config struct {
 	Dialer  link.Dialer                      // to the other hosts' chunk servers
 	Local   map[ids.StoreID]client.Submitter // the stores of this process
 	Usage   func() []*pb.StoreUsage          // for the heartbeat; may be nil
+	Say     func(*pb.RenewRequest)           // adds to a heartbeat what others of this host have to say; must not wait; may be nil
 	Heard   func(*pb.RenewReply)             // an answer to a heartbeat; must not wait; may be nil
 	Gone    func(name string)                // an export ended: its connections are to be closed; may be nil
 	Resized func(name string, size uint64)   // a volume has grown; may be nil
@@ -81,10 +82,11 @@ type Gateway struct {
 
 	mu        sync.Mutex // guards the fields below
 	volumes   map[string]*Volume
-	shown     map[string]*Volume       // snapshots that are looked at, by VOLUME@SNAPSHOT; ≤ maxShown
-	care      map[string]*Volume       // under repair, not exported; nil: being attached
-	attaching map[string]chan struct{} // closed when the running attach of that name is over
-	recovered chan struct{}            // closed when the predecessor's volumes are attached again
+	shown     map[string]*Volume          // snapshots that are looked at, by VOLUME@SNAPSHOT; ≤ maxShown
+	care      map[string]*Volume          // under repair, not exported; nil: being attached
+	wishes    map[uint64]*pb.VolumeWishes // by volume: the last answer's, for sessions that begin
+	attaching map[string]chan struct{}    // closed when the running attach of that name is over
+	recovered chan struct{}               // closed when the predecessor's volumes are attached again
 	closed    bool
 }
 

@@ -45,6 +45,9 @@ func (g *Gateway) renew() error {
 	if g.cfg.Usage != nil {
 		req.Usage = g.cfg.Usage()
 	}
+	if g.cfg.Say != nil {
+		g.cfg.Say(req)
+	}
 	byID := map[ids.VolumeID]*Volume{}
 	for _, v := range append(g.caring(), g.Volumes()...) { // attached here after all: that one counts
 		if v.State() != volume.Ended {
@@ -60,6 +63,7 @@ func (g *Gateway) renew() error {
 	if err != nil {
 		return err
 	}
+	g.hearWishes(rep.Wishes)
 	g.careFor(rep.Maintain)
 	if g.cfg.Heard != nil {
 		g.cfg.Heard(rep)
@@ -73,6 +77,11 @@ func (g *Gateway) renew() error {
 	for _, pv := range rep.Volumes {
 		if v := byID[ids.VolumeID(pv.Id)]; v != nil {
 			v.step(&volume.Refresh{Volume: pv})
+		}
+	}
+	for _, w := range rep.Wishes {
+		if v := byID[ids.VolumeID(w.VolumeId)]; v != nil {
+			v.step(&volume.Wish{Moves: w.Wishes})
 		}
 	}
 	for _, v := range byID {

@@ -291,6 +291,8 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 			e.throttle.share = *ev
 			e.setBuckets()
 		}
+	case *Wish:
+		e.wish(ev)
 	case *Tick:
 		e.tick()
 	case *Detach:

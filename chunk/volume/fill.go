@@ -32,6 +32,7 @@ type fill struct {
 	required bool        // counted for writes; for flushes every in-sync member is
 	asked    bool        // metadata was asked to let it count, and may have
 	unclear  bool        // its store went out of sync after it was asked for: whether it counts metadata will say
+	wish     bool        // placement wants it
 	over     bool        // it counts, or was given up
 	tries    int         // that failed
 	after    time.Duration
@@ -321,7 +322,7 @@ func (e *Engine) adoptFills(ck *chunk, c *pb.Chunk) error {
 			e.moves.unclear = append(e.moves.unclear, ck.index)
 			continue
 		}
-		f := &fill{c: ck, pos: pos, r: to[0]}
+		f := &fill{c: ck, pos: pos, r: to[0], wish: p.Wish}
 		if len(replaces) > 0 {
 			f.replaces = replaces[0]
 		}

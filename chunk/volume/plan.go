@@ -16,6 +16,7 @@ import (
 // where to; metadata itself that it has happened.
 type moveState struct {
 	fills   []*fill          // every copy being made, planned ones too; ≤ fillsPlanned
+	wishes  []*pb.ChunkWish  // of placement, not planned yet; ≤ wishesMax
 	plan    []*pb.ChunkMove  // to be asked for with the next command
 	unclear []ids.ChunkIndex // chunks whose state is to be asked for
 	next    time.Duration    // no plan before
@@ -91,6 +92,7 @@ func (e *Engine) planMoves() {
 		}
 		m.plan = append(m.plan, mv)
 	}
+	e.planWishes(planned)
 }
 
 // useful reports whether a copy is still wanted, and its store able to take it.
@@ -101,7 +103,7 @@ func (e *Engine) useful(f *fill) bool {
 	if f.replaces == nil {
 		return f.c.count() < e.copies
 	}
-	return f.c.heldBy(f.replaces) && (f.replaces.leaving || !f.replaces.inSync)
+	return f.c.heldBy(f.replaces) && (f.wish || f.replaces.leaving || !f.replaces.inSync)
 }
 
 // planChunk decides the next move of a chunk, or nil.
@@ -225,6 +227,7 @@ func (e *Engine) moved(ev *MetaDone) {
 		e.adoptMembers(v)
 		e.noteVolume(v)
 	}
+	e.forget(ev.Call.Move.Moves)
 	for _, c := range ev.Result.GetChunks() {
 		if err := e.adoptChunk(c); err != nil && e.state != Ended {
 			e.end("metadata answered a move with a chunk that cannot be: " + err.Error())
@@ -275,6 +278,9 @@ func (e *Engine) comeBack(r *replica, m *pb.Member) {
 func (e *Engine) caring() string {
 	for _, f := range e.moves.fills {
 		return fmt.Sprintf("chunk %d, a copy of which is being made on %s (%d in all; %s)", f.c.index, f.r.host, len(e.moves.fills), e.moves.why)
+	}
+	if n := len(e.moves.wishes); n > 0 {
+		return fmt.Sprintf("%d copies that placement wants elsewhere", n)
 	}
 	for _, r := range e.replicas {
 		switch {

@@ -115,9 +115,11 @@ func hostShowCommand(c *cli) *cobra.Command {
 func hostDrainCommand(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use:   "drain NAME",
-		Short: "Give a host nothing new: no chunks, no VMs, no attachments",
-		Long: `Give a host nothing new: no chunks, no VMs, no attachments. What is there stays and
-works; the command says what it is. "cairn host resume" ends it.`,
+		Short: "Empty a host: nothing new goes there, its VMs and chunks go elsewhere",
+		Long: `Empty a host. It gets no new chunks, VMs or attachments. Its VMs shut down and start on
+other hosts, a few at a time ("cairn place policy --moves-at-once"); one that fits
+nowhere stays. Copies of chunks are made elsewhere. What is attached by hand stays. The
+command says what is still there; "cairn host resume" ends it.`,
 		Example: "  cairn host drain host-2",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

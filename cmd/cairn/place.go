@@ -2,13 +2,11 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -55,17 +53,22 @@ type policyView struct {
 	AgeMs     int64              `json:"ageMs"`
 	QuantumMs int64              `json:"quantumMs"`
 	DelayMs   int64              `json:"delayMs"`
+	RestartMs int64              `json:"restartMs"` // -1: never
+	Rebalance string             `json:"rebalance"` // off, data, all
+	Moves     uint32             `json:"movesAtOnce"`
+	Bytes     uint64             `json:"bytesAtOnce"`
 	Weights   map[string]float64 `json:"weights"`
 }
 
 func placePolicy(c *cli) *cobra.Command {
 	var out outputFlag
-	var age, quantum, delay time.Duration
-	var policy, order string
+	var age, quantum, delay, restart time.Duration
+	var policy, order, rebalance, bytes string
+	var moves uint32
 	var weights map[string]string
 	cmd := &cobra.Command{
 		Use: "policy", Short: "Show or set the cluster's placement policy and the order of the queue", Args: cobra.NoArgs,
-		Example: "  cairn place policy\n  cairn place policy --policy local --order sjf --age 30m\n  cairn place policy --order round-robin --weight red=2 --weight blue=1",
+		Example: "  cairn place policy\n  cairn place policy --policy local --order sjf --age 30m\n  cairn place policy --order round-robin --weight red=2 --weight blue=1\n  cairn place policy --restart-after 1m --rebalance all --moves-at-once 2",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				ans, err := s.place(ctx, &pb.PlaceQuestion{Settings: true})
@@ -74,7 +77,11 @@ func placePolicy(c *cli) *cobra.Command {
 				}
 				p := ans.Settings
 				set := cmd.Flags().Changed
-				if !set("policy") && !set("order") && !set("age") && !set("quantum") && !set("delay") && !set("weight") {
+				changed := false
+				for _, f := range []string{"policy", "order", "age", "quantum", "delay", "weight", "restart-after", "rebalance", "moves-at-once", "bytes-at-once"} {
+					changed = changed || set(f)
+				}
+				if !changed {
 					return out.showPolicy(p)
 				}
 				for _, f := range []struct {
@@ -83,10 +90,16 @@ func placePolicy(c *cli) *cobra.Command {
 				}{
 					{"policy", func() { p.Policy = policy }}, {"order", func() { p.Order = order }},
 					{"age", func() { p.AgeMs = age.Milliseconds() }}, {"quantum", func() { p.QuantumMs = quantum.Milliseconds() }},
-					{"delay", func() { p.DelayMs = delay.Milliseconds() }},
+					{"delay", func() { p.DelayMs = delay.Milliseconds() }}, {"restart-after", func() { p.RestartMs = restart.Milliseconds() }},
+					{"rebalance", func() { p.Rebalance = rebalance }}, {"moves-at-once", func() { p.MovesAtOnce = moves }},
 				} {
 					if set(f.flag) {
 						f.put()
+					}
+				}
+				if set("bytes-at-once") {
+					if p.BytesAtOnce, err = parseSize(bytes); err != nil {
+						return err
 					}
 				}
 				if set("weight") {
@@ -105,6 +118,10 @@ func placePolicy(c *cli) *cobra.Command {
 	f.DurationVar(&age, "age", 0, "sjf: nothing waits longer behind shorter ones (an hour)")
 	f.DurationVar(&quantum, "quantum", 0, "a batch VM's turn (a minute)")
 	f.DurationVar(&delay, "delay", 0, "local: how long a VM waits for a host with its data (5 s; -1ms: not at all)")
+	f.DurationVar(&restart, "restart-after", 0, "VMs of a host unheard of for so long are started elsewhere (30 s; -1ms: never)")
+	f.StringVar(&rebalance, "rebalance", "", "what moves by itself: off, data, or all (VMs too, by a restart) (off)")
+	f.Uint32Var(&moves, "moves-at-once", 0, "VMs on their way at once (4)")
+	f.StringVar(&bytes, "bytes-at-once", "0", "of chunks on their way at once (1G)")
 	f.StringToStringVar(&weights, "weight", nil, "round-robin: tenant=weight; may be repeated")
 	out.register(cmd)
 	return cmd
@@ -130,7 +147,11 @@ func (o *outputFlag) showPolicy(p *pb.Placement) error {
 		return ms
 	}
 	v := policyView{Policy: p.GetPolicy(), Order: p.GetOrder(), AgeMs: def(p.GetAgeMs(), 3600_000), QuantumMs: def(p.GetQuantumMs(), 60_000),
-		DelayMs: def(p.GetDelayMs(), 5000), Weights: p.GetWeights()}
+		DelayMs: def(p.GetDelayMs(), 5000), Weights: p.GetWeights(),
+		RestartMs: def(p.GetRestartMs(), 30_000), Rebalance: p.GetRebalance(), Moves: uint32(def(int64(p.GetMovesAtOnce()), 4)), Bytes: uint64(def(int64(p.GetBytesAtOnce()), 1<<30))}
+	if v.Rebalance == "" {
+		v.Rebalance = "off"
+	}
 	if v.Policy == "" {
 		v.Policy = "local"
 	}
@@ -138,22 +159,35 @@ func (o *outputFlag) showPolicy(p *pb.Placement) error {
 		v.Order = "fifo"
 	}
 	ms := func(n int64) string { return (time.Duration(n) * time.Millisecond).String() }
+	restart := "never"
+	if v.RestartMs >= 0 {
+		restart = ms(v.RestartMs)
+	}
 	return o.show(v, nil, [][]string{{"policy", v.Policy}, {"queue order", v.Order}, {"ageing limit", ms(v.AgeMs)}, {"turn of a batch VM", ms(v.QuantumMs)},
-		{"wait for a local host", ms(max(v.DelayMs, 0))}, {"weights", fmt.Sprint(v.Weights)}})
+		{"wait for a local host", ms(max(v.DelayMs, 0))}, {"weights", fmt.Sprint(v.Weights)},
+		{"a silent host's VMs restart elsewhere after", restart}, {"moves by itself", v.Rebalance},
+		{"at once", fmt.Sprintf("%d VMs, %s of chunks", v.Moves, formatSize(v.Bytes))}})
 }
 
 func placeRebalance(c *cli) *cobra.Command {
-	var dry bool
+	var dry, data bool
 	var moves uint32
+	var size string
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "rebalance", Short: "Bring running VMs to their data, inside a budget of moves", Args: cobra.NoArgs,
-		Long: `Bring running VMs to their data, inside a budget of moves. A move must pay within an hour by
-the heat of now. A VM moves by shutting down and starting again on its new host.`,
-		Example: "  cairn place rebalance --dry-run\n  cairn place rebalance --moves 4",
+		Use: "rebalance", Short: "Bring VMs and their data together, and even stores out, inside a budget", Args: cobra.NoArgs,
+		Long: `Bring running VMs to their data, or hot chunks to their VMs, whichever costs fewer bytes, and
+even stores out. A move must pay within an hour by the heat of now. A VM moves by shutting
+down and starting again on its new host. The leader does the same by itself, as far as
+"cairn place policy --rebalance" lets it.`,
+		Example: "  cairn place rebalance --dry-run\n  cairn place rebalance --moves 4 --bytes 512M\n  cairn place rebalance --data",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			bytes, err := parseSize(size)
+			if err != nil {
+				return err
+			}
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				ans, err := s.place(ctx, &pb.PlaceQuestion{Rebalance: true, MovesMax: moves})
+				ans, err := s.place(ctx, &pb.PlaceQuestion{Rebalance: true, MovesMax: moves, BytesMax: bytes, NoVms: data, CarryOut: !dry})
 				if err != nil {
 					return err
 				}
@@ -162,41 +196,20 @@ the heat of now. A VM moves by shutting down and starting again on its new host.
 					if list == nil {
 						list = []*pb.PlaceMove{}
 					}
-					if err := out.show(list, nil, nil); err != nil {
-						return err
-					}
-				} else {
-					fmt.Print(ans.Text)
+					return out.show(list, nil, nil)
 				}
-				if dry {
-					return nil
+				fmt.Print(ans.Text)
+				if !dry && len(ans.Moves) > 0 {
+					say("%d moves begun: `cairn events` tells how they go", len(ans.Moves))
 				}
-				return s.move(ctx, ans.Moves)
+				return nil
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&dry, "dry-run", false, "show the plan and its prices, change nothing")
+	cmd.Flags().BoolVar(&data, "data", false, "move data only, no VMs")
 	cmd.Flags().Uint32Var(&moves, "moves", 0, "how many VMs may move (16)")
+	cmd.Flags().StringVar(&size, "bytes", "0", "how much data may be on its way (1G)")
 	out.register(cmd)
 	return cmd
-}
-
-// move sends VMs to their new hosts. Room is checked when each arrives there;
-// one that finds none goes through the queue.
-func (s *session) move(ctx context.Context, moves []*pb.PlaceMove) (err error) {
-	for _, m := range moves {
-		vm, verr := s.vm(ctx, m.Vm)
-		if verr != nil || vm.Host != m.From || vm.Desired != "running" || vm.GetQueue().GetStep() != "" {
-			say("VM %s has changed and is left alone", m.Vm)
-			continue
-		}
-		_, berr := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_BindVm{BindVm: &pb.BindVM{Vm: vm.Name, Revision: vm.Revision, Host: vm.Host, Desired: "running",
-			Queue: &pb.VMQueue{Step: state.StepEvicting, NextHost: m.To, Reason: fmt.Sprintf("goes to host %s, where %+.0f %% of its traffic is local", m.To, 100*m.Gain)}}}})
-		if berr != nil {
-			err = errors.Join(err, berr)
-			continue
-		}
-		say("VM %s leaves %s for %s", m.Vm, m.From, m.To)
-	}
-	return err
 }

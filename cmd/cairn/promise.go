@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/cairnstore/cairn/proto/pb"
+	"github.com/cairnstore/cairn/vmhook/agent"
 )
 
 // promiseConfig is what a host's file says of its VMs' resources beyond
@@ -90,4 +91,21 @@ func (k keptVMs) Resume(ctx context.Context, name string) error {
 }
 
 // vmEnded hears of a machine's end.
-func (h *hostd) vmEnded(name, why string) { h.keeper.Ended(context.Background(), name, why) }
+func (h *hostd) vmEnded(name, why string) {
+	if why == agent.Rebooted {
+		h.keeper.Rebooted(context.Background(), name)
+		return
+	}
+	h.keeper.Ended(context.Background(), name, why)
+}
+
+// say adds the machines that run here to a heartbeat, once they are known.
+func (h *hostd) say(req *pb.RenewRequest) {
+	select {
+	case <-h.adopted:
+		for _, m := range h.vms.List() {
+			req.Machines = append(req.Machines, m.Name)
+		}
+	default:
+	}
+}

@@ -27,10 +27,11 @@ type machines struct {
 	dir  string
 	port map[string]string // what stands in the samples → a port of this test
 	run  map[string]*exec.Cmd
+	said map[string]*bytes.Buffer // standard error of the last process of each name
 }
 
 func newMachines(t *testing.T) *machines {
-	m := &machines{t: t, dir: dir(t), port: map[string]string{}, run: map[string]*exec.Cmd{}}
+	m := &machines{t: t, dir: dir(t), port: map[string]string{}, run: map[string]*exec.Cmd{}, said: map[string]*bytes.Buffer{}}
 	ports, err := freePorts(6)
 	if err != nil {
 		t.Fatal(err)
@@ -41,6 +42,11 @@ func newMachines(t *testing.T) *machines {
 	t.Cleanup(func() {
 		for name := range m.run {
 			m.stop(name, syscall.SIGKILL)
+		}
+		for name, b := range m.said {
+			if text := b.String(); t.Failed() { // after the stop nobody writes to it
+				t.Logf("%s said:\n%s", name, text[max(0, len(text)-4000):])
+			}
 		}
 	})
 	return m
@@ -99,8 +105,8 @@ func (m *machines) start(name string) {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
+	errs := &bytes.Buffer{}
+	cmd.Stderr, m.said[name] = errs, errs
 	if err := cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}

@@ -244,13 +244,16 @@ func parseTags(list []string) (map[string]string, error) {
 func volumeSet(c *cli) *cobra.Command {
 	var q qosFlags
 	var tags, untag []string
+	var replicas uint32
 	cmd := &cobra.Command{
-		Use: "set NAME", Short: "Change a volume's tags and bounds", Args: cobra.ExactArgs(1),
-		Long: `Change a volume's tags and bounds. Bounds hold within seconds, for a running VM
-too; all of them are replaced by those given. A minimum (--min-iops, --min-bandwidth) is
-kept by holding back the other volumes attached on the same host while this one asks for
-more than it gets; of two minima, either keeps the promise.`,
-		Example: "  cairn volume set db --tag tier=gold --untag old\n  cairn volume set db --iops 5000 --bandwidth 200M\n  cairn volume set db --min-iops 1000\n  cairn volume set db --iops 0   # no bounds",
+		Use: "set NAME", Short: "Change a volume's tags, bounds and number of copies", Args: cobra.ExactArgs(1),
+		Long: `Change a volume's tags, bounds and number of copies. Bounds hold within seconds, for a
+running VM too; all of them are replaced by those given. A minimum (--min-iops,
+--min-bandwidth) is kept by holding back the other volumes attached on the same host while
+this one asks for more than it gets; of two minima, either keeps the promise. Copies are
+made, or given up, in the background while the volume is used; a further one goes to its
+host first.`,
+		Example: "  cairn volume set db --tag tier=gold --untag old\n  cairn volume set db --iops 5000 --bandwidth 200M\n  cairn volume set db --min-iops 1000\n  cairn volume set db --iops 0   # no bounds\n  cairn volume set db --replicas 3",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			qos, err := q.qos(cmd)
 			if err != nil {
@@ -260,10 +263,23 @@ more than it gets; of two minima, either keeps the promise.`,
 			if err != nil {
 				return err
 			}
-			if qos == nil && len(set)+len(untag) == 0 {
+			more := cmd.Flags().Changed("replicas")
+			if more && (replicas < 1 || replicas > 5) {
+				return usagef("--replicas %d: 1 to 5 are possible", replicas)
+			}
+			if qos == nil && len(set)+len(untag) == 0 && !more {
 				return usagef("volume set: nothing to change: see `cairn volume set --help`")
 			}
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				if more {
+					op := &pb.SetReplicas{Volume: args[0], Replicas: replicas}
+					if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_SetReplicas{SetReplicas: op}}); err != nil {
+						return err
+					}
+				}
+				if qos == nil && len(set)+len(untag) == 0 {
+					return nil
+				}
 				op := &pb.UpdateVolume{Volume: args[0], SetTags: set, RemoveTags: untag, Qos: qos}
 				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_UpdateVolume{UpdateVolume: op}})
 				return err
@@ -271,6 +287,7 @@ more than it gets; of two minima, either keeps the promise.`,
 		},
 	}
 	q.register(cmd)
+	cmd.Flags().Uint32Var(&replicas, "replicas", 0, "how many copies of each chunk, 1 to 5")
 	cmd.Flags().StringSliceVar(&tags, "tag", nil, "name=value, again and again")
 	cmd.Flags().StringSliceVar(&untag, "untag", nil, "name of a tag to take away")
 	return cmd

@@ -213,9 +213,11 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 				rep.Refused = append(rep.Refused, l)
 			}
 		}
-		rep.Maintain = t.care.find(kv, req.Host, now, func(v *pb.Volume) bool { return t.leases.held(v, now) > 0 })
+		rep.Maintain = t.care.find(kv, req.Host, now, func(v *pb.Volume) bool { return t.leases.held(v, now) > 0 }, t.moves.wanted)
+		rep.Wishes = t.moves.tell(kv, held, rep.Maintain)
 		rep.Vms, rep.BatchCpuMillis = vmsToDo(kv, req.Host)
 		rep.QuantumMs = state.PlacementOf(kv).QuantumMs
+		rep.NotHere = notHere(kv, req.Host, req.Machines)
 	})
 	if err != nil {
 		return nil, err

@@ -26,8 +26,8 @@ const (
 )
 
 // find names volumes for a host to repair. held says whether a maintenance
-// session's epoch is alive.
-func (c *care) find(kv state.KV, host string, now time.Duration, held func(*pb.Volume) bool) (names []string) {
+// session's epoch is alive, wished whether placement wants anything of a volume.
+func (c *care) find(kv state.KV, host string, now time.Duration, held func(*pb.Volume) bool, wished func(uint64) bool) (names []string) {
 	if state.HostByName(kv, host).GetDrained() {
 		return nil
 	}
@@ -45,7 +45,7 @@ func (c *care) find(kv state.KV, host string, now time.Duration, held func(*pb.V
 		last, ok := c.asked[v.Id]
 		idle := v.HolderSession == "" || v.Maintenance && !held(v)
 		switch {
-		case !idle || v.DeletedUnixNs > 0 || !hasGood(v, host) || !state.NeedsCare(kv, v):
+		case !idle || v.DeletedUnixNs > 0 || !hasGood(v, host) || !state.NeedsCare(kv, v) && !wished(v.Id):
 			if ok && now-last >= careAgain {
 				delete(c.asked, v.Id)
 			}

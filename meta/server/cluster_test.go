@@ -80,6 +80,7 @@ func (firstStores) Answer(*Picture, *pb.PlaceQuestion) (*pb.PlaceAnswer, error) 
 	return &pb.PlaceAnswer{Text: "first"}, nil
 }
 
+func (firstStores) Leave(*Picture, []*pb.VM, int) []*pb.BindVM { return nil }
 func (firstStores) CheckPolicy(p *pb.Placement) error {
 	if p.GetPolicy() == "nonsense" {
 		return status.Errorf(status.Invalid, "there is no such policy")

@@ -34,7 +34,8 @@ type tenure struct {
 	ready  sync.Mutex // held while the barrier runs; guards passed
 	passed bool       // every command committed by earlier leaders is applied here
 
-	care care // volumes nobody has attached and that need repair
+	moves moves // of chunks, that placement wants
+	care  care  // volumes nobody has attached and that need repair
 
 	mu        sync.Mutex       // guards the fields below
 	hosts     map[string]*beat // by name; registered ones only

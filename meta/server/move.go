@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"slices"
 
 	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -26,7 +27,8 @@ func (s *Server) placeMoves(t *tenure, op *pb.MoveChunks) error {
 }
 
 // PlaceMoves has the placer choose the store of each planned copy: one that is
-// up, in sync or no member yet, and in no failure domain the chunk is in. A plan
+// up, in sync or no member yet, and in no failure domain the chunk is in; one that
+// placement wished for keeps its store if it is such a one. A plan
 // that finds none is left out; when nothing is left to ask for, that is
 // status.NoSpace.
 func PlaceMoves(kv state.KV, placer Placer, op *pb.MoveChunks, stores []StoreView) error {
@@ -45,7 +47,18 @@ func PlaceMoves(kv state.KV, placer Placer, op *pb.MoveChunks, stores []StoreVie
 		if c == nil {
 			continue
 		}
-		req := ChunkRequest{Volume: ids.VolumeID(v.Id), Count: 1, Replicas: 1, ChunkBytes: v.ChunkBytes, Stores: placesFor(kv, v, c, mv.From, stores)}
+		if mv.Wish {
+			if !slices.ContainsFunc(placesFor(kv, v, c, mv.From, stores), func(s StoreView) bool { return bytes.Equal(s.ID[:], mv.To) }) {
+				mv = &pb.ChunkMove{Index: mv.Index, Step: pb.ChunkMove_CANCEL} // naming nobody: the answer says how the chunk is
+			}
+			kept = append(kept, mv)
+			continue
+		}
+		prefer := ""
+		if !v.Maintenance { // a guest there reads it
+			prefer = v.HolderHost
+		}
+		req := ChunkRequest{Volume: ids.VolumeID(v.Id), Count: 1, Replicas: 1, ChunkBytes: v.ChunkBytes, PreferHost: prefer, Stores: placesFor(kv, v, c, mv.From, stores)}
 		places, err := placer.PlaceChunks(req)
 		if err != nil || len(places) != 1 || len(places[0]) != 1 {
 			last = err

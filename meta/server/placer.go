@@ -21,6 +21,9 @@ type Placer interface {
 	// PlaceVM returns the best host for a VM and a sentence saying why.
 	// Unavailable: a better one may have room soon, the VM should wait.
 	PlaceVM(p *Picture, vm string) (host, reason string, err error)
+	// Leave plans where VMs go that must leave their hosts, at most max of them;
+	// those that fit nowhere stay.
+	Leave(p *Picture, vms []*pb.VM, max int) []*pb.BindVM
 	// Turn plans what the queue does next.
 	Turn(p *Picture) []*pb.BindVM
 	// Answer explains decisions and plans moves; it changes nothing.
@@ -60,6 +63,22 @@ type Picture struct {
 	Policy *pb.Placement
 	// Chunks returns the chunks of a VM's volumes.
 	Chunks func(vm *pb.VM) []ChunkView
+	// Hot reports whether any heat of a VM's volumes is known; nil: of all.
+	Hot func(vm *pb.VM) bool
+	// Stores are all stores in service, used as they will be when what is on its
+	// way has arrived. Their Domain is not set.
+	Stores []StoreView
+	// Sample returns some volumes, other ones at each call; nil: there are none.
+	Sample func() []VolumeView
+}
+
+// VolumeView is a volume as placement sees it when it evens stores out.
+type VolumeView struct {
+	ID     uint64
+	Name   string
+	Home   string // the host that has it attached; "": none
+	Domain string // label whose values differ between replicas
+	Chunks []ChunkView
 }
 
 // HostView is a host as placement sees it.
@@ -71,7 +90,13 @@ type HostView struct {
 
 // ChunkView is a chunk as placement sees it.
 type ChunkView struct {
-	Hosts       []string // with an in-sync replica
+	Volume      uint64
+	Name        string // of the volume
+	Index       uint32
+	Domain      string        // label whose values differ between replicas
+	Hosts       []string      // with an in-sync replica
+	Stores      []ids.StoreID // in the order of Hosts
+	Settled     bool          // all its copies are in sync and none is being made
 	Bytes       uint64
 	Read, Write float64 // decayed bytes
 }

@@ -62,16 +62,27 @@ func (t *tenure) chunkViews(kv state.KV, vm *pb.VM, now time.Duration) (out []Ch
 		}
 		heat := t.heatOf(v.Id, now)
 		for _, c := range state.Chunks(kv, v.Id) {
-			view := ChunkView{Bytes: v.ChunkBytes, Read: float64(heat[c.Index].GetRead()), Write: float64(heat[c.Index].GetWrite())}
-			for _, id := range c.Stores {
-				if h := at[string(id)]; h != "" {
-					view.Hosts = append(view.Hosts, h)
-				}
-			}
+			view := chunkView(v, c, at)
+			view.Read, view.Write = float64(heat[c.Index].GetRead()), float64(heat[c.Index].GetWrite())
 			out = append(out, view)
 		}
 	}
 	return out
+}
+
+// chunkView translates a chunk; at is the host of each member in sync.
+func chunkView(v *pb.Volume, c *pb.Chunk, at map[string]string) ChunkView {
+	view := ChunkView{Volume: v.Id, Name: v.Name, Index: c.Index, Domain: v.Domain, Bytes: v.ChunkBytes, Settled: len(c.Filling) == 0}
+	for _, b := range c.Stores {
+		h := at[string(b)]
+		id, err := ids.StoreIDFromBytes(b)
+		if h == "" || err != nil {
+			view.Settled = false
+			continue
+		}
+		view.Hosts, view.Stores = append(view.Hosts, h), append(view.Stores, id)
+	}
+	return view
 }
 
 // volumeHeat is a volume's last report.
@@ -148,6 +159,9 @@ func (s *Server) placeVM(t *tenure, q *pb.PlaceVM) (host, reason string, err err
 
 // answerPlace answers a person's question about placement.
 func (s *Server) answerPlace(t *tenure, q *pb.PlaceQuestion) (ans *pb.PlaceAnswer, err error) {
+	if q.Rebalance {
+		return s.askRebalance(t, q)
+	}
 	rerr := s.fsm.read(func(kv state.KV) {
 		if q.Settings {
 			ans = &pb.PlaceAnswer{Settings: state.PlacementOf(kv)}
@@ -193,6 +207,8 @@ type scheduler struct {
 	tenure  *tenure
 	session string
 	seq     uint64
+	rescued time.Duration // the last look for hosts that are gone
+	silent  string        // what was last said about them
 }
 
 // kickSchedule runs the queue now.
@@ -235,6 +251,9 @@ func (c *scheduler) turn() error {
 	if err != nil {
 		return nil // not the leader any more, or not yet ready
 	}
+	if err := c.rescue(t); err != nil {
+		return err
+	}
 	var binds []*pb.BindVM
 	err = c.s.fsm.read(func(kv state.KV) {
 		for _, vm := range state.VMsUnderway(kv) {
@@ -247,6 +266,11 @@ func (c *scheduler) turn() error {
 	if err != nil {
 		return err
 	}
+	return c.bindAll(t, binds)
+}
+
+// bindAll commits binds; those that lost a race are planned anew.
+func (c *scheduler) bindAll(t *tenure, binds []*pb.BindVM) error {
 	for _, b := range binds[:min(len(binds), turnMax)] {
 		res, err := c.do(t, &pb.Command{Op: &pb.Command_BindVm{BindVm: b}})
 		if err != nil {

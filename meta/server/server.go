@@ -466,6 +466,7 @@ func (s *Server) start() error {
 		s.wg.Go(s.keepHouse)
 		s.wg.Go(s.audits)
 		s.wg.Go(s.scheduleLoop)
+		s.wg.Go(s.rebalanceLoop)
 	}
 	s.mu.Unlock()
 	if closed {

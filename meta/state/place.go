@@ -344,8 +344,13 @@ func (a *apply) setPlacement(p *pb.Placement) (*pb.Result, error) {
 			return nil, status.Errorf(status.Invalid, "tenant %q cannot have the weight %g: above 0 and up to 1,000,000", t, w)
 		}
 	}
-	if p.AgeMs < 0 || p.QuantumMs < 0 || p.DelayMs < -1 || max(p.AgeMs, p.QuantumMs, p.DelayMs) > maxPolicyMs {
+	if p.AgeMs < 0 || p.QuantumMs < 0 || p.DelayMs < -1 || p.RestartMs < -1 || max(p.AgeMs, p.QuantumMs, p.DelayMs, p.RestartMs) > maxPolicyMs {
 		return nil, status.Errorf(status.Invalid, "the times of a placement policy are 0 to 30 days")
+	}
+	switch p.Rebalance {
+	case "", "off", "data", "all":
+	default:
+		return nil, status.Errorf(status.Invalid, "rebalancing cannot be %q: off, data or all", p.Rebalance)
 	}
 	put(a.kv, key(tMeta, "placement"), p)
 	a.event("placement policy %q, queue order %q", p.Policy, p.Order)

@@ -45,6 +45,7 @@ const (
 	startWait        = 60 * time.Second
 	stopWait         = 60 * time.Second // for a guest to shut down by itself before it is ended
 	bindWait         = 10 * time.Second
+	heldWait         = time.Minute // for another host to let a volume go; longer than a lease
 )
 
 // Keeper carries out on one host what was decided for its VMs: starts and stops
@@ -59,6 +60,13 @@ type Keeper struct {
 	mu     sync.Mutex // guards the fields below
 	latest *pb.RenewReply
 	busy   map[string]bool // VMs being started or stopped
+	held   map[string]held // VMs whose volumes another host has; ≤ the VMs bound here
+}
+
+// held is a start that waits for a volume.
+type held struct {
+	revision uint64
+	since    time.Time
 }
 
 // NewKeeper returns a keeper that has heard nothing; Run makes it act.
@@ -69,12 +77,12 @@ func NewKeeper(cfg KeeperConfig) *Keeper {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Keeper{cfg: cfg, wake: make(chan struct{}, 1), busy: map[string]bool{}}
+	return &Keeper{cfg: cfg, wake: make(chan struct{}, 1), busy: map[string]bool{}, held: map[string]held{}}
 }
 
 // Heard brings the answer to a heartbeat. It does not wait.
 func (k *Keeper) Heard(rep *pb.RenewReply) {
-	if len(rep.Vms) == 0 {
+	if len(rep.Vms)+len(rep.NotHere) == 0 {
 		return
 	}
 	k.mu.Lock()
@@ -119,6 +127,14 @@ func (k *Keeper) act(ctx context.Context, rep *pb.RenewReply) {
 			}
 		})
 	}
+	for _, name := range rep.NotHere {
+		if k.begin(name) {
+			k.wg.Go(func() {
+				defer k.end(name)
+				k.unwanted(ctx, name)
+			})
+		}
+	}
 	k.turns(ctx, rep)
 }
 
@@ -153,7 +169,8 @@ func (k *Keeper) start(ctx context.Context, vm *pb.VM) {
 		if !k.bind(ctx, vm, vm.Host, "running", &pb.VMQueue{Sliced: vm.Queue.Sliced, Reason: vm.Queue.Reason}) {
 			k.unwanted(ctx, vm.Name)
 		}
-	case errors.Is(err, status.Unavailable), errors.Is(err, status.Timeout), errors.Is(err, status.Shutdown), ctx.Err() != nil:
+	case errors.Is(err, status.Unavailable), errors.Is(err, status.Timeout), errors.Is(err, status.Shutdown), ctx.Err() != nil,
+		errors.Is(err, status.Held) && k.waits(vm):
 		k.cfg.Log.Warn("a VM is not started yet", "vm", vm.Name, "err", err)
 	default:
 		k.cfg.Log.Error("a VM cannot be started", "vm", vm.Name, "err", err)
@@ -161,7 +178,25 @@ func (k *Keeper) start(ctx context.Context, vm *pb.VM) {
 	}
 }
 
-// unwanted ends a VM that was stopped, or sent elsewhere, while it started.
+// waits says whether a VM whose volume another host has is to be tried again: a
+// host that came back gives the volumes of machines that moved away back soon.
+func (k *Keeper) waits(vm *pb.VM) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	h := k.held[vm.Name]
+	if h.revision != vm.Revision {
+		h = held{vm.Revision, k.cfg.Now()}
+		k.held[vm.Name] = h
+	}
+	if k.cfg.Now().Sub(h.since) < heldWait {
+		return true
+	}
+	delete(k.held, vm.Name)
+	return false
+}
+
+// unwanted ends a VM that was stopped, or sent elsewhere, while it started or
+// while this host was not heard of.
 func (k *Keeper) unwanted(ctx context.Context, name string) {
 	rep, err := k.cfg.Meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vm{Vm: name}})
 	gone := errors.Is(err, status.NotFound)
@@ -171,6 +206,7 @@ func (k *Keeper) unwanted(ctx context.Context, name string) {
 	if !gone && rep.Vms[0].Host == k.cfg.Host && rep.Vms[0].Desired != "stopped" {
 		return
 	}
+	k.cfg.Log.Warn("a VM that is no longer this host's is ended", "vm", name)
 	if err := k.cfg.Machines.Stop(ctx, name, true); err != nil && !errors.Is(err, status.NotFound) {
 		k.cfg.Log.Error("a VM that is no longer wanted here cannot be stopped", "vm", name, "err", err)
 	}
@@ -253,6 +289,21 @@ func (k *Keeper) resume(ctx context.Context, vm *pb.VM) {
 	if err := k.cfg.Machines.Resume(ctx, vm.Name); err != nil {
 		k.cfg.Log.Warn("a batch VM is not resumed", "vm", vm.Name, "err", err)
 		k.bind(ctx, res.Vm, vm.Host, "running", &pb.VMQueue{Sliced: true, Reason: "waits for its turn"})
+	}
+}
+
+// Rebooted hears that a machine ended because its host was restarted: it is
+// started again here, if nobody has started it elsewhere.
+func (k *Keeper) Rebooted(ctx context.Context, name string) {
+	ctx, cancel := context.WithTimeout(ctx, bindWait)
+	defer cancel()
+	rep, err := k.cfg.Meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vm{Vm: name}})
+	if err != nil || len(rep.Vms) != 1 {
+		return // removed, or to be seen in `cairn vm ls`
+	}
+	vm := rep.Vms[0]
+	if vm.Host == k.cfg.Host && vm.Desired == "running" && vm.GetQueue().GetStep() == "" {
+		k.bind(ctx, vm, vm.Host, "running", &pb.VMQueue{Step: state.StepStarting, Reason: "host " + k.cfg.Host + " was restarted"})
 	}
 }
 

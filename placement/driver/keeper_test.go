@@ -260,3 +260,61 @@ func TestKeeperRuns(t *testing.T) {
 	cancel()
 	<-done
 }
+
+// A machine that metadata has elsewhere is ended; one it has here, or does not
+// know, is left alone.
+func TestKeeperEndsWhatIsElsewhere(t *testing.T) {
+	h := newHouse(t)
+	k := h.keeper(time.UnixMilli(0))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); k.Run(ctx) }()
+	h.put("moved", 1, "other", false, nil)
+	h.put("mine", 1, "me", false, nil)
+	h.mu.Lock()
+	h.runs["moved"], h.runs["mine"] = "running", "running"
+	h.mu.Unlock()
+	k.Heard(&pb.RenewReply{NotHere: []string{"moved", "mine"}})
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		h.mu.Lock()
+		gone := h.runs["moved"] == ""
+		h.mu.Unlock()
+		if gone {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the machine runs on")
+		}
+	}
+	cancel()
+	<-done
+	h.check("mine", "me", "running", "", "running")
+}
+
+// A volume that another host has is waited for, a while; then the VM is stopped.
+func TestKeeperWaitsForAHeldVolume(t *testing.T) {
+	h := newHouse(t)
+	now := time.UnixMilli(0)
+	k := NewKeeper(KeeperConfig{Host: "me", Machines: h, Meta: h, Now: func() time.Time { return now }})
+	a := h.put("a", 1, "me", false, &pb.VMQueue{Step: state.StepStarting})
+	h.fail["a"] = status.Errorf(status.Held, "another host has it")
+	act(k, &pb.RenewReply{Vms: []*pb.VM{a}})
+	now = now.Add(heldWait - 1)
+	act(k, &pb.RenewReply{Vms: []*pb.VM{a}})
+	h.check("a", "me", "running", state.StepStarting, "")
+	now = now.Add(1)
+	act(k, &pb.RenewReply{Vms: []*pb.VM{a}})
+	h.check("a", "", "stopped", "", "")
+}
+
+// After a restart of its host a VM is started again, unless it is elsewhere.
+func TestKeeperStartsAgainAfterARestart(t *testing.T) {
+	h := newHouse(t)
+	k := h.keeper(time.UnixMilli(0))
+	h.put("a", 1, "me", false, nil)
+	h.put("b", 1, "other", false, nil)
+	k.Rebooted(context.Background(), "a")
+	k.Rebooted(context.Background(), "b")
+	h.check("a", "me", "running", state.StepStarting, "")
+	h.check("b", "other", "running", "", "")
+}

@@ -226,3 +226,28 @@ func (t *turn) preempt() {
 			Reason: fmt.Sprintf("gives way to VM %s (priority %d, its own is %d)", t.first.Name, t.first.Class, v.Class)})
 	}
 }
+
+// Leave implements server.Placer.
+func (placer) Leave(p *server.Picture, vms []*pb.VM, limit int) (binds []*pb.BindVM) {
+	s, err := newScene(p)
+	if err != nil {
+		return nil // refused when the policy was set
+	}
+	for _, vm := range vms {
+		at, ok := s.fleet.Number(vm.Host)
+		if len(binds) == limit || !ok {
+			break
+		}
+		j := s.asNew(vm)
+		d := s.sched.DecideBut(j, at)
+		if d.Host < 0 || s.fleet.Bind(j, d.Host) != nil {
+			if err := s.fleet.Hold(s.job(vm), at); err != nil {
+				panic("driver: a VM that stays cannot be held: " + err.Error())
+			}
+			continue
+		}
+		binds = append(binds, &pb.BindVM{Vm: vm.Name, Revision: vm.Revision, Host: vm.Host, Desired: vm.Desired, Queue: &pb.VMQueue{Step: state.StepEvicting,
+			NextHost: p.Hosts[d.Host].Name, Sliced: vm.GetQueue().GetSliced(), Reason: fmt.Sprintf("host %s is drained: %s", vm.Host, s.sched.Reason(j, d))}})
+	}
+	return binds
+}

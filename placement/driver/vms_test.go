@@ -225,3 +225,17 @@ func TestPoliciesAreKnown(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// VMs leave a drained host for others with room, a few at a time; one that fits
+// nowhere stays, and its room is not given away.
+func TestVMsLeaveADrainedHost(t *testing.T) {
+	a, b, big := vm("a", 1, "h0"), vm("b", 1, "h0"), vm("big", 4, "h0")
+	p := cluster(2, a, b, big, vm("there", 1, "h1"))
+	p.Hosts[0].Drained = true
+	if got := binds(New().Leave(p, []*pb.VM{big, a, b}, 9)); got != "a→h0 evicting, b→h0 evicting" {
+		t.Errorf("got %s", got)
+	}
+	if got := New().Leave(p, []*pb.VM{big, a, b}, 1); len(got) != 1 || got[0].Queue.NextHost != "h1" || !strings.Contains(got[0].Queue.Reason, "h0 is drained") {
+		t.Errorf("got %v", got)
+	}
+}

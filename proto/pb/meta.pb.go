@@ -495,6 +495,7 @@ type Filling struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
 	Replaces      []byte                 `protobuf:"bytes,2,opt,name=replaces,proto3" json:"replaces,omitempty"` // empty: it is one more
+	Wish          bool                   `protobuf:"varint,80,opt,name=wish,proto3" json:"wish,omitempty"`       // placement wants it; nothing is wrong with the one that goes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -541,6 +542,13 @@ func (x *Filling) GetReplaces() []byte {
 		return x.Replaces
 	}
 	return nil
+}
+
+func (x *Filling) GetWish() bool {
+	if x != nil {
+		return x.Wish
+	}
+	return false
 }
 
 type Volume struct {
@@ -3596,6 +3604,7 @@ type ChunkMove struct {
 	To            []byte                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`                                             // plan: set by the leader; done: the planned one, or empty to give up `from` alone
 	ToIncarnation uint64                 `protobuf:"varint,4,opt,name=to_incarnation,json=toIncarnation,proto3" json:"to_incarnation,omitempty"` // done: of the store that was filled
 	Step          ChunkMove_Step         `protobuf:"varint,5,opt,name=step,proto3,enum=cairn.v1.ChunkMove_Step" json:"step,omitempty"`
+	Wish          bool                   `protobuf:"varint,80,opt,name=wish,proto3" json:"wish,omitempty"` // plan: placement wants it; the leader keeps `to` if it still fits
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3663,6 +3672,13 @@ func (x *ChunkMove) GetStep() ChunkMove_Step {
 		return x.Step
 	}
 	return ChunkMove_PLAN
+}
+
+func (x *ChunkMove) GetWish() bool {
+	if x != nil {
+		return x.Wish
+	}
+	return false
 }
 
 // MoveChunks changes where copies of chunks are; compare-and-set on epoch and
@@ -5355,7 +5371,8 @@ type RenewRequest struct {
 	Leases        []*Lease               `protobuf:"bytes,3,rep,name=leases,proto3" json:"leases,omitempty"`
 	Release       []*Lease               `protobuf:"bytes,4,rep,name=release,proto3" json:"release,omitempty"`
 	Usage         []*StoreUsage          `protobuf:"bytes,5,rep,name=usage,proto3" json:"usage,omitempty"`
-	Heat          []*VolumeHeat          `protobuf:"bytes,80,rep,name=heat,proto3" json:"heat,omitempty"` // of the leased volumes
+	Heat          []*VolumeHeat          `protobuf:"bytes,80,rep,name=heat,proto3" json:"heat,omitempty"`         // of the leased volumes
+	Machines      []string               `protobuf:"bytes,81,rep,name=machines,proto3" json:"machines,omitempty"` // VMs that run on this host
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5432,6 +5449,13 @@ func (x *RenewRequest) GetHeat() []*VolumeHeat {
 	return nil
 }
 
+func (x *RenewRequest) GetMachines() []string {
+	if x != nil {
+		return x.Machines
+	}
+	return nil
+}
+
 type RenewReply struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Status         uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
@@ -5445,6 +5469,8 @@ type RenewReply struct {
 	Vms            []*VM                  `protobuf:"bytes,80,rep,name=vms,proto3" json:"vms,omitempty"`                                                // on this host, that it has something to do for
 	QuantumMs      int64                  `protobuf:"varint,81,opt,name=quantum_ms,json=quantumMs,proto3" json:"quantum_ms,omitempty"`                  // of a batch VM's turn; 0: a minute
 	BatchCpuMillis uint64                 `protobuf:"varint,82,opt,name=batch_cpu_millis,json=batchCpuMillis,proto3" json:"batch_cpu_millis,omitempty"` // that the batch VMs among them share
+	NotHere        []string               `protobuf:"bytes,83,rep,name=not_here,json=notHere,proto3" json:"not_here,omitempty"`                         // machines that are no longer this host's: it stops them
+	Wishes         []*VolumeWishes        `protobuf:"bytes,84,rep,name=wishes,proto3" json:"wishes,omitempty"`                                          // of volumes it holds or is asked to repair
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -5554,6 +5580,20 @@ func (x *RenewReply) GetBatchCpuMillis() uint64 {
 		return x.BatchCpuMillis
 	}
 	return 0
+}
+
+func (x *RenewReply) GetNotHere() []string {
+	if x != nil {
+		return x.NotHere
+	}
+	return nil
+}
+
+func (x *RenewReply) GetWishes() []*VolumeWishes {
+	if x != nil {
+		return x.Wishes
+	}
+	return nil
 }
 
 type NodeRequest struct {
@@ -6372,10 +6412,11 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12*\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x14.cairn.v1.ChunkStateR\x05state\x12\x16\n" +
 	"\x06stores\x18\x04 \x03(\fR\x06stores\x12+\n" +
-	"\afilling\x18\x14 \x03(\v2\x11.cairn.v1.FillingR\afilling\";\n" +
+	"\afilling\x18\x14 \x03(\v2\x11.cairn.v1.FillingR\afilling\"O\n" +
 	"\aFilling\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x1a\n" +
-	"\breplaces\x18\x02 \x01(\fR\breplaces\"\x95\b\n" +
+	"\breplaces\x18\x02 \x01(\fR\breplaces\x12\x12\n" +
+	"\x04wish\x18P \x01(\bR\x04wish\"\x95\b\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -6627,13 +6668,14 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x18\n" +
-	"\asession\x18\x04 \x01(\tR\asession\"\xc2\x01\n" +
+	"\asession\x18\x04 \x01(\tR\asession\"\xd6\x01\n" +
 	"\tChunkMove\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\fR\x04from\x12\x0e\n" +
 	"\x02to\x18\x03 \x01(\fR\x02to\x12%\n" +
 	"\x0eto_incarnation\x18\x04 \x01(\x04R\rtoIncarnation\x12,\n" +
-	"\x04step\x18\x05 \x01(\x0e2\x18.cairn.v1.ChunkMove.StepR\x04step\"&\n" +
+	"\x04step\x18\x05 \x01(\x0e2\x18.cairn.v1.ChunkMove.StepR\x04step\x12\x12\n" +
+	"\x04wish\x18P \x01(\bR\x04wish\"&\n" +
 	"\x04Step\x12\b\n" +
 	"\x04PLAN\x10\x00\x12\b\n" +
 	"\x04DONE\x10\x01\x12\n" +
@@ -6777,14 +6819,15 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x06stores\x18\x04 \x03(\v2\x14.cairn.v1.StoreStateR\x06stores\":\n" +
 	"\x05Lease\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\rR\x05epoch\"\xe6\x01\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\"\x82\x02\n" +
 	"\fRenewRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12'\n" +
 	"\x06leases\x18\x03 \x03(\v2\x0f.cairn.v1.LeaseR\x06leases\x12)\n" +
 	"\arelease\x18\x04 \x03(\v2\x0f.cairn.v1.LeaseR\arelease\x12*\n" +
 	"\x05usage\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x05usage\x12(\n" +
-	"\x04heat\x18P \x03(\v2\x14.cairn.v1.VolumeHeatR\x04heat\"\xdf\x02\n" +
+	"\x04heat\x18P \x03(\v2\x14.cairn.v1.VolumeHeatR\x04heat\x12\x1a\n" +
+	"\bmachines\x18Q \x03(\tR\bmachines\"\xaa\x03\n" +
 	"\n" +
 	"RenewReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -6798,7 +6841,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x03vms\x18P \x03(\v2\f.cairn.v1.VMR\x03vms\x12\x1d\n" +
 	"\n" +
 	"quantum_ms\x18Q \x01(\x03R\tquantumMs\x12(\n" +
-	"\x10batch_cpu_millis\x18R \x01(\x04R\x0ebatchCpuMillis\"\r\n" +
+	"\x10batch_cpu_millis\x18R \x01(\x04R\x0ebatchCpuMillis\x12\x19\n" +
+	"\bnot_here\x18S \x03(\tR\anotHere\x12.\n" +
+	"\x06wishes\x18T \x03(\v2\x16.cairn.v1.VolumeWishesR\x06wishes\"\r\n" +
 	"\vNodeRequest\"\xd8\x03\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -6989,6 +7034,7 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	(*VolumeLayers)(nil),      // 94: cairn.v1.VolumeLayers
 	(*PlaceAnswer)(nil),       // 95: cairn.v1.PlaceAnswer
 	(*VolumeHeat)(nil),        // 96: cairn.v1.VolumeHeat
+	(*VolumeWishes)(nil),      // 97: cairn.v1.VolumeWishes
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
 	74,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
@@ -7091,29 +7137,30 @@ var file_proto_pb_meta_proto_depIdxs = []int32{
 	61,  // 97: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
 	7,   // 98: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
 	12,  // 99: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
-	67,  // 100: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	65,  // 101: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14,  // 102: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	52,  // 103: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	62,  // 104: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	64,  // 105: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	66,  // 106: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	69,  // 107: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	70,  // 108: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	72,  // 109: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	50,  // 110: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	56,  // 111: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	63,  // 112: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	65,  // 113: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	68,  // 114: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	71,  // 115: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	71,  // 116: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	73,  // 117: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	110, // [110:118] is the sub-list for method output_type
-	102, // [102:110] is the sub-list for method input_type
-	102, // [102:102] is the sub-list for extension type_name
-	102, // [102:102] is the sub-list for extension extendee
-	0,   // [0:102] is the sub-list for field type_name
+	97,  // 100: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
+	67,  // 101: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	65,  // 102: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 103: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	52,  // 104: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	62,  // 105: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	64,  // 106: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	66,  // 107: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	69,  // 108: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	70,  // 109: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	72,  // 110: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	50,  // 111: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	56,  // 112: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	63,  // 113: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	65,  // 114: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	68,  // 115: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	71,  // 116: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	71,  // 117: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	73,  // 118: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	111, // [111:119] is the sub-list for method output_type
+	103, // [103:111] is the sub-list for method input_type
+	103, // [103:103] is the sub-list for extension type_name
+	103, // [103:103] is the sub-list for extension extendee
+	0,   // [0:103] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }

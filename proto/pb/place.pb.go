@@ -417,6 +417,10 @@ type Placement struct {
 	Weights       map[string]float64     `protobuf:"bytes,4,rep,name=weights,proto3" json:"weights,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"` // round-robin, by tenant; absent: 1
 	QuantumMs     int64                  `protobuf:"varint,5,opt,name=quantum_ms,json=quantumMs,proto3" json:"quantum_ms,omitempty"`                                                       // of a batch VM's turn; 0: a minute
 	DelayMs       int64                  `protobuf:"varint,6,opt,name=delay_ms,json=delayMs,proto3" json:"delay_ms,omitempty"`                                                             // a VM waits so long for a host with its data; 0: 5 s; -1: not at all
+	RestartMs     int64                  `protobuf:"varint,7,opt,name=restart_ms,json=restartMs,proto3" json:"restart_ms,omitempty"`                                                       // VMs of a host unheard of for so long are started elsewhere; 0: 30 s; -1: never
+	Rebalance     string                 `protobuf:"bytes,8,opt,name=rebalance,proto3" json:"rebalance,omitempty"`                                                                         // what moves by itself: off, data, all (VMs too); "": off
+	MovesAtOnce   uint32                 `protobuf:"varint,9,opt,name=moves_at_once,json=movesAtOnce,proto3" json:"moves_at_once,omitempty"`                                               // VMs on their way; 0: 4
+	BytesAtOnce   uint64                 `protobuf:"varint,10,opt,name=bytes_at_once,json=bytesAtOnce,proto3" json:"bytes_at_once,omitempty"`                                              // of chunks on their way; 0: 1 GiB
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -489,6 +493,34 @@ func (x *Placement) GetQuantumMs() int64 {
 func (x *Placement) GetDelayMs() int64 {
 	if x != nil {
 		return x.DelayMs
+	}
+	return 0
+}
+
+func (x *Placement) GetRestartMs() int64 {
+	if x != nil {
+		return x.RestartMs
+	}
+	return 0
+}
+
+func (x *Placement) GetRebalance() string {
+	if x != nil {
+		return x.Rebalance
+	}
+	return ""
+}
+
+func (x *Placement) GetMovesAtOnce() uint32 {
+	if x != nil {
+		return x.MovesAtOnce
+	}
+	return 0
+}
+
+func (x *Placement) GetBytesAtOnce() uint64 {
+	if x != nil {
+		return x.BytesAtOnce
 	}
 	return 0
 }
@@ -659,6 +691,9 @@ type PlaceQuestion struct {
 	Rebalance     bool                   `protobuf:"varint,2,opt,name=rebalance,proto3" json:"rebalance,omitempty"` // which moves bring VMs to their data
 	MovesMax      uint32                 `protobuf:"varint,3,opt,name=moves_max,json=movesMax,proto3" json:"moves_max,omitempty"`
 	Settings      bool                   `protobuf:"varint,4,opt,name=settings,proto3" json:"settings,omitempty"`
+	CarryOut      bool                   `protobuf:"varint,5,opt,name=carry_out,json=carryOut,proto3" json:"carry_out,omitempty"` // rebalance: and begin it
+	NoVms         bool                   `protobuf:"varint,6,opt,name=no_vms,json=noVms,proto3" json:"no_vms,omitempty"`          // rebalance: data only
+	BytesMax      uint64                 `protobuf:"varint,7,opt,name=bytes_max,json=bytesMax,proto3" json:"bytes_max,omitempty"` // rebalance: of chunks; 0: the setting
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -721,6 +756,150 @@ func (x *PlaceQuestion) GetSettings() bool {
 	return false
 }
 
+func (x *PlaceQuestion) GetCarryOut() bool {
+	if x != nil {
+		return x.CarryOut
+	}
+	return false
+}
+
+func (x *PlaceQuestion) GetNoVms() bool {
+	if x != nil {
+		return x.NoVms
+	}
+	return false
+}
+
+func (x *PlaceQuestion) GetBytesMax() uint64 {
+	if x != nil {
+		return x.BytesMax
+	}
+	return 0
+}
+
+// ChunkWish is a copy that placement wants on another store.
+type ChunkWish struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	From          []byte                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            []byte                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	Why           string                 `protobuf:"bytes,4,opt,name=why,proto3" json:"why,omitempty"` // one sentence
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChunkWish) Reset() {
+	*x = ChunkWish{}
+	mi := &file_proto_pb_place_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChunkWish) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChunkWish) ProtoMessage() {}
+
+func (x *ChunkWish) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_place_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChunkWish.ProtoReflect.Descriptor instead.
+func (*ChunkWish) Descriptor() ([]byte, []int) {
+	return file_proto_pb_place_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ChunkWish) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ChunkWish) GetFrom() []byte {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+func (x *ChunkWish) GetTo() []byte {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
+func (x *ChunkWish) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+// VolumeWishes asks a volume's writer to plan moves of copies. They are kept
+// nowhere: what is lost is wished for again, if it still is worth it.
+type VolumeWishes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Wishes        []*ChunkWish           `protobuf:"bytes,2,rep,name=wishes,proto3" json:"wishes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeWishes) Reset() {
+	*x = VolumeWishes{}
+	mi := &file_proto_pb_place_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeWishes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeWishes) ProtoMessage() {}
+
+func (x *VolumeWishes) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_place_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeWishes.ProtoReflect.Descriptor instead.
+func (*VolumeWishes) Descriptor() ([]byte, []int) {
+	return file_proto_pb_place_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *VolumeWishes) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *VolumeWishes) GetWishes() []*ChunkWish {
+	if x != nil {
+		return x.Wishes
+	}
+	return nil
+}
+
 type PlaceMove struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -729,13 +908,16 @@ type PlaceMove struct {
 	Gain          float64                `protobuf:"fixed64,4,opt,name=gain,proto3" json:"gain,omitempty"`                            // more of its traffic local: -1 to 1
 	StayBytes     float64                `protobuf:"fixed64,5,opt,name=stay_bytes,json=stayBytes,proto3" json:"stay_bytes,omitempty"` // over the network until the horizon if nothing is done
 	MoveBytes     float64                `protobuf:"fixed64,6,opt,name=move_bytes,json=moveBytes,proto3" json:"move_bytes,omitempty"` // the same after the move, and the move itself
+	Step          string                 `protobuf:"bytes,7,opt,name=step,proto3" json:"step,omitempty"`                              // move VM; or data: move data, even, cool, warm
+	Volume        string                 `protobuf:"bytes,8,opt,name=volume,proto3" json:"volume,omitempty"`                          // of data
+	Chunk         *ChunkWish             `protobuf:"bytes,9,opt,name=chunk,proto3" json:"chunk,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PlaceMove) Reset() {
 	*x = PlaceMove{}
-	mi := &file_proto_pb_place_proto_msgTypes[9]
+	mi := &file_proto_pb_place_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +929,7 @@ func (x *PlaceMove) String() string {
 func (*PlaceMove) ProtoMessage() {}
 
 func (x *PlaceMove) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_place_proto_msgTypes[9]
+	mi := &file_proto_pb_place_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +942,7 @@ func (x *PlaceMove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceMove.ProtoReflect.Descriptor instead.
 func (*PlaceMove) Descriptor() ([]byte, []int) {
-	return file_proto_pb_place_proto_rawDescGZIP(), []int{9}
+	return file_proto_pb_place_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PlaceMove) GetVm() string {
@@ -805,6 +987,27 @@ func (x *PlaceMove) GetMoveBytes() float64 {
 	return 0
 }
 
+func (x *PlaceMove) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *PlaceMove) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *PlaceMove) GetChunk() *ChunkWish {
+	if x != nil {
+		return x.Chunk
+	}
+	return nil
+}
+
 type PlaceAnswer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
@@ -816,7 +1019,7 @@ type PlaceAnswer struct {
 
 func (x *PlaceAnswer) Reset() {
 	*x = PlaceAnswer{}
-	mi := &file_proto_pb_place_proto_msgTypes[10]
+	mi := &file_proto_pb_place_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -828,7 +1031,7 @@ func (x *PlaceAnswer) String() string {
 func (*PlaceAnswer) ProtoMessage() {}
 
 func (x *PlaceAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_place_proto_msgTypes[10]
+	mi := &file_proto_pb_place_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -841,7 +1044,7 @@ func (x *PlaceAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceAnswer.ProtoReflect.Descriptor instead.
 func (*PlaceAnswer) Descriptor() ([]byte, []int) {
-	return file_proto_pb_place_proto_rawDescGZIP(), []int{10}
+	return file_proto_pb_place_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PlaceAnswer) GetText() string {
@@ -910,7 +1113,7 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x18\n" +
 	"\adesired\x18\x04 \x01(\tR\adesired\x12'\n" +
-	"\x05queue\x18\x05 \x01(\v2\x11.cairn.v1.VMQueueR\x05queue\"\x82\x02\n" +
+	"\x05queue\x18\x05 \x01(\v2\x11.cairn.v1.VMQueueR\x05queue\"\x87\x03\n" +
 	"\tPlacement\x12\x16\n" +
 	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x14\n" +
 	"\x05order\x18\x02 \x01(\tR\x05order\x12\x15\n" +
@@ -918,7 +1121,13 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\aweights\x18\x04 \x03(\v2 .cairn.v1.Placement.WeightsEntryR\aweights\x12\x1d\n" +
 	"\n" +
 	"quantum_ms\x18\x05 \x01(\x03R\tquantumMs\x12\x19\n" +
-	"\bdelay_ms\x18\x06 \x01(\x03R\adelayMs\x1a:\n" +
+	"\bdelay_ms\x18\x06 \x01(\x03R\adelayMs\x12\x1d\n" +
+	"\n" +
+	"restart_ms\x18\a \x01(\x03R\trestartMs\x12\x1c\n" +
+	"\trebalance\x18\b \x01(\tR\trebalance\x12\"\n" +
+	"\rmoves_at_once\x18\t \x01(\rR\vmovesAtOnce\x12\"\n" +
+	"\rbytes_at_once\x18\n" +
+	" \x01(\x04R\vbytesAtOnce\x1a:\n" +
 	"\fWeightsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"A\n" +
@@ -931,12 +1140,23 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\n" +
 	"VolumeHeat\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12+\n" +
-	"\x06chunks\x18\x02 \x03(\v2\x13.cairn.v1.ChunkHeatR\x06chunks\"v\n" +
+	"\x06chunks\x18\x02 \x03(\v2\x13.cairn.v1.ChunkHeatR\x06chunks\"\xc7\x01\n" +
 	"\rPlaceQuestion\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1c\n" +
 	"\trebalance\x18\x02 \x01(\bR\trebalance\x12\x1b\n" +
 	"\tmoves_max\x18\x03 \x01(\rR\bmovesMax\x12\x1a\n" +
-	"\bsettings\x18\x04 \x01(\bR\bsettings\"\x91\x01\n" +
+	"\bsettings\x18\x04 \x01(\bR\bsettings\x12\x1b\n" +
+	"\tcarry_out\x18\x05 \x01(\bR\bcarryOut\x12\x15\n" +
+	"\x06no_vms\x18\x06 \x01(\bR\x05noVms\x12\x1b\n" +
+	"\tbytes_max\x18\a \x01(\x04R\bbytesMax\"W\n" +
+	"\tChunkWish\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\fR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\fR\x02to\x12\x10\n" +
+	"\x03why\x18\x04 \x01(\tR\x03why\"X\n" +
+	"\fVolumeWishes\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12+\n" +
+	"\x06wishes\x18\x02 \x03(\v2\x13.cairn.v1.ChunkWishR\x06wishes\"\xe8\x01\n" +
 	"\tPlaceMove\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
@@ -945,7 +1165,10 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\n" +
 	"stay_bytes\x18\x05 \x01(\x01R\tstayBytes\x12\x1d\n" +
 	"\n" +
-	"move_bytes\x18\x06 \x01(\x01R\tmoveBytes\"}\n" +
+	"move_bytes\x18\x06 \x01(\x01R\tmoveBytes\x12\x12\n" +
+	"\x04step\x18\a \x01(\tR\x04step\x12\x16\n" +
+	"\x06volume\x18\b \x01(\tR\x06volume\x12)\n" +
+	"\x05chunk\x18\t \x01(\v2\x13.cairn.v1.ChunkWishR\x05chunk\"}\n" +
 	"\vPlaceAnswer\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12)\n" +
 	"\x05moves\x18\x02 \x03(\v2\x13.cairn.v1.PlaceMoveR\x05moves\x12/\n" +
@@ -963,7 +1186,7 @@ func file_proto_pb_place_proto_rawDescGZIP() []byte {
 	return file_proto_pb_place_proto_rawDescData
 }
 
-var file_proto_pb_place_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_proto_pb_place_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_proto_pb_place_proto_goTypes = []any{
 	(*HostPromise)(nil),   // 0: cairn.v1.HostPromise
 	(*VMNeeds)(nil),       // 1: cairn.v1.VMNeeds
@@ -974,24 +1197,28 @@ var file_proto_pb_place_proto_goTypes = []any{
 	(*ChunkHeat)(nil),     // 6: cairn.v1.ChunkHeat
 	(*VolumeHeat)(nil),    // 7: cairn.v1.VolumeHeat
 	(*PlaceQuestion)(nil), // 8: cairn.v1.PlaceQuestion
-	(*PlaceMove)(nil),     // 9: cairn.v1.PlaceMove
-	(*PlaceAnswer)(nil),   // 10: cairn.v1.PlaceAnswer
-	nil,                   // 11: cairn.v1.VMNeeds.LabelsEntry
-	nil,                   // 12: cairn.v1.Placement.WeightsEntry
+	(*ChunkWish)(nil),     // 9: cairn.v1.ChunkWish
+	(*VolumeWishes)(nil),  // 10: cairn.v1.VolumeWishes
+	(*PlaceMove)(nil),     // 11: cairn.v1.PlaceMove
+	(*PlaceAnswer)(nil),   // 12: cairn.v1.PlaceAnswer
+	nil,                   // 13: cairn.v1.VMNeeds.LabelsEntry
+	nil,                   // 14: cairn.v1.Placement.WeightsEntry
 }
 var file_proto_pb_place_proto_depIdxs = []int32{
-	11, // 0: cairn.v1.VMNeeds.labels:type_name -> cairn.v1.VMNeeds.LabelsEntry
+	13, // 0: cairn.v1.VMNeeds.labels:type_name -> cairn.v1.VMNeeds.LabelsEntry
 	2,  // 1: cairn.v1.BindVM.queue:type_name -> cairn.v1.VMQueue
-	12, // 2: cairn.v1.Placement.weights:type_name -> cairn.v1.Placement.WeightsEntry
+	14, // 2: cairn.v1.Placement.weights:type_name -> cairn.v1.Placement.WeightsEntry
 	4,  // 3: cairn.v1.SetPlacement.placement:type_name -> cairn.v1.Placement
 	6,  // 4: cairn.v1.VolumeHeat.chunks:type_name -> cairn.v1.ChunkHeat
-	9,  // 5: cairn.v1.PlaceAnswer.moves:type_name -> cairn.v1.PlaceMove
-	4,  // 6: cairn.v1.PlaceAnswer.settings:type_name -> cairn.v1.Placement
-	7,  // [7:7] is the sub-list for method output_type
-	7,  // [7:7] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	9,  // 5: cairn.v1.VolumeWishes.wishes:type_name -> cairn.v1.ChunkWish
+	9,  // 6: cairn.v1.PlaceMove.chunk:type_name -> cairn.v1.ChunkWish
+	11, // 7: cairn.v1.PlaceAnswer.moves:type_name -> cairn.v1.PlaceMove
+	4,  // 8: cairn.v1.PlaceAnswer.settings:type_name -> cairn.v1.Placement
+	9,  // [9:9] is the sub-list for method output_type
+	9,  // [9:9] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_place_proto_init() }
@@ -1005,7 +1232,7 @@ func file_proto_pb_place_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_place_proto_rawDesc), len(file_proto_pb_place_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

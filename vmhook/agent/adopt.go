@@ -135,12 +135,20 @@ func (a *Agent) keepAttaching(e *vm) {
 	}
 }
 
+// Rebooted is why a machine ended that ran when its host was restarted.
+const Rebooted = "its host was restarted"
+
 // bury does what watch does for a machine that ended while nobody watched.
 func (a *Agent) bury(dir, name string) error {
+	why := "it ended while the host process was away"
+	again, berr := machine.Rebooted(dir, name)
+	if again {
+		why = Rebooted
+	}
 	volumes, err := machine.Volumes(dir, name)
-	if err == nil {
+	if err = errors.Join(err, berr); err == nil {
 		err = errors.Join(a.detach(volumes), machine.Forget(dir, name))
 	}
-	a.report(name, "it ended while the host process was away", err)
+	a.report(name, why, err)
 	return err
 }

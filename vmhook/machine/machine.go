@@ -275,6 +275,16 @@ func Volumes(dir, name string) ([]string, error) {
 	return names, nil
 }
 
+// Rebooted reports whether a machine was started before the host's last restart.
+func Rebooted(dir, name string) (bool, error) {
+	rec, err := loadRecord(dir, name)
+	if err != nil {
+		return false, err
+	}
+	boot, err := bootID()
+	return err == nil && rec.BootID != boot, err
+}
+
 // newMachine begins to watch a process.
 func newMachine(rec record, f files, proc *process) *Machine {
 	m := &Machine{
