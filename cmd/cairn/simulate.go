@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -24,9 +25,17 @@ func placeSimulate() *cobra.Command {
 		Use: "simulate TRACE", Short: "Replay a trace over the production scheduler, in virtual time", Args: cobra.ExactArgs(1),
 		Long: fmt.Sprintf(`Replay a trace over the production scheduler, in virtual time, under every policy. TRACE is a
 file, or "all", or some of the synthetic traces, with commas: %v.
+Files that end in .json, with commas, are results of earlier runs (-o json), shown together.
 The same seed gives the same placements.`, place.Names),
 		Example: "  cairn place simulate churn-0.95 --hosts 1000\n  cairn place simulate mytrace.txt\n  cairn place simulate all --hosts 100,1000,10000 --docs docs",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if strings.HasSuffix(args[0], ".json") {
+				rs, err := readResults(strings.Split(args[0], ","))
+				if err != nil {
+					return err
+				}
+				return out.showResults(rs, docs)
+			}
 			traces, err := traces(args[0], sizes, seed)
 			if err != nil {
 				return err
@@ -46,14 +55,7 @@ The same seed gives the same placements.`, place.Names),
 			if err != nil {
 				return err
 			}
-			var rows [][]string
-			for _, r := range rs {
-				rows = append(rows, r.Row())
-			}
-			if docs != "" {
-				return writePlaceDocs(docs, rs)
-			}
-			return out.show(rs, place.Header, rows)
+			return out.showResults(rs, docs)
 		},
 	}
 	f := cmd.Flags()
@@ -64,6 +66,34 @@ The same seed gives the same placements.`, place.Names),
 	f.StringVar(&docs, "docs", "", "write the table and the plots of docs/PLACEMENT.md below this folder")
 	out.register(cmd)
 	return cmd
+}
+
+// readResults reads what earlier runs have printed with -o json.
+func readResults(files []string) (rs []*place.Result, err error) {
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			return nil, err
+		}
+		var some []*place.Result
+		if err := json.Unmarshal(b, &some); err != nil {
+			return nil, fmt.Errorf("results in %s: %w", f, err)
+		}
+		rs = append(rs, some...)
+	}
+	return rs, nil
+}
+
+// showResults shows results, or writes the documents made of them.
+func (o *outputFlag) showResults(rs []*place.Result, docs string) error {
+	if docs != "" {
+		return writePlaceDocs(docs, rs)
+	}
+	var rows [][]string
+	for _, r := range rs {
+		rows = append(rows, r.Row())
+	}
+	return o.show(rs, place.Header, rows)
 }
 
 // replayAll replays, and leaves a replay behind when the user stops it: nothing
