@@ -211,7 +211,7 @@ func (s *Store) discard(gone []*segment, out *outbox) {
 			s.pinned = append(s.pinned, g)
 			continue
 		}
-		if len(s.free) < max(s.stock(), len(s.segs)/8) { // it keeps its room and is used again as it is
+		if len(s.free) < max(s.stock(), (len(s.segs)-len(s.free)-len(s.bare))/6) { // it keeps its room and is used again as it is
 			s.freed(g, &s.free)
 			continue
 		}

@@ -128,6 +128,26 @@ func TestTrimGivesSpaceBack(t *testing.T) {
 	}
 }
 
+// A large store that holds little keeps room behind few free segments only:
+// what is kept for reuse goes by what is in use, not by what there could be.
+func TestALargeStoreGivesSpaceBack(t *testing.T) {
+	d := disk.NewMem(logStart*blockBytes + 2000*testSeg)
+	if err := Make(d, Format{ID: testID, Incarnation: 1, Cluster: "c", SegmentBytes: testSeg}); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, d, testBoot)
+	for c := range ids.ChunkID(5) {
+		mustOK(t, ask(s, put(c+1, 0, 600, ids.MakeVersion(1, uint64(c)+1), 1)))
+	}
+	for c := range ids.ChunkID(5) {
+		mustOK(t, ask(s, wire.Request{Kind: wire.Zero, Volume: 1, Chunk: c + 1, Count: 600, Version: ids.MakeVersion(1, 9)}))
+	}
+	steps(s, 100)
+	if kept := len(s.free); kept > s.stock() {
+		t.Fatalf("%d free segments keep their room, %d are wanted", kept, s.stock())
+	}
+}
+
 // A segment that holds little but one tombstone of a whole chunk is emptied
 // like any other: the tombstone is one record, however many blocks it covers.
 func TestWideTombstonesAreMoved(t *testing.T) {
