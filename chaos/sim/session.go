@@ -69,13 +69,17 @@ func (a *agent) do(cmd *pb.Command, done func(*pb.Result, error)) {
 	if n := len(a.free); n > 0 {
 		s, a.free = a.free[n-1], a.free[:n-1]
 	} else {
-		a.opened++
-		s = &session{name: fmt.Sprintf("%s/%d", a.name, a.opened)}
+		s = a.newSession()
 	}
 	a.calls++
 	a.w.meta.calls++
 	c := &call{a: a, s: s, cmd: proto.Clone(cmd).(*pb.Command), done: done}
 	c.try(0)
+}
+
+func (a *agent) newSession() *session {
+	a.opened++
+	return &session{name: fmt.Sprintf("%s/%d", a.name, a.opened)}
 }
 
 // try sends the command, or opens its session first, after d.
@@ -155,8 +159,13 @@ func (c *call) answer(res *pb.Result, cmd *pb.Command) {
 	}
 	kind := status.Kind(res.Status)
 	switch {
-	case kind == status.Expired:
-		c.a.w.violate("P8", "session %s is refused as expired after %v", s.name, c.a.w.now)
+	case kind == status.Expired: // the clock of a new leader may be most of an hour ahead
+		c.s = c.a.newSession()
+		if s.doubt {
+			c.end(nil, status.Errorf(status.Unknown, "session %s is gone, and its last command in doubt", s.name))
+			return
+		}
+		c.try(again)
 	case res.Refused && kind == status.Unavailable:
 		c.try(again)
 	case res.Refused && !s.doubt:
