@@ -98,12 +98,13 @@ func runFio(ctx context.Context, j job, uri string, sizeBytes uint64, d time.Dur
 	if err != nil {
 		return sample{}, err
 	}
+	used := max(after-before, clockTick) // what is too short to be seen is counted as what can be
 	own := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
 	return sample{
 		IOPerS:      side.IOPS,
 		P99Us:       side.Clat.Percentile["99.000000"] / 1000,
 		LongestUs:   side.Lat.MaxNs / 1000,
-		ServerCPUUs: float64((after - before).Microseconds()) / side.TotalIOs,
+		ServerCPUUs: float64(used.Microseconds()) / side.TotalIOs,
 		ClientCPUUs: float64(own.Microseconds()) / side.TotalIOs,
 	}, nil
 }

@@ -159,4 +159,10 @@ func (d *nodeDir) record() record {
 	return d.rec
 }
 
-func (d *nodeDir) close() error { return d.lock.Close() }
+func (d *nodeDir) close() error { return unlock(d.lock) }
+
+// unlock lets a lock go, and not only this descriptor of it: a process that is
+// just being started has a copy until it runs.
+func unlock(lock *os.File) error {
+	return errors.Join(os.NewSyscallError("flock", unix.Flock(int(lock.Fd()), unix.LOCK_UN)), lock.Close())
+}

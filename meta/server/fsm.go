@@ -80,7 +80,7 @@ func openFSM(dir string, snapIndex, logLast uint64) (f *fsm, kept bool, err erro
 		return nil, false, err
 	}
 	if kept, err = f.open(snapIndex, logLast); err != nil {
-		return nil, false, errors.Join(err, f.lock.Close())
+		return nil, false, errors.Join(err, unlock(f.lock))
 	}
 	return f, kept, nil
 }
@@ -142,7 +142,7 @@ func (f *fsm) own() (free func()) {
 func (f *fsm) close() error {
 	f.halt()
 	defer f.own()()
-	return errors.Join(f.db.Close(), f.lock.Close())
+	return errors.Join(f.db.Close(), unlock(f.lock))
 }
 
 // trusted reads the mark and compares the hash with a scan of every value.

@@ -56,7 +56,7 @@ func (v *voter) may(term uint64) (uint64, bool) {
 
 // others are the other nodes: as last heard, or of the file.
 func (s *Server) others() (out []Peer) {
-	all := s.dir.rec.Members
+	all := s.dir.record().Members
 	if len(all) == 0 {
 		all = s.cfg.Peers
 	}
@@ -94,7 +94,7 @@ func (s *Server) say(phase string) { s.phase.Store(&phase) }
 // elect a leader, and the third would take its own new directory for a loss.
 func (s *Server) enter() {
 	err := s.decide()
-	if err == nil && s.dir.rec.NeedIndex == 0 {
+	if err == nil && s.dir.record().NeedIndex == 0 {
 		s.waitForPeers("that it has decided", func(r *pb.NodeReply) bool { return r.State != phaseNew })
 	}
 	if err == nil && s.ctx.Err() == nil {
@@ -138,6 +138,8 @@ func (s *Server) decide() error {
 	if s.ctx.Err() != nil {
 		return nil
 	}
+	s.dir.mu.Lock()
+	defer s.dir.mu.Unlock()
 	index, rec := uint64(0), &s.dir.rec
 	for _, r := range replies {
 		index, rec.AboveTerm = max(index, r.LastIndex), max(rec.AboveTerm, r.Term)
