@@ -165,8 +165,12 @@ func (s *Store) returns(v *vol, q *wire.Request) bool {
 		return false
 	}
 	switch q.Kind {
-	case wire.Write, wire.Zero, wire.Install, wire.Digest, wire.List:
+	case wire.Write, wire.Zero, wire.Install:
 		return true
+	case wire.Digest, wire.List:
+		if q.Flags&wire.FlagFilled != 0 {
+			return true
+		}
 	}
 	for k := range v.chunks {
 		if k.id == q.Chunk {

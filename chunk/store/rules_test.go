@@ -217,6 +217,29 @@ func TestReadWithoutData(t *testing.T) {
 	}
 }
 
+// A copy that has moved away says nothing of what its chunk holds: taken for an
+// empty one, it would empty whoever catches up from it. Only the copy that is
+// being filled again may be.
+func TestADroppedChunkIsNoSource(t *testing.T) {
+	s := open(t, formatMem(t), testBoot)
+	mustOK(t, ask(s, put(1, 0, 3, 5, 1)))
+	mustOK(t, ask(s, put(2, 0, 3, 5, 1)))
+	mustOK(t, ask(s, wire.Request{Kind: wire.Drop, Volume: 1, Chunk: 1}))
+	steps(s, 5)
+	for _, k := range []wire.Kind{wire.Digest, wire.List} {
+		q := wire.Request{Kind: k, Volume: 1, Chunk: 1, Count: 10, Limit: 9}
+		if r := ask(s, q); r.Status != status.NotFound {
+			t.Errorf("%s of a dropped chunk: %v", k, r.Status)
+		}
+		q.Flags = wire.FlagFilled
+		if r := mustOK(t, ask(s, q)); len(r.Entries) > 0 {
+			t.Errorf("%s of a chunk that comes back: %v", k, r.Entries)
+		}
+	}
+	mustOK(t, ask(s, put(1, 0, 3, 7, 2)))
+	mustOK(t, ask(s, wire.Request{Kind: wire.List, Volume: 1, Chunk: 1, Count: 10}))
+}
+
 func TestPoisonIsReportedUntilOverwritten(t *testing.T) {
 	d := formatMem(t)
 	s := open(t, d, testBoot)

@@ -37,6 +37,7 @@ func (e *Engine) pair(k *catchUp, s *replica, q wire.Request, then func(mine, th
 		then(a, b)
 	}
 	qa, qb := q, q
+	qa.Flags |= wire.FlagFilled
 	e.call(k.r, &qa, func(rep *wire.Reply) { a = rep; got() })
 	e.call(s, &qb, func(rep *wire.Reply) { b = rep; got() })
 }

@@ -145,6 +145,10 @@ const (
 	// is wanted: no data is read or sent, and a block without a good copy is no
 	// error. A store that does not know it sends the data too.
 	FlagNoData uint16 = 1 << 7
+	// FlagFilled says, of a Digest or List, that the copy asked is being filled:
+	// a chunk that was dropped here is empty then. Of any other copy that is
+	// NotFound: it has moved away, and says nothing of what the chunk holds.
+	FlagFilled uint16 = 1 << 8
 )
 
 // DigestBlocks is the range of one digest: 4 MiB.
