@@ -31,16 +31,19 @@ func TestHunt(t *testing.T) {
 }
 
 // TestPlanted builds this package once for each bug of planted/ and has the
-// simulator look for it: each must be found. CAIRN_SIM_PLANTED is a pattern of
-// names ("*": all) and CAIRN_SIM_STATE a file of what was found before.
+// simulator look for it: each must be found by it, and each of planted/core by the
+// tests of the engine or of the metadata state: in windows so narrow that seeds do
+// not meet them, those hold messages back. Nothing finds those of planted/unfound
+// yet. CAIRN_SIM_PLANTED is a pattern of names ("*": all) and CAIRN_SIM_STATE a file
+// of what was found before.
 func TestPlanted(t *testing.T) {
 	pattern := os.Getenv("CAIRN_SIM_PLANTED")
 	if pattern == "" {
 		t.Skip("CAIRN_SIM_PLANTED names the bugs to plant")
 	}
-	names, err := filepath.Glob(filepath.Join("planted", pattern+".patch"))
-	if err != nil || len(names) == 0 {
-		t.Fatalf("no planted bug matches %q: %v", pattern, err)
+	names := append(bugs(t, "planted", pattern), bugs(t, coreBugs, pattern)...)
+	if len(names) == 0 {
+		t.Fatalf("no planted bug matches %q", pattern)
 	}
 	state := os.Getenv("CAIRN_SIM_STATE")
 	known := ""
@@ -64,6 +67,18 @@ func TestPlanted(t *testing.T) {
 	}
 }
 
+// coreBugs has the bugs that the cores' own tests find, and the simulator does not.
+var coreBugs = filepath.Join("planted", "core")
+
+func bugs(t *testing.T, dir, pattern string) []string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, pattern+".patch"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
+}
+
 func remember(t *testing.T, file, line string) {
 	t.Helper()
 	f, err := os.OpenFile(file, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
@@ -82,6 +97,9 @@ func hunt(t *testing.T, patch string) string {
 	t.Helper()
 	dir := t.TempDir()
 	bin, overlay := filepath.Join(dir, "sim.test"), plant(t, dir, patch)
+	if filepath.Dir(patch) == coreBugs {
+		return engineTests(t, overlay)
+	}
 	out, err := exec.Command("go", "test", "-c", "-o", bin, "-overlay", overlay, ".").CombinedOutput()
 	if err != nil {
 		t.Fatalf("it does not build: %v\n%s", err, out)
@@ -89,25 +107,20 @@ func hunt(t *testing.T, patch string) string {
 	if out := runHunter(t, bin, "TestTrapHunt", "CAIRN_SIM_TRAP="+bugName(patch)); strings.HasPrefix(out, "found") {
 		return out
 	}
-	said := runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
-	if strings.HasPrefix(said, "found") {
-		return said
-	}
-	return engineTests(t, overlay, said)
+	return runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
 }
 
-// engineTests is for windows so narrow that seeds seldom meet them: the tests of
-// the engine and of the metadata state hold messages back there. The answer says that it was they.
-func engineTests(t *testing.T, overlay, missed string) string {
+// engineTests runs the tests of the engine and of the metadata state.
+func engineTests(t *testing.T, overlay string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "go", "test", "-short", "-failfast", "-overlay", overlay, "../../chunk/volume", "../../meta/state").CombinedOutput()
 	if _, after, ok := strings.Cut(string(out), "--- FAIL: "); ok && err != nil {
 		name, _, _ := strings.Cut(after, " ")
-		return "found by the core's own " + name + ", " + missed
+		return "found by the core's own " + name
 	}
-	return missed
+	return "not found by the cores' own tests"
 }
 
 // bugName is a patch's name without its number.
@@ -201,10 +214,12 @@ func applyHunks(src, hunks string) (string, error) {
 
 // Every planted bug still fits the code it is planted in.
 func TestPlantedPatchesApply(t *testing.T) {
-	names, err := filepath.Glob("planted/*.patch")
-	if err != nil || len(names) < 40 {
-		t.Fatalf("%d planted bugs: %v", len(names), err)
+	names := bugs(t, "planted", "*")
+	if len(names) < 40 {
+		t.Fatalf("%d planted bugs", len(names))
 	}
+	names = append(names, bugs(t, coreBugs, "*")...)
+	names = append(names, bugs(t, filepath.Join("planted", "unfound"), "*")...)
 	for _, n := range names {
 		t.Run(bugName(n), func(t *testing.T) { plant(t, t.TempDir(), n) })
 	}
