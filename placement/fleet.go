@@ -1,6 +1,7 @@
 package placement
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"sync"
@@ -170,7 +171,7 @@ func (f *Fleet) Jobs(i int) []*Job {
 	for _, j := range h.jobs {
 		out = append(out, j)
 	}
-	slices.SortFunc(out, func(a, b *Job) int { return compare(a.Name, b.Name) })
+	slices.SortFunc(out, func(a, b *Job) int { return cmp.Compare(a.Name, b.Name) })
 	return out
 }
 
@@ -364,16 +365,6 @@ func amount(k Kind, n uint64) string {
 		return Bytes(n) + "/s"
 	}
 	return Bytes(n)
-}
-
-func compare(a, b string) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 // Check verifies the fleet's invariants: what is used is the sum of what is

@@ -1,6 +1,7 @@
 package placement
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 )
@@ -198,7 +199,7 @@ func Rebalance(f *Fleet, b Budget) (moves []Move) {
 		case x.gain < y.gain:
 			return 1
 		case x.job.Name != y.job.Name:
-			return compare(x.job.Name, y.job.Name)
+			return cmp.Compare(x.job.Name, y.job.Name)
 		}
 		return x.to - y.to
 	})
@@ -276,7 +277,7 @@ func (f *Fleet) swap(m Move, j *Job, b Budget, moved map[string]bool) ([]Move, b
 		case a.lose > b.lose:
 			return 1
 		case a.job.Name != b.job.Name:
-			return compare(a.job.Name, b.job.Name)
+			return cmp.Compare(a.job.Name, b.job.Name)
 		}
 		return a.dest - b.dest
 	})

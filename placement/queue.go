@@ -1,6 +1,7 @@
 package placement
 
 import (
+	"cmp"
 	"slices"
 
 	"github.com/cairnstore/cairn/proto/status"
@@ -122,7 +123,7 @@ func (q *Queue) less(a, b Pending, nowMs int64) int {
 			case x > y:
 				return 1
 			}
-			return compare(a.Job.Tenant, b.Job.Tenant)
+			return cmp.Compare(a.Job.Tenant, b.Job.Tenant)
 		}
 	case Priority:
 		if a.Job.Class != b.Job.Class {
@@ -254,7 +255,7 @@ func Slices(batch []*Job, cpu uint64, quantumMs, nowMs int64) (run, pause []*Job
 			turn = append(turn, j)
 		}
 	}
-	slices.SortFunc(turn, func(a, b *Job) int { return compare(a.Name, b.Name) })
+	slices.SortFunc(turn, func(a, b *Job) int { return cmp.Compare(a.Name, b.Name) })
 	if len(turn) == 0 {
 		return nil, nil
 	}

@@ -2,6 +2,7 @@ package backup
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -289,22 +290,9 @@ func (r *Repo) Verify(ctx context.Context, xs []*Index, step func(int64)) (bad [
 		}
 	}
 	slices.SortFunc(bad, func(a, b Bad) int {
-		if a.Backup != b.Backup {
-			return compareText(a.Backup, b.Backup)
-		}
-		return int(int64(a.Offset) - int64(b.Offset))
+		return cmp.Or(cmp.Compare(a.Backup, b.Backup), cmp.Compare(a.Offset, b.Offset))
 	})
 	return bad, len(seen), nil
-}
-
-func compareText(a, b string) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 // Remove takes backups away (VOLUME@ID each, complete or not), and all objects that

@@ -33,10 +33,9 @@ func lives(pid int64) bool {
 	return err == nil && ok && !strings.HasPrefix(after, "Z")
 }
 
-// A host's process dies: its VM is started elsewhere by itself. The old QEMU
-// lives on, and is ended when the host comes back. Then its new host is drained,
-// and the VM moves on by itself.; one that fits nowhere stays where it is.
-func TestVMsOfALostHostAreStartedElsewhere(t *testing.T) {
+// threeVMHosts is a cluster of three machines with room for VMs.
+func threeVMHosts(t *testing.T) *machines {
+	t.Helper()
 	m := newMachines(t)
 	for n := 1; n <= 3; n++ {
 		m.config("meta.toml", n)
@@ -46,6 +45,14 @@ func TestVMsOfALostHostAreStartedElsewhere(t *testing.T) {
 		m.config("host.toml", n, "cpus = 4", `memory = "1G"`)
 		m.start(fmt.Sprintf("host-%d", n))
 	}
+	return m
+}
+
+// A host's process dies: its VM is started elsewhere by itself. The old QEMU
+// lives on, and is ended when the host comes back. Then its new host is drained,
+// and the VM moves on by itself.
+func TestVMsOfALostHostAreStartedElsewhere(t *testing.T) {
+	m := threeVMHosts(t)
 	m.ok("place", "policy", "--restart-after", "5s", "--rebalance", "off")
 	m.ok("volume", "create", "v", "--size", "256M")
 	m.ok("vm", "create", "web", "--volume", "v", "--memory", "64M")
@@ -82,15 +89,7 @@ func TestVMsOfALostHostAreStartedElsewhere(t *testing.T) {
 // host by itself, and further reads are local. Then the volume gets two more
 // copies, and gives them up again, while it is used.
 func TestHotDataComesToItsVM(t *testing.T) {
-	m := newMachines(t)
-	for n := 1; n <= 3; n++ {
-		m.config("meta.toml", n)
-		m.start(fmt.Sprintf("meta-%d", n))
-	}
-	for n := 1; n <= 3; n++ {
-		m.config("host.toml", n, "cpus = 4", `memory = "1G"`)
-		m.start(fmt.Sprintf("host-%d", n))
-	}
+	m := threeVMHosts(t)
 	m.ok("place", "policy", "--rebalance", "data")
 	m.ok("volume", "create", "v", "--size", "256M", "--replicas", "1")
 	uri := m.ok("volume", "attach", "v", "--host", "host-1")

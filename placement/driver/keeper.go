@@ -60,7 +60,7 @@ type Keeper struct {
 	mu     sync.Mutex // guards the fields below
 	latest *pb.RenewReply
 	busy   map[string]bool // VMs being started or stopped
-	held   map[string]held // VMs whose volumes another host has; ≤ the VMs bound here
+	held   map[string]held // VMs that wait for a volume another host has
 }
 
 // held is a start that waits for a volume.
@@ -164,6 +164,11 @@ func (k *Keeper) start(ctx context.Context, vm *pb.VM) {
 		def.Desired = "paused"
 	}
 	err := k.cfg.Machines.Start(ctx, def)
+	if !errors.Is(err, status.Held) {
+		k.mu.Lock()
+		delete(k.held, vm.Name)
+		k.mu.Unlock()
+	}
 	switch {
 	case err == nil || errors.Is(err, status.Exists):
 		if !k.bind(ctx, vm, vm.Host, "running", &pb.VMQueue{Sliced: vm.Queue.Sliced, Reason: vm.Queue.Reason}) {
@@ -297,12 +302,7 @@ func (k *Keeper) resume(ctx context.Context, vm *pb.VM) {
 func (k *Keeper) Rebooted(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, bindWait)
 	defer cancel()
-	rep, err := k.cfg.Meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vm{Vm: name}})
-	if err != nil || len(rep.Vms) != 1 {
-		return // removed, or to be seen in `cairn vm ls`
-	}
-	vm := rep.Vms[0]
-	if vm.Host == k.cfg.Host && vm.Desired == "running" && vm.GetQueue().GetStep() == "" {
+	if vm := k.ours(ctx, name); vm != nil {
 		k.bind(ctx, vm, vm.Host, "running", &pb.VMQueue{Step: state.StepStarting, Reason: "host " + k.cfg.Host + " was restarted"})
 	}
 }
@@ -312,12 +312,19 @@ func (k *Keeper) Rebooted(ctx context.Context, name string) {
 func (k *Keeper) Ended(ctx context.Context, name, why string) {
 	ctx, cancel := context.WithTimeout(ctx, bindWait)
 	defer cancel()
-	rep, err := k.cfg.Meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vm{Vm: name}})
-	if err != nil || len(rep.Vms) != 1 {
-		return // removed, or to be seen in `cairn vm ls`
-	}
-	vm := rep.Vms[0]
-	if vm.GetNeeds().GetBatch() && vm.Host == k.cfg.Host && vm.Desired == "running" && vm.GetQueue().GetStep() == "" {
+	if vm := k.ours(ctx, name); vm.GetNeeds().GetBatch() {
 		k.bind(ctx, vm, "", "stopped", &pb.VMQueue{Reason: "ended: " + why})
 	}
+}
+
+// ours returns a VM that is to run here and on whose way nobody is; else nil.
+func (k *Keeper) ours(ctx context.Context, name string) *pb.VM {
+	rep, err := k.cfg.Meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vm{Vm: name}})
+	if err != nil || len(rep.Vms) != 1 {
+		return nil // removed, or to be seen in `cairn vm ls`
+	}
+	if vm := rep.Vms[0]; vm.Host == k.cfg.Host && vm.Desired == "running" && vm.GetQueue().GetStep() == "" {
+		return vm
+	}
+	return nil
 }

@@ -23,6 +23,8 @@ type house struct {
 	runs map[string]string // machine to running or paused
 	fail map[string]error  // starts that fail
 	hook func(name string) // called in Start
+
+	ended chan string // told of each Stop that ends a machine; nil: nobody
 }
 
 func newHouse(t *testing.T) *house {
@@ -88,6 +90,9 @@ func (h *house) Stop(_ context.Context, name string, _ bool) error {
 		return status.Errorf(status.NotFound, "it does not run")
 	}
 	delete(h.runs, name)
+	if h.ended != nil {
+		h.ended <- name
+	}
 	return nil
 }
 
@@ -265,6 +270,7 @@ func TestKeeperRuns(t *testing.T) {
 // know, is left alone.
 func TestKeeperEndsWhatIsElsewhere(t *testing.T) {
 	h := newHouse(t)
+	h.ended = make(chan string, 2) // room for one that must not be
 	k := h.keeper(time.UnixMilli(0))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -275,16 +281,13 @@ func TestKeeperEndsWhatIsElsewhere(t *testing.T) {
 	h.runs["moved"], h.runs["mine"] = "running", "running"
 	h.mu.Unlock()
 	k.Heard(&pb.RenewReply{NotHere: []string{"moved", "mine"}})
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		h.mu.Lock()
-		gone := h.runs["moved"] == ""
-		h.mu.Unlock()
-		if gone {
-			break
+	select {
+	case name := <-h.ended:
+		if name != "moved" {
+			t.Errorf("machine %s is ended", name)
 		}
-		if time.Now().After(end) {
-			t.Fatal("the machine runs on")
-		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("the machine runs on")
 	}
 	cancel()
 	<-done
@@ -305,6 +308,16 @@ func TestKeeperWaitsForAHeldVolume(t *testing.T) {
 	now = now.Add(1)
 	act(k, &pb.RenewReply{Vms: []*pb.VM{a}})
 	h.check("a", "", "stopped", "", "")
+
+	b := h.put("b", 1, "me", false, &pb.VMQueue{Step: state.StepStarting})
+	h.fail["b"] = h.fail["a"]
+	act(k, &pb.RenewReply{Vms: []*pb.VM{b}})
+	delete(h.fail, "b")
+	act(k, &pb.RenewReply{Vms: []*pb.VM{b}})
+	h.check("b", "me", "running", "", "running")
+	if len(k.held) > 0 {
+		t.Errorf("waits are kept of VMs that run: %v", k.held)
+	}
 }
 
 // After a restart of its host a VM is started again, unless it is elsewhere.

@@ -137,9 +137,6 @@ const ownMountsEnv = "CAIRN_OWN_MOUNTS"
 // On a file system without a free byte pages are kept in memory, and what was
 // saved before is there when there is room again. (Badger alone dies of SIGBUS.)
 func TestFullFileSystem(t *testing.T) {
-	if testing.Short() {
-		t.Skip("a mount: not in the short tests")
-	}
 	if os.Getenv(ownMountsEnv) == "" {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestFullFileSystem$", "-test.v")
 		cmd.Env = append(os.Environ(), ownMountsEnv+"=1")
