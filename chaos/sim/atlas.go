@@ -76,23 +76,33 @@ const (
 	HandOver    Kind = "hand-over"    // the writer gives it to another host's, in one entry
 	Drain       Kind = "drain"        // a host's chunks are to go elsewhere; later it takes some again
 	Copies      Kind = "copies"       // the volume is to have more, or fewer, replicas
+	Snapshot    Kind = "snapshot"     // somebody takes a snapshot, and looks at it
+	Look        Kind = "look"         // somebody looks at a snapshot
+	Remove      Kind = "remove"       // a snapshot is deleted
+	RollBack    Kind = "roll-back"    // the volume becomes what a snapshot shows
 )
 
-// weights says how often each fault is drawn.
-var weights = []struct {
+type weight struct {
 	kind Kind
 	n    int
-}{
+}
+
+// weights says how often each fault is drawn.
+var weights = []weight{
 	{Reset, 10}, {Partition, 5}, {MuteStore, 4}, {DeafStore, 4}, {SlowNet, 3}, {KillStore, 10}, {KillGate, 6}, {KillHost, 6}, {KillAll, 2},
 	{PowerHost, 8}, {PowerAll, 3}, {PowerFlush, 4}, {Survivor, 4}, {PauseStore, 5}, {PauseGate, 5}, {SlowDisk, 3}, {HangDisk, 4}, {DiskError, 3}, {FullDisk, 2},
 	{LeaderFalls, 6}, {Isolate, 6}, {CutMeta, 4}, {Echo, 2}, {Takeover, 6}, {Handover, 3}, {Amnesia, 3}, {BitFlip, 4}, {LostWrite, 2}, {Misdirected, 2},
 	{Drain, 4}, {Copies, 3}, {HandOver, 4},
 }
 
+// operations says how often each operation on snapshots is drawn; how many of them
+// there are does not depend on how many faults.
+var operations = []weight{{Snapshot, 8}, {Look, 4}, {Remove, 5}, {RollBack, 2}}
+
 // Kinds lists every fault there is.
 func Kinds() []Kind {
 	var ks []Kind
-	for _, x := range weights {
+	for _, x := range slices.Concat(weights, operations) {
 		ks = append(ks, x.kind)
 	}
 	return ks
@@ -136,6 +146,7 @@ type shape struct {
 	rot             bool // one store's disk rots
 	victim          int
 	busy            int           // faults per 1,000 operations
+	cuts            int           // operations on snapshots per 1,000 operations
 	flushes         int           // of 100 operations
 	zeros           int           // of 100 writes
 	grace           time.Duration // a member out for longer has its chunks made elsewhere
@@ -145,6 +156,9 @@ func (s shape) String() string {
 	out := fmt.Sprintf("%d hosts, %d replicas, %d faults per 1,000 operations", s.hosts, s.replicas, s.busy)
 	if s.grace < time.Minute {
 		out += fmt.Sprintf(", re-placed after %v", s.grace)
+	}
+	if s.cuts > 0 {
+		out += fmt.Sprintf(", %d operations on snapshots", s.cuts)
 	}
 	if s.local {
 		out += ", hosts are one process"
@@ -173,25 +187,15 @@ func drawShape(r *rand.Rand) shape {
 	if s.grace < time.Hour && r.IntN(2) == 0 {
 		s.hosts++ // somewhere to go
 	}
+	s.cuts = []int{0, 4, 10, 20}[r.IntN(4)]
 	return s
 }
 
 // drawFaults plans a run's faults.
 func drawFaults(r *rand.Rand, s shape, steps int) []Fault {
-	total := 0
-	for _, x := range weights {
-		total += x.n
-	}
 	plan := []Fault{}
 	for range steps * s.busy / 1000 {
-		k := r.IntN(total)
-		kind := Kind("")
-		for _, x := range weights {
-			if k -= x.n; k < 0 {
-				kind = x.kind
-				break
-			}
-		}
+		kind := drawKind(r, weights)
 		at := 1 + r.IntN(steps)
 		if len(plan) > 0 && r.IntN(3) == 0 { // misfortunes come together
 			at = min(plan[len(plan)-1].At+r.IntN(3), steps)
@@ -216,8 +220,25 @@ func drawFaults(r *rand.Rand, s shape, steps int) []Fault {
 		}
 		plan = append(plan, f)
 	}
+	for range steps * s.cuts / 1000 {
+		plan = append(plan, Fault{At: 1 + r.IntN(steps), Kind: drawKind(r, operations), Host: r.IntN(s.hosts), Arg: r.Uint64N(1 << 40)})
+	}
 	slices.SortStableFunc(plan, func(a, b Fault) int { return a.At - b.At })
 	return plan
+}
+
+func drawKind(r *rand.Rand, ws []weight) Kind {
+	total := 0
+	for _, x := range ws {
+		total += x.n
+	}
+	k := r.IntN(total)
+	for _, x := range ws {
+		if k -= x.n; k < 0 {
+			return x.kind
+		}
+	}
+	return ""
 }
 
 func isRot(k Kind) bool { return k == BitFlip || k == LostWrite || k == Misdirected }
@@ -228,7 +249,7 @@ func (s shape) takesOut(k Kind) bool {
 	switch k {
 	case KillGate, PauseGate:
 		return s.local
-	case Reset, SlowNet, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies, HandOver:
+	case Reset, SlowNet, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies, HandOver, Snapshot, Look, Remove, RollBack:
 		return false
 	}
 	return !isRot(k)

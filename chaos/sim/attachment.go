@@ -18,8 +18,10 @@ type attachment struct {
 	e      *volume.Engine
 	peers  []*peer // by replica
 	client *client
-	dead   bool // its process is gone, or it was closed
-	served bool // it has served
+	view   *view                                // of a snapshot, instead of a client
+	cuts   map[*volume.Cut]func(volume.CutNews) // who hears of a cut
+	dead   bool                                 // its process is gone, or it was closed
+	served bool                                 // it has served
 
 	links   []volume.LinkAction // not carried out; bounded as chunk/gateway's
 	linking bool
@@ -66,11 +68,14 @@ func (a *attachment) after(out *volume.Out) {
 	}
 	a.links = append(a.links, out.Links...)
 	a.workLinks()
-	if a.e.State() == volume.Serving && !a.served {
+	if a.view == nil && a.e.State() == volume.Serving && !a.served {
 		a.served = true
 		w.check.serving(a)
 	}
 	w.check.stepped(a)
+	for _, n := range out.Cuts {
+		a.cuts[n.Cut](n)
+	}
 	bound := a.bind(out)
 	if w.chance(100) {
 		a.g.later(w.span(0, 3*time.Millisecond), func() { a.perform(out, bound) })
@@ -126,7 +131,11 @@ func (a *attachment) perform(out *volume.Out, boxes []outbox) {
 		a.callMeta(c)
 	}
 	for _, d := range out.Done {
-		a.client.done(d)
+		if a.view != nil {
+			a.view.done(d)
+		} else {
+			a.client.done(d)
+		}
 	}
 	out.Reset()
 	a.outs = append(a.outs, out)
@@ -158,8 +167,15 @@ func (a *attachment) workLinks() {
 // close gives the attachment up: its engine is fenced and its links go.
 func (a *attachment) close() {
 	a.step(&volume.Fence{Why: "closed"})
+	a.abandon()
+}
+
+// abandon is the end of whoever used it, and of its links.
+func (a *attachment) abandon() {
 	a.dead = true
-	a.client.abandon()
+	if a.client != nil {
+		a.client.abandon()
+	}
 	for _, p := range a.peers {
 		if p.link != nil {
 			p.link.close()

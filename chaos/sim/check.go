@@ -19,8 +19,10 @@ import (
 // checker holds the promises against what happens, after every step.
 type checker struct {
 	w         *world
-	registers map[uint64]*register // by sector; never iterated
-	order     []*register
+	order     []*register    // by key
+	place     map[uint64]int // of a register in order
+	snaps     []*snapshot
+	wanted    []*snapshot       // held, and not named
 	undone    []pair            // writes without an answer, not fenced
 	uncovered []*value          // answered and not known durable, by answer
 	returned  epochs            // attaches that metadata has answered
@@ -63,29 +65,32 @@ type pair struct {
 }
 
 func newChecker(w *world) *checker {
-	return &checker{w: w, registers: map[uint64]*register{}, results: map[string][]byte{}}
+	c := &checker{w: w, place: map[uint64]int{}, results: map[string][]byte{}}
+	for _, win := range windows {
+		eachIn(win.first*ids.BlockSize, win.count*ids.BlockSize, func(key, _, _ uint64) {
+			c.place[key] = len(c.order)
+			c.order = append(c.order, &register{key: key, vals: []*value{{deadline: never, covered: true}}})
+		})
+	}
+	return c
 }
 
-func (c *checker) register(key uint64) *register {
-	r := c.registers[key]
-	if r == nil {
-		r = &register{key: key}
-		r.vals = append(r.vals, &value{done: 0, deadline: never, covered: true})
-		c.registers[key] = r
-		c.order = append(c.order, r)
-	}
-	return r
-}
+func (c *checker) register(key uint64) *register { return c.order[c.place[key]] }
 
 // each calls f for the registers of an operation, with their bytes in its data.
 func (c *checker) each(o *op, f func(r *register, from, to uint64)) {
-	for at := uint64(0); at < o.Len; {
-		block := (o.Off + at) / ids.BlockSize
+	eachIn(o.Off, o.Len, func(key, from, to uint64) { f(c.register(key), from, to) })
+}
+
+// eachIn calls f for the registers of a range of the volume, by key, and where in
+// the range their bytes are.
+func eachIn(off, length uint64, f func(key, from, to uint64)) {
+	for at := uint64(0); at < length; {
 		n := uint64(sectorBytes)
-		if !inParts(block) {
+		if !inParts((off + at) / ids.BlockSize) {
 			n = ids.BlockSize
 		}
-		f(c.register((o.Off+at)/sectorBytes), at, at+n)
+		f((off+at)/sectorBytes, at, at+n)
 		at += n
 	}
 }
@@ -185,7 +190,7 @@ func holds(ch *pb.Chunk, n *node) bool {
 
 func (c *checker) readDone(o *op, now uint64) {
 	c.each(o, func(r *register, from, to uint64) {
-		if o.States != nil && o.States[from/ids.BlockSize] == volume.BlockData { // a hole reads as zeros
+		if o.States != nil && o.States[from/ids.BlockSize] == volume.BlockData || o.inv < r.since { // a hole reads as zeros
 			return
 		}
 		id, whole := decode(o.Data[from:to])
@@ -219,18 +224,23 @@ func (c *checker) writeDone(o *op, now uint64) {
 
 // flushed: everything answered before a flush was invoked is durable.
 func (c *checker) flushed(inv uint64) {
-	n := 0
-	for n < len(c.uncovered) && c.uncovered[n].done < inv {
-		c.uncovered[n].covered = true
-		n++
-	}
-	c.uncovered = c.uncovered[n:]
+	c.cover(inv)
 	defer c.w.faults.flushed()
 	for _, nd := range c.w.nodes {
 		if m := c.w.meta.member(nd); m != nil && m.InSync && nd.lostAt < inv {
 			nd.joined(m)
 		}
 	}
+}
+
+// cover notes that what was answered before a moment is durable.
+func (c *checker) cover(inv uint64) {
+	n := 0
+	for n < len(c.uncovered) && c.uncovered[n].done < inv {
+		c.uncovered[n].covered = true
+		n++
+	}
+	c.uncovered = c.uncovered[n:]
 }
 
 // attachReturned: from now on older epochs answer nothing new.
@@ -277,7 +287,7 @@ func (c *checker) below() {
 	floor := a.e.Info().Floor
 	for _, ch := range c.w.meta.chunks() {
 		var first *node
-		var want map[ids.Block]wire.Entry
+		var want []map[ids.Block]wire.Entry
 		for _, n := range c.w.nodes {
 			if !holds(ch, n) || n.disk.hungUntil > c.w.now || !c.serves(a.g, n) {
 				continue
@@ -286,19 +296,14 @@ func (c *checker) below() {
 			if rep.Status != status.OK {
 				continue // it has just been lost
 			}
-			got := map[ids.Block]wire.Entry{}
-			for _, en := range rep.Entries {
-				got[en.Block] = en
-			}
+			got := c.seen(rep.Entries)
 			if first == nil {
 				first, want = n, got
 				continue
 			}
-			for b := range ids.Block(chunkBlocks) {
-				if x, y := want[b], got[b]; !c.same(x, y) && max(x.Version, y.Version) <= floor {
-					c.w.violate("P1", "block %d of chunk %d is %s (%d) on %s and %s (%d) on %s, and the floor is %s", b, ch.Index, x.Version, x.Kind, first.name, y.Version, y.Kind, n.name, floor)
-					return
-				}
+			if why := c.differ(want, got, floor); why != "" {
+				c.w.violate("P1", "chunk %d on %s and %s, and the floor is %s: %s", ch.Index, first.name, n.name, floor, why)
+				return
 			}
 		}
 	}
@@ -407,8 +412,12 @@ func (c *checker) committed(cmd *pb.Command, res *pb.Result) {
 		c.w.violate("sim", "a result cannot be encoded: %v", err)
 		return
 	}
-	if old, ok := c.results[k]; ok && !bytes.Equal(old, b) {
+	old, ok := c.results[k]
+	if ok && !bytes.Equal(old, b) {
 		c.w.violate("P8", "command %s has two results", k)
+	}
+	if !ok && res.Status == 0 {
+		c.layersChanged(cmd)
 	}
 	c.results[k] = b
 	if ch := cmd.GetChangeMembers(); ch != nil && slices.ContainsFunc(ch.Changes, func(m *pb.MemberChange) bool { return len(m.Add) > 0 }) {
@@ -482,7 +491,7 @@ func (c *checker) equal() {
 	}
 	for _, ch := range c.w.meta.chunks() {
 		var first *node
-		var want []wire.Entry
+		var want []map[ids.Block]wire.Entry
 		for _, n := range c.w.nodes {
 			if !holds(ch, n) || !n.up() {
 				continue
@@ -492,10 +501,11 @@ func (c *checker) equal() {
 				c.w.violate("P5", "%s cannot list chunk %d: %s", n.name, ch.Index, rep.Detail)
 				return
 			}
+			got := c.seen(rep.Entries)
 			if first == nil {
-				first, want = n, rep.Entries
-			} else if !slices.EqualFunc(want, rep.Entries, c.same) {
-				c.w.violate("P1", "chunk %d differs between %s and %s: %s", ch.Index, first.name, n.name, difference(want, rep.Entries))
+				first, want = n, got
+			} else if why := c.differ(want, got, ids.Version(never)); why != "" {
+				c.w.violate("P1", "chunk %d differs between %s and %s: %s", ch.Index, first.name, n.name, why)
 				return
 			}
 		}
@@ -507,21 +517,46 @@ func (c *checker) equal() {
 // like data on that one.
 func (c *checker) same(x, y wire.Entry) bool {
 	poison := x.Kind == wire.EntryPoison || y.Kind == wire.EntryPoison
+	if x.Layer != y.Layer { // given to another one on one of them: the checksum names the layer
+		x.Layer, x.Sum = y.Layer, y.Sum
+	}
 	return x == y || poison && c.w.faults.mayPoison() && x.Block == y.Block && x.Version == y.Version
 }
 
-func difference(a, b []wire.Entry) string {
-	for _, x := range a {
-		if !slices.Contains(b, x) {
-			return fmt.Sprintf("block %d at %s only on the first (%d and %d blocks)", x.Block, x.Version, len(a), len(b))
+// seen is what the volume, and each of its snapshots, shows of a store's entries.
+func (c *checker) seen(es []wire.Entry) (out []map[ids.Block]wire.Entry) {
+	v := c.w.meta.volume()
+	heads := []ids.LayerID{ids.LayerID(v.Top)}
+	for _, l := range v.Layers {
+		if l.State == pb.LayerState_LAYER_STATE_SNAPSHOT {
+			heads = append(heads, ids.LayerID(l.Id))
 		}
 	}
-	for _, x := range b {
-		if !slices.Contains(a, x) {
-			return fmt.Sprintf("block %d at %s only on the second (%d and %d blocks)", x.Block, x.Version, len(a), len(b))
+	for _, h := range heads {
+		head := h
+		_, chain, _ := volume.Between(v.Layers, ids.LayerID(v.Top), nil, head)
+		m := map[ids.Block]wire.Entry{}
+		for _, en := range es {
+			old, has := m[en.Block]
+			if at := slices.Index(chain, en.Layer); at >= 0 && (!has || at < slices.Index(chain, old.Layer)) {
+				m[en.Block] = en
+			}
+		}
+		out = append(out, m)
+	}
+	return out
+}
+
+// differ says how what two stores show differs, up to a version; "": it does not.
+func (c *checker) differ(want, got []map[ids.Block]wire.Entry, upto ids.Version) string {
+	for i := range want {
+		for b := range ids.Block(chunkBlocks) {
+			if x, y := want[i][b], got[i][b]; !c.same(x, y) && max(x.Version, y.Version) <= upto {
+				return fmt.Sprintf("block %d, seen from layer %d of %d, is %s (%d, layer %d) on the first and %s (%d, layer %d) on the second", b, i, len(want), x.Version, x.Kind, x.Layer, y.Version, y.Kind, y.Layer)
+			}
 		}
 	}
-	return "order"
+	return ""
 }
 
 // followers applies the log to another copy of the state machine, in batches as

@@ -16,6 +16,10 @@ type controller struct {
 	asked   int             // commands, for the names of sessions
 	asking  bool
 	idleAt  time.Duration // since when nobody has it; 0: somebody has
+	cutter  *attachment   // a snapshot is being taken there; nil: none is
+	cutting time.Duration // until then at most
+	taken   int           // snapshots, for their names
+	rolling bool          // nobody is to have it: it is to be rolled back
 }
 
 const lookEvery = 50 * time.Millisecond
@@ -77,7 +81,7 @@ func (b *controller) look() {
 		if b.idleAt == 0 {
 			b.idleAt = w.now
 		}
-		if b.asking || w.now-b.idleAt < 200*time.Millisecond {
+		if b.asking || b.rolling || w.now-b.idleAt < 200*time.Millisecond {
 			return
 		}
 		b.take(v)

@@ -2,9 +2,11 @@ package sim
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cairnstore/cairn/chunk/volume"
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -53,6 +55,7 @@ type gateway struct {
 	pausedUntil time.Duration
 	held        []func() // what happens once it goes on
 	a           *attachment
+	views       []*view // of snapshots
 	attaching   bool
 }
 
@@ -108,15 +111,16 @@ func (g *gateway) kill() {
 	}
 	g.w.note(g.name, "kill", func() string { return "" })
 	if a := g.a; a != nil {
-		a.dead = true
-		a.client.abandon()
-		for _, p := range a.peers {
-			if p.link != nil {
-				p.link.close()
-			}
+		a.abandon()
+	}
+	for _, v := range g.views {
+		v.over = true
+		if v.a != nil {
+			v.a.abandon()
 		}
 	}
 	g.agent.close()
+	g.views = nil
 	g.up, g.a, g.attaching, g.held, g.pausedUntil = false, nil, false, nil, 0
 	g.life++
 }
@@ -146,6 +150,11 @@ func (g *gateway) ticks() {
 	g.later(tickEvery, func() {
 		if a := g.a; a != nil && a.e.State() != volume.Ended {
 			a.step(&volume.Tick{})
+		}
+		for _, v := range slices.Clone(g.views) {
+			if v.a != nil {
+				v.a.step(&volume.Tick{})
+			}
 		}
 		g.ticks()
 	})
@@ -203,7 +212,7 @@ func (g *gateway) attached(res *pb.Result) {
 	w.check.attachReturned(v.Epoch)
 	w.stats.Attaches++
 	w.note(g.name, "attached", func() string { return fmt.Sprintf("epoch %d, revision %d", v.Epoch, v.Revision) }, uint64(v.Epoch), v.Revision)
-	a := &attachment{g: g, epoch: v.Epoch, id: ids.VolumeID(v.Id)}
+	a := &attachment{g: g, epoch: v.Epoch, id: ids.VolumeID(v.Id), cuts: map[*volume.Cut]func(volume.CutNews){}}
 	a.client = newClient(w, a)
 	out := a.takeOut()
 	e, err := volume.New(g.now(), volume.Config{Host: g.host, Volume: v, Chunks: res.Chunks, Grace: w.shape.grace}, out)
@@ -251,6 +260,11 @@ func (a *attachment) callMeta(c *volume.MetaCall) {
 	g := a.g
 	cmd := &pb.Command{}
 	switch {
+	case c.Look:
+		a.look(c)
+		return
+	case c.Prune != nil:
+		cmd.Op = &pb.Command_PruneLayer{PruneLayer: c.Prune}
 	case c.Change != nil:
 		cmd.Op = &pb.Command_ChangeMembers{ChangeMembers: c.Change}
 	case c.HandOver != nil:
@@ -276,11 +290,21 @@ func (a *attachment) callMeta(c *volume.MetaCall) {
 			g.w.boss.handedOver(c.HandOver)
 		}
 		if conflict {
-			g.agent.query(func(v *pb.Volume) {
-				if !a.dead {
-					a.step(&volume.Refresh{Volume: v})
-				}
-			})
+			query(g.agent, theVolume, func(v *pb.Volume) { a.step(&volume.Refresh{Volume: v}) })
 		}
 	})
 }
+
+// look brings what an engine may ask for.
+func (a *attachment) look(c *volume.MetaCall) {
+	if a.view != nil {
+		a.view.lookAgain(c)
+		return
+	}
+	query(a.g.agent, theVolume, func(v *pb.Volume) {
+		a.step(&volume.Refresh{Volume: v})
+		a.step(&volume.MetaDone{Call: c})
+	})
+}
+
+func theVolume(kv state.KV) *pb.Volume { return state.Leaving(kv, state.VolumeByName(kv, volumeName)) }

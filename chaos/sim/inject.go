@@ -14,6 +14,7 @@ type injector struct {
 	plan     []Fault
 	next     int
 	healed   bool
+	over     bool // and everything has converged
 	everFull bool
 	// failedUntil is when the last store whose disk failed was started again.
 	failedUntil time.Duration
@@ -124,6 +125,8 @@ func (in *injector) fair(f Fault) bool {
 		return false
 	case f.Kind == Copies:
 		return in.copies(f) > 0
+	case f.Kind == Look || f.Kind == Remove || f.Kind == RollBack:
+		return in.chosen(f) != nil
 	case f.Kind == Drain:
 		return in.places()-1 >= int(in.w.meta.volume().GetReplicas())
 	case in.w.shape.rot && (f.Kind == PowerAll || f.Kind == KillAll):
@@ -188,6 +191,14 @@ func (in *injector) do(f Fault) {
 		w.boss.attach(g, true)
 	case HandOver:
 		w.boss.handOver(g)
+	case Snapshot:
+		w.boss.snapshot()
+	case Look:
+		w.boss.show(in.chosen(f))
+	case Remove:
+		w.boss.remove(in.chosen(f))
+	case RollBack:
+		w.boss.rollBack(in.chosen(f))
 	case Drain:
 		w.boss.drain(n, true)
 		w.after(4*f.For+time.Second, func() { w.boss.drain(n, false) })
@@ -366,6 +377,15 @@ func (g *gateway) agentCut(until time.Duration) {
 	if g.agent != nil {
 		g.agent.blockedUntil = max(g.agent.blockedUntil, until)
 	}
+}
+
+// chosen is the snapshot an operation is about; nil: there is none.
+func (in *injector) chosen(f Fault) *snapshot {
+	all := in.w.check.living()
+	if len(all) == 0 {
+		return nil
+	}
+	return all[int(f.Arg)%len(all)]
 }
 
 // places is how many hosts take new chunks: not those that are drained, or about

@@ -95,7 +95,8 @@ type op struct {
 	vals   []*value // of a write: what each register gets
 	over   bool
 	status status.Kind
-	reader bool // it is the reader's
+	reader bool              // it is the reader's
+	then   func(status.Kind) // hears the answer; may be nil
 }
 
 func newClient(w *world, a *attachment) *client {
@@ -225,6 +226,9 @@ func (c *client) done(d volume.Done) {
 	}
 	if !o.reader {
 		c.next(false)
+	}
+	if o.then != nil {
+		o.then(d.Status)
 	}
 }
 

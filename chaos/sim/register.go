@@ -20,8 +20,10 @@ import (
 // first read decides (P3). What a completed flush covers, and all that came
 // before it, can neither be lost nor come back (P2).
 type register struct {
-	key  uint64 // sector of the volume
-	vals []*value
+	key   uint64 // sector of the volume
+	vals  []*value
+	era   int    // histories before this one: of a power loss, of a rollback
+	since uint64 // a rollback; reads begun before show what was before
 }
 
 // value is one write, or several zeroings of the same moment's doubt.
@@ -110,10 +112,41 @@ func (r *register) conflict(v *value) *value {
 	return nil
 }
 
+// candidates lists the values that a read may find, which is invoked and answered
+// at the given times.
+func (r *register) candidates(inv, now uint64) (ids []uint64) {
+	for _, v := range r.vals {
+		if v.inv > now || slices.Contains(ids, v.id) {
+			continue
+		}
+		old := *v
+		v.read, v.first, v.last = true, min(v.first, now, v.deadline), max(v.last, inv)
+		if r.conflict(v) == nil {
+			ids = append(ids, v.id)
+		}
+		*v = old
+	}
+	return ids
+}
+
+// only returns the one write of a value; nil if there are several, or none.
+func (r *register) only(id uint64) (only *value) {
+	for _, v := range r.vals {
+		if v.id == id {
+			if only != nil {
+				return nil
+			}
+			only = v
+		}
+	}
+	return only
+}
+
 // shake is a power loss that may take back what is not covered: from now on the
 // register holds the last covered value or a later one. readers is the earliest
 // invocation of a read that is still unanswered.
 func (r *register) shake(now, readers uint64) {
+	r.era++
 	durable := uint64(0)
 	for _, v := range r.vals {
 		if v.covered && v.done < readers {

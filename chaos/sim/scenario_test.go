@@ -17,8 +17,6 @@ type scenario struct {
 	planted []string
 }
 
-const ms = time.Millisecond
-
 var (
 	three = shape{hosts: 3, replicas: 3, local: true, flushes: 9, zeros: 10}
 	apart = shape{hosts: 3, replicas: 3, flushes: 2, zeros: 10}

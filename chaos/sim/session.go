@@ -213,15 +213,15 @@ func (a *agent) renew(req *pb.RenewRequest, done func(*pb.RenewReply)) {
 	})
 }
 
-// query reads the volume, linearizably, and again until it is answered.
-func (a *agent) query(done func(*pb.Volume)) {
+// query reads of metadata, linearizably, and again until it is answered.
+func query[T any](a *agent, read func(state.KV) T, done func(T)) {
 	w := a.w
 	a.roundTrip(func(back func(func())) {
 		if w.meta.leader == nil {
-			w.after(w.span(10*time.Millisecond, 60*time.Millisecond), func() { a.query(done) })
+			w.after(w.span(10*time.Millisecond, 60*time.Millisecond), func() { query(a, read, done) })
 			return
 		}
-		v := state.Leaving(w.meta.kv, state.VolumeByName(w.meta.kv, volumeName))
+		v := read(w.meta.kv)
 		back(func() { done(v) })
 	})
 }

@@ -64,17 +64,19 @@ type Failure struct {
 
 // Stats counts what a run did.
 type Stats struct {
-	Events   uint64
-	Begun    int // client operations
-	Ops      int // client operations answered OK
-	Unknown  int // unanswered, or answered with the end of the session
-	Refused  int // answered with an error that is allowed
-	Attaches int
-	Moves    int // copies of chunks that were made on another store and counted
-	Shakes   int // power losses that may take back what was not flushed
-	Virtual  time.Duration
-	Faults   map[Kind]int
-	Pairs    map[[2]Kind]int // a fault that began while another was not over
+	Events                                uint64
+	Begun                                 int // client operations
+	Ops                                   int // client operations answered OK
+	Unknown                               int // unanswered, or answered with the end of the session
+	Refused                               int // answered with an error that is allowed
+	Attaches                              int
+	Moves                                 int // copies of chunks that were made on another store and counted
+	Shakes                                int // power losses that may take back what was not flushed
+	Snapshots, Deleted, Rollbacks, Merged int
+	Shown                                 int // answers of snapshots
+	Virtual                               time.Duration
+	Faults                                map[Kind]int
+	Pairs                                 map[[2]Kind]int // a fault that began while another was not over
 }
 
 // Run runs one seed.
@@ -109,8 +111,10 @@ func (w *world) play() {
 		w.boss.drain(n, false)
 	}
 	w.converge("healed")
+	w.faults.over = true
 	w.check.allRead()
 	w.check.equal()
+	w.check.allShown()
 	w.lastCut()
 	w.finish()
 }
@@ -150,6 +154,7 @@ func (w *world) lastCut() {
 	w.converge("after the last power cut")
 	w.check.allRead()
 	w.check.equal()
+	w.check.allShown()
 }
 
 // finish enters the final state into the hash.
@@ -172,7 +177,7 @@ func (w *world) well() bool {
 		}
 	}
 	a := w.boss.serving()
-	return a != nil && a.allInSync() && w.load.idle() && w.meta.idle()
+	return a != nil && a.allInSync() && w.load.idle() && w.meta.idle() && w.settled(a)
 }
 
 // picture tells where things stand, for a failure.
@@ -200,4 +205,15 @@ func (s *Stats) FaultCount() int {
 // so that each chunk finds its place.
 func (w *world) canCare() bool {
 	return int(w.meta.volume().GetReplicas()) <= len(w.nodes)
+}
+
+// settled reports whether nothing is being done with snapshots. A block that rots
+// keeps its layer from being merged until it is repaired.
+func (w *world) settled(a *attachment) bool {
+	for _, g := range w.gates {
+		if len(g.views) > 0 {
+			return false
+		}
+	}
+	return (w.shape.rot || !a.e.Info().Merging) && !w.boss.rolling && !w.boss.busy()
 }

@@ -24,16 +24,17 @@ func (n *node) sweeps(life int) {
 			n.sweeps(life)
 			return
 		}
-		waste := state.WasteOf(n.w.meta.kv, n.id[:])
-		n.w.after(n.w.span(time.Millisecond, 200*time.Millisecond), func() { n.sweep(life, waste) })
+		waste, layers := state.WasteOf(n.w.meta.kv, n.id[:]), state.LayersOf(n.w.meta.kv, n.held())
+		n.w.after(n.w.span(time.Millisecond, 200*time.Millisecond), func() { n.sweep(life, waste, layers) })
 	})
 }
 
 // sweep drops, some time after metadata has answered.
-func (n *node) sweep(life int, waste []*pb.ChunkCopy) {
+func (n *node) sweep(life int, waste []*pb.ChunkCopy, layers []*pb.VolumeLayers) {
 	if n.life != life || !n.up() {
 		return
 	}
+	n.tellLayers(layers)
 	left := len(waste)
 	var gone []*pb.ChunkCopy
 	done := func(c *pb.ChunkCopy, k status.Kind) {

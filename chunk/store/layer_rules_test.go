@@ -259,3 +259,25 @@ func TestDroppedLayersOutliveTheirRecord(t *testing.T) {
 		}
 	}
 }
+
+// A merge is answered when it is durable: metadata then lets the layer go, and what
+// a power loss brought back to it would be lost. So is one that finds nothing to do.
+func TestAMergeIsDurableWhenItIsAnswered(t *testing.T) {
+	for _, times := range []int{1, 2} {
+		d := formatMem(t)
+		s := open(t, d, testBoot)
+		mustOK(t, ask(s, layerPut(1, 0, 0, 4, ids.MakeVersion(1, 1), 100)))
+		mustOK(t, ask(s, layersOf(1, [2]ids.LayerID{0, 1}, [2]ids.LayerID{1})))
+		mustOK(t, ask(s, wire.Request{Kind: wire.Flush, Volume: 1}))
+		for range times {
+			mustOK(t, ask(s, wire.Request{Kind: wire.Merge, Volume: 1, Chunk: 1, Layer: 0}))
+		}
+		d.PowerLoss(1, 0)
+		s = open(t, d, "boot-2")
+		mustOK(t, ask(s, layersOf(1, [2]ids.LayerID{1})))
+		r := mustOK(t, ask(s, chainRead(1)))
+		if why := compare(state{1, ids.MakeVersion(1, 1), 103}, r.Entries[3], r.Data[3*blockBytes:]); why != "" {
+			t.Errorf("merged %d times: %s", times, why)
+		}
+	}
+}

@@ -21,6 +21,8 @@ import (
 //     that is written.
 //  4. end: the layer's blocks of the chunk are set back to holes. The log keeps
 //     the order, so that after any crash either the old entry or the new is there.
+//     It is answered when that is durable: metadata then lets the layer go, and a
+//     copy that came back from a power loss in it would be nobody's.
 //
 // One window of one merge is under way at a time. A merge that was cut short is
 // asked for again and finds what it did.
@@ -53,7 +55,7 @@ type merge struct {
 func (s *Store) merge(c *caller, v *vol, q *wire.Request, out *outbox) error {
 	rep := &wire.Reply{Kind: q.Kind, ID: q.ID}
 	if v == nil {
-		s.afterAppends(c, rep, out)
+		s.durably(c, rep, out)
 		return nil
 	}
 	mark, lives := v.mark(q.Layer)
@@ -63,7 +65,7 @@ func (s *Store) merge(c *caller, v *vol, q *wire.Request, out *outbox) error {
 	}
 	from := v.chunk(q.Chunk, q.Layer, false)
 	if from == nil || from.empty() {
-		s.afterAppends(c, rep, out)
+		s.durably(c, rep, out)
 		return nil
 	}
 	if len(s.merges) >= maxMerges {
@@ -111,7 +113,7 @@ func (s *Store) stepMerges(out *outbox) error {
 			}
 			m.over = true
 			s.merges = s.merges[1:]
-			s.afterAppends(m.c, &wire.Reply{Kind: wire.Merge, ID: m.id}, out)
+			s.durably(m.c, &wire.Reply{Kind: wire.Merge, ID: m.id}, out)
 		default:
 			m.staged = s.lsn // what was scanned had no data: go on after what is staged
 			if s.written < s.lsn {

@@ -534,3 +534,26 @@ func TestOldNewsOfLayers(t *testing.T) {
 	l.take(vol(9, 9, [2]uint32{0}, [2]uint32{9, 0}))
 	want("news without the top", 0)
 }
+
+// A snapshot is prepared, and another writer attaches before this one has gone over
+// to the new layer: its top is given up and merged. Its reads wait for the news that
+// the epoch is over; none is an I/O error, and nobody is excluded for it.
+func TestATopThatAnotherWriterGaveUp(t *testing.T) {
+	for seed := range uint64(20) {
+		w := filled(t, seed, 4)
+		w.prepare()
+		w.vol.Epoch++
+		w.giveUpOpen()
+		for i := range w.stores {
+			w.tell(i)
+		}
+		got := status.OK
+		op := &Op{Kind: OpRead, Len: ids.BlockSize, Data: make([]byte, ids.BlockSize)}
+		w.done[op] = func(k status.Kind) { got = k }
+		w.step(&Submit{Ops: []*Op{op}})
+		w.until("answered", func() bool { return w.done[op] == nil })
+		if got != status.Fenced || len(w.metas) > 0 {
+			w.fail("answered %s; %v", got, w.metas)
+		}
+	}
+}
