@@ -83,7 +83,9 @@ func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	case *pb.Command_Attach:
 		return res, s.finishAttach(ctx, t, op.Attach, prev, res.Volume)
 	case *pb.Command_HandOver:
-		t.leases.handed(res.Volume, boottime())
+		for _, v := range res.Volumes {
+			t.leases.handed(v, boottime())
+		}
 	case *pb.Command_DeleteVolume:
 		t.leases.forget(res.Volume.GetId())
 	case *pb.Command_BindVm, *pb.Command_PutVm, *pb.Command_DeleteVm, *pb.Command_SetPlacement, *pb.Command_RegisterHost:

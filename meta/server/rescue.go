@@ -75,9 +75,14 @@ func (t *tenure) lost(kv state.KV, now time.Duration) (binds []*pb.BindVM, said 
 		}
 		n := len(binds)
 		for _, vm := range state.VMsOn(kv, h.Name) {
-			if vm.Desired == "running" {
+			switch {
+			case vm.Desired != "running":
+			case vm.Host == h.Name:
 				binds = append(binds, &pb.BindVM{Vm: vm.Name, Revision: vm.Revision, Desired: "running", Queue: &pb.VMQueue{Step: state.StepQueued,
 					Reason: fmt.Sprintf("host %s has not been heard of for %d s", h.Name, int(silent.Seconds()))}})
+			case vm.GetQueue().GetStep() == state.StepSwitched: // and who was to say how it goes on is gone
+				binds = append(binds, &pb.BindVM{Vm: vm.Name, Revision: vm.Revision, Host: vm.Host, Desired: "running", Queue: &pb.VMQueue{Step: state.StepLanded, NextHost: h.Name,
+					Reason: fmt.Sprintf("host %s, which it comes from, has not been heard of for %d s", h.Name, int(silent.Seconds()))}})
 			}
 		}
 		if len(binds) > n {
@@ -98,7 +103,7 @@ func (t *tenure) drained(kv state.KV, now time.Duration, placer Placer) []*pb.Bi
 			continue
 		}
 		for _, vm := range state.VMsOn(kv, h.Name) {
-			if vm.Desired == "running" && vm.GetQueue().GetStep() == "" {
+			if vm.Host == h.Name && vm.Desired == "running" && vm.GetQueue().GetStep() == "" {
 				leave = append(leave, vm)
 			}
 		}
@@ -116,7 +121,7 @@ func (t *tenure) movesLeft(kv state.KV) int {
 		left = defaultMovesMax
 	}
 	for _, vm := range state.VMsUnderway(kv) {
-		if s := vm.GetQueue().GetStep(); s == state.StepEvicting || s == state.StepStarting {
+		if s := vm.GetQueue().GetStep(); s == state.StepEvicting || s == state.StepStarting || state.InMotion(vm) {
 			left--
 		}
 	}
@@ -129,7 +134,7 @@ func (t *tenure) movesLeft(kv state.KV) int {
 func notHere(kv state.KV, host string, machines []string) (names []string) {
 	for _, name := range machines {
 		vm := state.VMByName(kv, name)
-		if vm == nil || vm.Host == host {
+		if vm == nil || state.HasMachine(vm, host) {
 			continue
 		}
 		known := true

@@ -180,7 +180,8 @@ func (s *Server) answerPlace(t *tenure, q *pb.PlaceQuestion) (ans *pb.PlaceAnswe
 func vmsToDo(kv state.KV, host string) (out []*pb.VM, batchCPU uint64) {
 	sliced := false
 	for _, vm := range state.VMsUnderway(kv) {
-		if vm.Host == host && vm.GetQueue().GetStep() != "" {
+		// Of one that is switched both hosts hear.
+		if vm.GetQueue().GetStep() != "" && (vm.Host == host || vm.Queue.Step == state.StepSwitched && vm.Queue.NextHost == host) {
 			out = append(out, vm)
 		}
 		sliced = sliced || vm.Host == host && vm.GetQueue().GetSliced()

@@ -359,7 +359,7 @@ func (a *apply) putVM(op *pb.PutVM) (*pb.Result, error) {
 	if vm.Queue = old.GetQueue(); old.GetHost() != vm.Host || old.GetDesired() != vm.Desired {
 		vm.Queue = nil
 	}
-	if err := cmp.Or(checkVM(vm), checkStep(vm), a.checkRoom(old, vm)); err != nil {
+	if err := cmp.Or(checkVM(vm), checkStep(vm), checkMotion(old, vm, false), a.checkRoom(old, vm)); err != nil {
 		return nil, err
 	}
 	a.storeVM(old, vm)

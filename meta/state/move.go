@@ -11,8 +11,12 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
-// MaxMoves bounds the moves of one MoveChunks.
-const MaxMoves = 256
+// MaxMoves bounds the moves of one MoveChunks; maxHandOver the volumes of one
+// hand-over beside the first.
+const (
+	MaxMoves    = 256
+	maxHandOver = 64
+)
 
 // moveChunks changes where copies are. Each move stands or falls by itself: what
 // is impossible, or has happened, leaves its chunk as it is, and the answer says
@@ -256,24 +260,57 @@ func (a *apply) setReplicas(op *pb.SetReplicas) (*pb.Result, error) {
 	return &pb.Result{Volume: v}, nil
 }
 
-// handOver gives the volume to another writer at the word of this one, who
-// serves nothing any more: no lease is left to be waited for.
+// handOver gives volumes, and the VM whose disks they are, to another writer at
+// the word of this one, who serves nothing of them any more: no lease is left to
+// be waited for.
 func (a *apply) handOver(op *pb.HandOver) (*pb.Result, error) {
-	v, err := a.current(op.VolumeId, op.Epoch)
-	if err != nil {
-		return nil, err
+	if op.Host == "" || op.Session == "" || len(op.Host) > maxTextBytes || len(op.Session) > maxTextBytes || len(op.Also) > maxHandOver {
+		return nil, status.Errorf(status.Invalid, "a hand-over needs a host and a session, and moves at most %d volumes more", maxHandOver)
 	}
-	if op.Host == "" || op.Session == "" || len(op.Host) > maxTextBytes || len(op.Session) > maxTextBytes {
-		return nil, status.Errorf(status.Invalid, "a hand-over of %s needs a host and a session", v.Name)
+	var vs []*pb.Volume
+	for _, o := range append([]*pb.HandOver{op}, op.Also...) {
+		v, err := a.current(o.VolumeId, o.Epoch)
+		if err != nil {
+			return nil, err
+		}
+		if slices.ContainsFunc(vs, func(x *pb.Volume) bool { return x.Id == v.Id }) {
+			return nil, status.Errorf(status.Invalid, "volume %s is named twice in a hand-over", v.Name)
+		}
+		if err := a.nextEpoch(v); err != nil {
+			return nil, err
+		}
+		vs = append(vs, v)
 	}
-	if err := a.nextEpoch(v); err != nil {
-		return nil, err
+	res := &pb.Result{}
+	if op.Bind != nil {
+		bound, err := a.switchVM(op)
+		if err != nil {
+			return nil, err
+		}
+		res.Vm = bound.Vm
 	}
-	giveUpOpen(v)
-	a.event("volume %s handed over from host %s to host %s, epoch %d", v.Name, v.HolderHost, op.Host, v.Epoch)
-	v.HolderHost, v.HolderSession, v.AttachedUnixNs, v.Moved, v.Maintenance = op.Host, op.Session, a.now, false, false
-	put(a.kv, key(tVolume, v.Id), v)
-	return &pb.Result{Volume: Leaving(a.kv, v), Chunks: Chunks(a.kv, v.Id)}, nil
+	for _, v := range vs {
+		giveUpOpen(v)
+		a.event("volume %s handed over from host %s to host %s, epoch %d", v.Name, v.HolderHost, op.Host, v.Epoch)
+		v.HolderHost, v.HolderSession, v.AttachedUnixNs, v.Moved, v.Maintenance = op.Host, op.Session, a.now, false, false
+		put(a.kv, key(tVolume, v.Id), v)
+		res.Volumes = append(res.Volumes, Leaving(a.kv, v))
+	}
+	res.Volume, res.Chunks = res.Volumes[0], Chunks(a.kv, vs[0].Id)
+	return res, nil
+}
+
+// switchVM is a hand-over's part about the VM. That somebody changed it meanwhile
+// is Invalid and not Conflict: asking again is useless, since a VM's revision only
+// rises and the volumes, looked at first, have not gone.
+func (a *apply) switchVM(op *pb.HandOver) (*pb.Result, error) {
+	if b := op.Bind; b.Host != op.Host || b.GetQueue().GetStep() != StepSwitched {
+		return nil, status.Errorf(status.Invalid, "VM %s cannot go to host %q with volumes that go to host %q: this is a fault of the caller", b.Vm, b.Host, op.Host)
+	}
+	if vm := VMByName(a.kv, op.Bind.Vm); vm != nil && vm.Revision != op.Bind.Revision {
+		return nil, status.Errorf(status.Invalid, "VM %s was changed while it moved (revision %d, not %d): it stays", vm.Name, vm.Revision, op.Bind.Revision)
+	}
+	return a.bind(op.Bind, true)
 }
 
 // nextEpoch raises the writer epoch.

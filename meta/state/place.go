@@ -17,7 +17,7 @@ import (
 
 // Tables of this file, beside those in keys.go:
 //
-//	P host 0 vm    empty: the VM is on the host and wants to be
+//	P host 0 vm    empty: the VM takes room on the host
 //	G group 0 vm   empty: the same, by its group
 //	Q vm           empty: the VM is in a step of the queue, or waits for its turn
 const (
@@ -32,6 +32,49 @@ const (
 	StepStarting = "starting" // its host is to start it
 	StepEvicting = "evicting" // its host is to stop it
 )
+
+// The steps of a live migration from A to B. Which of the two machines may run is
+// said by these alone, and every change of them is compare-and-set:
+//
+//	            host  next  A's machine               B's machine
+//	migrating   A     B     runs, sends its memory    takes it, never runs
+//	switched    B     A     never runs                never runs
+//	landed      B     A     is ended                  is to run
+//	returning   A     B     is to run again           is ended
+//
+// migrating → switched is one entry with the hand-over of all the VM's volumes.
+// From switched A alone says how it goes on, for only A's machine could run again:
+// landed once that can be excluded, else returning.
+const (
+	StepMigrating = "migrating"
+	StepSwitched  = "switched"
+	StepLanded    = "landed"
+	StepReturning = "returning"
+)
+
+// SecondHost is the host beside vm.Host that may have a machine of a VM, and keeps
+// its room; "" if there is none.
+func SecondHost(vm *pb.VM) string {
+	switch vm.GetQueue().GetStep() {
+	case StepMigrating, StepSwitched:
+		return vm.Queue.NextHost
+	}
+	return ""
+}
+
+// HasMachine reports whether a machine of a VM may be on a host.
+func HasMachine(vm *pb.VM, host string) bool {
+	return host != "" && (vm.GetHost() == host || SecondHost(vm) == host)
+}
+
+// InMotion reports whether a VM is in a step of a live migration.
+func InMotion(vm *pb.VM) bool {
+	switch vm.GetQueue().GetStep() {
+	case StepMigrating, StepSwitched, StepLanded, StepReturning:
+		return true
+	}
+	return false
+}
 
 // Resources are thousandths of a processor, bytes of memory, bytes of local
 // disk, and bytes a second of disk traffic.
@@ -117,6 +160,9 @@ func (a *apply) storeVM(old, vm *pb.VM) {
 		return
 	}
 	a.kv.Set(key(tOnHost, vm.Host, "\x00", vm.Name), []byte{})
+	if h := SecondHost(vm); h != "" {
+		a.kv.Set(key(tOnHost, h, "\x00", vm.Name), []byte{})
+	}
 	if g := vm.GetNeeds().GetGroup(); g != "" {
 		a.kv.Set(key(tInGroup, g, "\x00", vm.Name), []byte{})
 	}
@@ -131,6 +177,9 @@ func (a *apply) unindexVM(old *pb.VM) {
 		return
 	}
 	a.kv.Delete(key(tOnHost, old.Host, "\x00", old.Name))
+	if h := SecondHost(old); h != "" {
+		a.kv.Delete(key(tOnHost, h, "\x00", old.Name))
+	}
 	if g := old.GetNeeds().GetGroup(); g != "" {
 		a.kv.Delete(key(tInGroup, g, "\x00", old.Name))
 	}
@@ -154,23 +203,33 @@ func checkVM(vm *pb.VM) error {
 	return nil
 }
 
-// checkRoom refuses what the VM's host cannot take: it is asked when the VM
-// comes to the host, and when it comes to take more there.
+// checkRoom refuses what the VM's hosts cannot take: it is asked when the VM
+// comes to a host, and when it comes to take more there.
 func (a *apply) checkRoom(old, vm *pb.VM) error {
 	if !bound(vm) {
 		return nil
 	}
+	if err := a.checkRoomOn(old, vm, vm.Host); err != nil {
+		return err
+	}
+	if second := SecondHost(vm); second != "" {
+		return a.checkRoomOn(old, vm, second)
+	}
+	return nil
+}
+
+func (a *apply) checkRoomOn(old, vm *pb.VM, host string) error {
 	takes, had := Takes(vm), Resources{}
-	stays := bound(old) && old.Host == vm.Host
+	stays := bound(old) && HasMachine(old, host)
 	if stays {
 		had = Takes(old)
 	}
-	h := HostByName(a.kv, vm.Host)
+	h := HostByName(a.kv, host)
 	if h == nil {
 		if stays {
 			return nil // the host was removed under it: stopping it must work
 		}
-		return status.Errorf(status.NotFound, "there is no host %q for VM %s: `cairn host ls` lists them", vm.Host, vm.Name)
+		return status.Errorf(status.NotFound, "there is no host %q for VM %s: `cairn host ls` lists them", host, vm.Name)
 	}
 	if !stays {
 		if why := a.unfit(vm, h); why != "" {
@@ -260,7 +319,10 @@ func (a *apply) inGroup(vm *pb.VM, group, at string) bool {
 }
 
 // bindVM implements BindVM.
-func (a *apply) bindVM(op *pb.BindVM) (*pb.Result, error) {
+func (a *apply) bindVM(op *pb.BindVM) (*pb.Result, error) { return a.bind(op, false) }
+
+// bind is bindVM; handed says that the VM's volumes go with it.
+func (a *apply) bind(op *pb.BindVM, handed bool) (*pb.Result, error) {
 	old := VMByName(a.kv, op.Vm)
 	if old == nil {
 		return nil, status.Errorf(status.NotFound, "there is no VM %s: create it first", op.Vm)
@@ -271,6 +333,9 @@ func (a *apply) bindVM(op *pb.BindVM) (*pb.Result, error) {
 	vm := proto.Clone(old).(*pb.VM)
 	vm.Host, vm.Desired, vm.Queue = op.Host, op.Desired, proto.Clone(op.Queue).(*pb.VMQueue)
 	if err := checkStep(vm); err != nil {
+		return nil, err
+	}
+	if err := checkMotion(old, vm, handed); err != nil {
 		return nil, err
 	}
 	if err := a.checkRoom(old, vm); err != nil {
@@ -302,11 +367,50 @@ func checkStep(vm *pb.VM) error {
 		ok = vm.Host == "" && vm.Desired == "running"
 	case StepStarting, StepEvicting:
 		ok = vm.Host != "" && vm.Desired == "running"
+	case StepMigrating, StepSwitched, StepLanded, StepReturning:
+		ok = vm.Host != "" && q.NextHost != "" && q.NextHost != vm.Host && vm.Desired == "running" && !q.Sliced
 	}
 	if !ok || len(q.GetReason()) > maxTextBytes || q.GetSliced() && !vm.GetNeeds().GetBatch() {
 		return status.Errorf(status.Invalid, "VM %s cannot be %s on host %q in step %q (sliced: %v): this is a fault of the caller", vm.Name, vm.Desired, vm.Host, q.GetStep(), q.GetSliced())
 	}
 	return nil
+}
+
+// checkMotion keeps the order of a migration's steps. A VM that is switched runs
+// nowhere until it has landed or returned; what else may happen to it is that it
+// is given up: stopped, or put into the queue because its host is gone.
+func checkMotion(old, vm *pb.VM, handed bool) error {
+	was, is := old.GetQueue().GetStep(), vm.GetQueue().GetStep()
+	next := vm.GetQueue().GetNextHost()
+	stays := vm.Host == old.GetHost() && next == old.GetQueue().GetNextHost()
+	swapped := vm.Host == old.GetQueue().GetNextHost() && next == old.GetHost()
+	ok := true
+	switch {
+	case is == StepSwitched && handed:
+		ok = was == StepMigrating && swapped
+	case is == was && stays:
+	case is == StepMigrating:
+		ok = (was == "" || was == StepEvicting) && bound(old) && vm.Host == old.Host
+	case is == StepSwitched:
+		ok = false
+	case is == StepReturning:
+		ok = was == StepSwitched && swapped
+	case is == StepLanded:
+		ok = was == StepSwitched && stays
+	default:
+		ok = was != StepSwitched || vm.Host == ""
+	}
+	if !ok {
+		return status.Errorf(status.Conflict, "VM %s is %s on host %q and cannot become %s on host %q: it moves; read it again", vm.Name, stepName(was), old.GetHost(), stepName(is), vm.Host)
+	}
+	return nil
+}
+
+func stepName(step string) string {
+	if step == "" {
+		return "settled"
+	}
+	return step
 }
 
 // describe is an event's text.
@@ -320,6 +424,14 @@ func describe(vm *pb.VM) string {
 		text = "goes to host " + vm.Host
 	case StepEvicting:
 		text = "leaves host " + vm.Host
+	case StepMigrating:
+		text = fmt.Sprintf("migrates from host %s to host %s", vm.Host, q.NextHost)
+	case StepSwitched:
+		text = fmt.Sprintf("is switched from host %s to host %s", q.NextHost, vm.Host)
+	case StepLanded:
+		text = fmt.Sprintf("goes on on host %s, where it has come from host %s", vm.Host, q.NextHost)
+	case StepReturning:
+		text = fmt.Sprintf("goes on on host %s, and not on host %s", vm.Host, q.NextHost)
 	}
 	if q.GetReason() != "" {
 		text += ": " + q.Reason

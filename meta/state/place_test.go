@@ -43,6 +43,18 @@ func (c *cluster) to(name, host string) *pb.Result {
 	return c.do(bindVM(&pb.BindVM{Vm: name, Revision: VMByName(c.kv, name).Revision, Host: host, Desired: "running"}))
 }
 
+// kvVolume is a volume of that name, attached on a host.
+func (c *cluster) kvVolume(name, host string) *pb.Volume {
+	if VolumeByName(c.kv, name) == nil {
+		for i := range 3 {
+			h := fmt.Sprintf("h%d", i)
+			c.ok(&pb.Command{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: &pb.Store{Id: storeID(byte(i)), Incarnation: 1, Host: h, CapacityBytes: 1 << 40}}}})
+		}
+		c.ok(create(name))
+	}
+	return c.ok(attach(name, host, true)).Volume
+}
+
 func wantKind(t *testing.T, res *pb.Result, k status.Kind, words string) {
 	t.Helper()
 	if status.Kind(res.Status) != k || !strings.Contains(res.Detail, words) {
@@ -55,11 +67,13 @@ func wantKind(t *testing.T, res *pb.Result, k status.Kind, words string) {
 func overcommitted(kv KV) string {
 	used := map[string]Resources{}
 	for _, vm := range VMs(kv) {
-		u := used[vm.Host]
-		for i, n := range Takes(vm) {
-			u[i] += n
+		for _, host := range []string{vm.Host, SecondHost(vm)} {
+			u := used[host]
+			for i, n := range Takes(vm) {
+				u[i] += n
+			}
+			used[host] = u
 		}
-		used[vm.Host] = u
 	}
 	for _, h := range Hosts(kv) {
 		for i, limit := range Limit(h) {
@@ -90,8 +104,15 @@ func TestNothingIsPromisedTwice(t *testing.T) {
 				res = c.do(putVM(now, false))
 			} else {
 				b := &pb.BindVM{Vm: vm.Name, Revision: vm.Revision, Host: host, Desired: rapid.SampledFrom([]string{"running", "running", "stopped", "paused"}).Draw(rt, "desired"),
-					Queue: &pb.VMQueue{Step: rapid.SampledFrom([]string{"", "", StepQueued, StepStarting, StepEvicting}).Draw(rt, "step"), Sliced: rapid.Bool().Draw(rt, "sliced")}}
-				res = c.do(bindVM(b))
+					Queue: &pb.VMQueue{Step: rapid.SampledFrom([]string{"", "", StepQueued, StepStarting, StepEvicting, StepMigrating, StepMigrating, StepLanded, StepReturning}).Draw(rt, "step"),
+						NextHost: rapid.SampledFrom([]string{"", "h0", "h1", "h2", "h3"}).Draw(rt, "next"), Sliced: rapid.Bool().Draw(rt, "sliced")}}
+				if now := VMByName(c.kv, vm.Name); now.GetQueue().GetStep() == StepMigrating && rapid.Bool().Draw(rt, "switch") {
+					v := c.kvVolume(vm.Name, now.Host)
+					b = &pb.BindVM{Vm: vm.Name, Revision: now.Revision, Host: now.Queue.NextHost, Desired: "running", Queue: &pb.VMQueue{Step: StepSwitched, NextHost: now.Host}}
+					res = c.do(&pb.Command{Op: &pb.Command_HandOver{HandOver: &pb.HandOver{VolumeId: v.Id, Epoch: v.Epoch, Host: b.Host, Session: "s", Bind: b}}})
+				} else {
+					res = c.do(bindVM(b))
+				}
 			}
 			if res.Vm != nil {
 				seen = append(seen, res.Vm)
@@ -103,7 +124,7 @@ func TestNothingIsPromisedTwice(t *testing.T) {
 		for _, h := range Hosts(c.kv) {
 			n := 0
 			for _, vm := range VMs(c.kv) {
-				if vm.Host == h.Name && vm.Desired != "stopped" {
+				if vm.Desired != "stopped" && HasMachine(vm, h.Name) {
 					n++
 				}
 			}
@@ -211,5 +232,111 @@ func TestPlacementPolicyIsChecked(t *testing.T) {
 	wantKind(t, set(&pb.Placement{Policy: "min", Order: "sjf", Weights: map[string]float64{"a": 2}}), status.OK, "")
 	if p := PlacementOf(c.kv); p.Policy != "min" || p.Weights["a"] != 2 {
 		t.Errorf("kept %v", p)
+	}
+}
+
+// migrating is VM a on h0, migrating to h1, with its two volumes.
+func migrating(t *testing.T) (c *cluster, vm *pb.VM, over *pb.HandOver) {
+	c = newYard(t, 3)
+	vm = c.vmOf("a", 1, nil)
+	c.to("a", "h0")
+	v, w := c.kvVolume("a", "h0"), c.kvVolume("b", "h0")
+	vm = c.ok(bindVM(&pb.BindVM{Vm: "a", Revision: vm.Revision + 1, Host: "h0", Desired: "running", Queue: &pb.VMQueue{Step: StepMigrating, NextHost: "h1"}})).Vm
+	return c, vm, &pb.HandOver{VolumeId: v.Id, Epoch: v.Epoch, Host: "h1", Session: "s1",
+		Also: []*pb.HandOver{{VolumeId: w.Id, Epoch: w.Epoch}},
+		Bind: &pb.BindVM{Vm: "a", Revision: vm.Revision, Host: "h1", Desired: "running", Queue: &pb.VMQueue{Step: StepSwitched, NextHost: "h0"}}}
+}
+
+func handOver(op *pb.HandOver) *pb.Command {
+	return &pb.Command{Op: &pb.Command_HandOver{HandOver: op}}
+}
+
+// The volumes of a VM and the VM itself change hands together or not at all.
+func TestAVMSwitchesWithAllItsVolumes(t *testing.T) {
+	for what, change := range map[string]func(c *cluster, op *pb.HandOver){
+		"a volume of another epoch":  func(_ *cluster, op *pb.HandOver) { op.Also[0].Epoch-- },
+		"a volume twice":             func(_ *cluster, op *pb.HandOver) { op.Also[0] = &pb.HandOver{VolumeId: op.VolumeId, Epoch: op.Epoch} },
+		"a VM that was changed":      func(_ *cluster, op *pb.HandOver) { op.Bind.Revision-- },
+		"a VM that goes elsewhere":   func(_ *cluster, op *pb.HandOver) { op.Bind.Host = "h2" },
+		"a VM that is settled after": func(_ *cluster, op *pb.HandOver) { op.Bind.Queue = nil },
+		"a VM that no longer moves": func(c *cluster, op *pb.HandOver) {
+			op.Bind.Revision = c.ok(bindVM(&pb.BindVM{Vm: "a", Revision: op.Bind.Revision, Host: "h0", Desired: "running"})).Vm.Revision
+		},
+	} {
+		c, _, op := migrating(t)
+		change(c, op)
+		res := c.do(handOver(op))
+		if k := status.Kind(res.Status); k == status.OK {
+			t.Errorf("%s: handed over", what)
+		}
+		for _, name := range []string{"a", "b"} {
+			if v := VolumeByName(c.kv, name); v.HolderHost != "h0" || v.Epoch != 1 {
+				t.Errorf("%s: volume %s moved alone: %v", what, name, v)
+			}
+		}
+		if vm := VMByName(c.kv, "a"); vm.Host != "h0" {
+			t.Errorf("%s: the VM moved alone: %v", what, vm)
+		}
+	}
+	c, _, op := migrating(t)
+	res := c.ok(handOver(op))
+	if len(res.Volumes) != 2 || res.Vm.Host != "h1" || res.Vm.Queue.Step != StepSwitched {
+		t.Fatalf("switched: %v", res)
+	}
+	for _, name := range []string{"a", "b"} {
+		if v := VolumeByName(c.kv, name); v.HolderHost != "h1" || v.HolderSession != "s1" || v.Moved {
+			t.Errorf("volume %s is %v", name, v)
+		}
+	}
+	if res := c.do(handOver(op)); status.Kind(res.Status) != status.Fenced {
+		t.Errorf("switched twice: %v", res)
+	}
+}
+
+// From switched a VM lands or returns, one of the two, and runs nowhere before:
+// neither host can make itself the one that runs it.
+func TestASwitchedVMLandsOrReturns(t *testing.T) {
+	to := func(vm *pb.VM, host, step, next string) *pb.Command {
+		return bindVM(&pb.BindVM{Vm: "a", Revision: vm.Revision, Host: host, Desired: "running", Queue: &pb.VMQueue{Step: step, NextHost: next}})
+	}
+	c, before, op := migrating(t)
+	for _, cmd := range []*pb.Command{to(before, "h1", StepSwitched, "h0"), to(before, "h1", StepLanded, "h0"), to(before, "h0", StepReturning, "h1")} {
+		wantKind(t, c.do(cmd), status.Conflict, "it moves")
+	}
+	vm := c.ok(handOver(op)).Vm
+	for _, cmd := range []*pb.Command{to(vm, "h1", "", ""), to(vm, "h0", "", ""), to(vm, "h1", StepStarting, ""), to(vm, "h0", StepLanded, "h1"),
+		to(vm, "h1", StepReturning, "h0"), to(vm, "h2", StepReturning, "h1"), to(vm, "h1", StepMigrating, "h2")} {
+		wantKind(t, c.do(cmd), status.Conflict, "it moves")
+	}
+	c.ok(&pb.Command{Op: &pb.Command_SetHost{SetHost: &pb.SetHost{Host: "h0", Drained: true}}}) // its own room is kept all the same
+	landed, returned := to(vm, "h1", StepLanded, "h0"), to(vm, "h0", StepReturning, "h1")
+	c.ok(returned)
+	wantKind(t, c.do(landed), status.Conflict, "was changed")
+	if vm := VMByName(c.kv, "a"); HasMachine(vm, "h1") || !HasMachine(vm, "h0") {
+		t.Errorf("returning, and its machines may be elsewhere: %v", vm)
+	}
+
+	c, _, op = migrating(t)
+	vm = c.ok(handOver(op)).Vm
+	landed, returned = to(vm, "h1", StepLanded, "h0"), to(vm, "h0", StepReturning, "h1")
+	vm = c.ok(landed).Vm
+	wantKind(t, c.do(returned), status.Conflict, "was changed")
+	if HasMachine(vm, "h0") {
+		t.Errorf("landed, and its old host may have a machine: %v", vm)
+	}
+	c.ok(to(vm, "h1", "", ""))
+}
+
+// A host keeps room for a VM that comes, and for one that may return.
+func TestRoomIsKeptOnBothHosts(t *testing.T) {
+	c, vm, op := migrating(t)
+	c.vmOf("big", 6, nil) // as much as a host may promise
+	wantKind(t, c.to("big", "h1"), status.NoSpace, "host h1")
+	c.ok(handOver(op))
+	wantKind(t, c.to("big", "h0"), status.NoSpace, "host h0")
+	vm = VMByName(c.kv, "a")
+	c.ok(bindVM(&pb.BindVM{Vm: "a", Revision: vm.Revision, Host: "h1", Desired: "running", Queue: &pb.VMQueue{Step: StepLanded, NextHost: "h0"}}))
+	if res := c.to("big", "h0"); res.Status != 0 {
+		t.Errorf("it has left, and there is no room: %v", res)
 	}
 }

@@ -3534,6 +3534,8 @@ type HandOver struct {
 	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"` // compare-and-set
 	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
 	Session       string                 `protobuf:"bytes,4,opt,name=session,proto3" json:"session,omitempty"`
+	Also          []*HandOver            `protobuf:"bytes,5,rep,name=also,proto3" json:"also,omitempty"` // further volumes that go in the same entry, to the same session: all or none
+	Bind          *BindVM                `protobuf:"bytes,6,opt,name=bind,proto3" json:"bind,omitempty"` // the VM whose disks they are goes with them; from migrating to switched
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3594,6 +3596,20 @@ func (x *HandOver) GetSession() string {
 		return x.Session
 	}
 	return ""
+}
+
+func (x *HandOver) GetAlso() []*HandOver {
+	if x != nil {
+		return x.Also
+	}
+	return nil
+}
+
+func (x *HandOver) GetBind() *BindVM {
+	if x != nil {
+		return x.Bind
+	}
+	return nil
 }
 
 // ChunkMove plans a copy of a chunk on another store, or says that it is made.
@@ -4190,7 +4206,7 @@ type Result struct {
 	Vm            *VM                    `protobuf:"bytes,7,opt,name=vm,proto3" json:"vm,omitempty"`
 	ClusterId     string                 `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Refused       bool                   `protobuf:"varint,9,opt,name=refused,proto3" json:"refused,omitempty"` // refused before the log: not done, and its number is not used up
-	Volumes       []*Volume              `protobuf:"bytes,60,rep,name=volumes,proto3" json:"volumes,omitempty"` // name_snapshots, in order
+	Volumes       []*Volume              `protobuf:"bytes,60,rep,name=volumes,proto3" json:"volumes,omitempty"` // name_snapshots, in order; hand_over: all of them
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6663,12 +6679,14 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\asession\x18\x03 \x01(\tR\asession\x12\x1a\n" +
 	"\btakeover\x18\x04 \x01(\bR\btakeover\x12 \n" +
 	"\vmaintenance\x18\x14 \x01(\bR\vmaintenance\x12)\n" +
-	"\x10predecessor_gone\x18\x05 \x01(\bR\x0fpredecessorGone\"k\n" +
+	"\x10predecessor_gone\x18\x05 \x01(\bR\x0fpredecessorGone\"\xb9\x01\n" +
 	"\bHandOver\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x18\n" +
-	"\asession\x18\x04 \x01(\tR\asession\"\xd6\x01\n" +
+	"\asession\x18\x04 \x01(\tR\asession\x12&\n" +
+	"\x04also\x18\x05 \x03(\v2\x12.cairn.v1.HandOverR\x04also\x12$\n" +
+	"\x04bind\x18\x06 \x01(\v2\x10.cairn.v1.BindVMR\x04bind\"\xd6\x01\n" +
 	"\tChunkMove\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\fR\x04from\x12\x0e\n" +
@@ -7096,71 +7114,73 @@ var file_proto_pb_meta_proto_depIdxs = []int32{
 	2,   // 56: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
 	77,  // 57: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
 	8,   // 58: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	1,   // 59: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
-	41,  // 60: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
-	5,   // 61: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	46,  // 62: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	12,  // 63: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	7,   // 64: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	5,   // 65: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	51,  // 66: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	12,  // 67: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	7,   // 68: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
-	53,  // 69: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	54,  // 70: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	55,  // 71: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	92,  // 72: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
-	93,  // 73: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
-	7,   // 74: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	5,   // 75: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	60,  // 76: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	12,  // 77: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	13,  // 78: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	65,  // 79: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	9,   // 80: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	10,  // 81: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	11,  // 82: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	26,  // 83: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
-	94,  // 84: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
-	57,  // 85: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
-	95,  // 86: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
-	7,   // 87: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
-	5,   // 88: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
-	2,   // 89: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	58,  // 90: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,   // 91: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	59,  // 92: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	61,  // 93: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	61,  // 94: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	58,  // 95: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	96,  // 96: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
-	61,  // 97: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,   // 98: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	12,  // 99: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
-	97,  // 100: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
-	67,  // 101: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	65,  // 102: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14,  // 103: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	52,  // 104: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	62,  // 105: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	64,  // 106: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	66,  // 107: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	69,  // 108: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	70,  // 109: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	72,  // 110: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	50,  // 111: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	56,  // 112: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	63,  // 113: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	65,  // 114: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	68,  // 115: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	71,  // 116: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	71,  // 117: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	73,  // 118: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	111, // [111:119] is the sub-list for method output_type
-	103, // [103:111] is the sub-list for method input_type
-	103, // [103:103] is the sub-list for extension type_name
-	103, // [103:103] is the sub-list for extension extendee
-	0,   // [0:103] is the sub-list for field type_name
+	40,  // 59: cairn.v1.HandOver.also:type_name -> cairn.v1.HandOver
+	90,  // 60: cairn.v1.HandOver.bind:type_name -> cairn.v1.BindVM
+	1,   // 61: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	41,  // 62: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,   // 63: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	46,  // 64: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12,  // 65: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,   // 66: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,   // 67: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	51,  // 68: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12,  // 69: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	7,   // 70: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
+	53,  // 71: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	54,  // 72: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	55,  // 73: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	92,  // 74: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	93,  // 75: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
+	7,   // 76: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,   // 77: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	60,  // 78: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12,  // 79: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13,  // 80: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	65,  // 81: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,   // 82: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10,  // 83: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11,  // 84: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	26,  // 85: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
+	94,  // 86: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	57,  // 87: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	95,  // 88: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
+	7,   // 89: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,   // 90: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,   // 91: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	58,  // 92: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,   // 93: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	59,  // 94: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	61,  // 95: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	61,  // 96: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	58,  // 97: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	96,  // 98: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
+	61,  // 99: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,   // 100: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	12,  // 101: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
+	97,  // 102: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
+	67,  // 103: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	65,  // 104: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 105: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	52,  // 106: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	62,  // 107: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	64,  // 108: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	66,  // 109: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	69,  // 110: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	70,  // 111: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	72,  // 112: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	50,  // 113: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	56,  // 114: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	63,  // 115: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	65,  // 116: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	68,  // 117: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	71,  // 118: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	71,  // 119: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	73,  // 120: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	113, // [113:121] is the sub-list for method output_type
+	105, // [105:113] is the sub-list for method input_type
+	105, // [105:105] is the sub-list for extension type_name
+	105, // [105:105] is the sub-list for extension extendee
+	0,   // [0:105] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }

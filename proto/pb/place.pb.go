@@ -254,12 +254,15 @@ func (x *VMNeeds) GetDurationMs() int64 {
 
 // VMQueue is where a VM is on its way to a host. All of it is set by BindVM.
 type VMQueue struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`                                     // "", queued, starting (its host is to start it), evicting (its host is to stop it)
-	SinceUnixNs   int64                  `protobuf:"varint,2,opt,name=since_unix_ns,json=sinceUnixNs,proto3" json:"since_unix_ns,omitempty"` // in the queue
-	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`                                 // one sentence
-	Sliced        bool                   `protobuf:"varint,4,opt,name=sliced,proto3" json:"sliced,omitempty"`                                // paused until its turn: has its memory, not its processors
-	NextHost      string                 `protobuf:"bytes,5,opt,name=next_host,json=nextHost,proto3" json:"next_host,omitempty"`             // evicting: where it is to go then; "": back into the queue
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "", queued, starting (its host is to start it), evicting (its host is to stop
+	// it), and those of a live migration: migrating, switched, landed, returning.
+	Step          string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	SinceUnixNs   int64  `protobuf:"varint,2,opt,name=since_unix_ns,json=sinceUnixNs,proto3" json:"since_unix_ns,omitempty"` // in the queue
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`                                 // one sentence
+	Sliced        bool   `protobuf:"varint,4,opt,name=sliced,proto3" json:"sliced,omitempty"`                                // paused until its turn: has its memory, not its processors
+	NextHost      string `protobuf:"bytes,5,opt,name=next_host,json=nextHost,proto3" json:"next_host,omitempty"`             // evicting: where it is to go then; "": back into the queue. migrating: where its memory goes; switched, landed: where it comes from; returning: where it was to go
+	Cold          bool   `protobuf:"varint,6,opt,name=cold,proto3" json:"cold,omitempty"`                                    // evicting: by stop and start only; migrating: so, if it cannot move live
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -327,6 +330,13 @@ func (x *VMQueue) GetNextHost() string {
 		return x.NextHost
 	}
 	return ""
+}
+
+func (x *VMQueue) GetCold() bool {
+	if x != nil {
+		return x.Cold
+	}
+	return false
 }
 
 // BindVM changes where a VM is and what it is to do, if nobody changed it since
@@ -1101,13 +1111,14 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"durationMs\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8e\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa2\x01\n" +
 	"\aVMQueue\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\"\n" +
 	"\rsince_unix_ns\x18\x02 \x01(\x03R\vsinceUnixNs\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06sliced\x18\x04 \x01(\bR\x06sliced\x12\x1b\n" +
-	"\tnext_host\x18\x05 \x01(\tR\bnextHost\"\x8b\x01\n" +
+	"\tnext_host\x18\x05 \x01(\tR\bnextHost\x12\x12\n" +
+	"\x04cold\x18\x06 \x01(\bR\x04cold\"\x8b\x01\n" +
 	"\x06BindVM\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x12\n" +
