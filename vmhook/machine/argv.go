@@ -71,8 +71,11 @@ func argv(s *Spec, f files, accel Accel, sandbox bool) ([]string, error) {
 	if sandbox {
 		args = append(args, "-sandbox", sandboxArg)
 	}
-	if s.Paused {
+	if s.Paused || s.Incoming {
 		args = append(args, "-S")
+	}
+	if s.Incoming {
+		args = append(args, "-incoming", "defer")
 	}
 	for i := range sparePorts {
 		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=spare%d,chassis=%d", i, i+1))

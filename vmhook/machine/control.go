@@ -126,6 +126,9 @@ func (m *Machine) setPaused(p bool) error {
 func (m *Machine) Pause(ctx context.Context) error {
 	m.ops.Lock()
 	defer m.ops.Unlock()
+	if err := m.settled(); err != nil {
+		return err
+	}
 	if err := m.setPaused(true); err != nil {
 		return err
 	}
@@ -151,9 +154,17 @@ func (m *Machine) Pause(ctx context.Context) error {
 func (m *Machine) Resume(ctx context.Context) error {
 	m.ops.Lock()
 	defer m.ops.Unlock()
+	if err := m.settled(); err != nil {
+		return err
+	}
 	if err := m.setPaused(false); err != nil {
 		return err
 	}
+	return m.goOn(ctx)
+}
+
+// goOn asks QEMU to run the guest until it does. Called with ops held.
+func (m *Machine) goOn(ctx context.Context) error {
 	for {
 		err := m.resume(ctx, false)
 		if err == nil || errors.Is(err, status.Shutdown) {
@@ -218,7 +229,7 @@ func (m *Machine) healer() {
 func (m *Machine) needsHeal() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.state == "io-error" && !m.rec.Paused && !m.stopping && m.ctx.Err() == nil
+	return m.state == "io-error" && !m.rec.Paused && !m.rec.Incoming && !m.moving && !m.stopping && m.ctx.Err() == nil
 }
 
 // healOnce is one attempt. The first one trusts QEMU's own reconnecting; an

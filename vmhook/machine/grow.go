@@ -52,6 +52,9 @@ func (m *Machine) Grow(ctx context.Context, disk int, sizeBytes uint64) error {
 	}
 	m.ops.Lock()
 	defer m.ops.Unlock()
+	if err := m.settled(); err != nil {
+		return err
+	}
 	return m.replaceNode(ctx, disk, sizeBytes)
 }
 

@@ -4,7 +4,8 @@
 // Duty: start and adopt (Start, Find), stop, pause, resume, grow a disk online,
 // and let a guest that was stopped by a lost disk go on once the disk is back.
 // Floor: F3. It attaches no volume and keeps no list of machines (vmhook/agent
-// does), and it never migrates one.
+// does). Of a migration it does QEMU's part: who decides whether a machine may run
+// is told at migrate.go.
 //
 // The machine's files are in DIR/NAME: machine.json (how to find it again),
 // qemu.pid (locked by QEMU while it runs, so that there is one at most),
@@ -53,12 +54,14 @@ type Machine struct {
 	trouble  string        // why the guest stands still or cannot be asked; "" when all is well
 	shutdown string        // QEMU's reason for ending, from its last event
 	heal     chan struct{} // capacity 1: there may be something to heal
+	moving   bool          // its memory is being sent: no pause, no growing
+	stopped  time.Time     // when its processors were last seen to stop
 }
 
 // Status is what a machine is doing.
 type Status struct {
 	Name     string
-	State    string // running, paused, io-error (waits for its disk), unreachable, stopped
+	State    string // running, paused, arriving, io-error (waits for its disk), unreachable, stopped
 	Detail   string // why, when State needs an explanation
 	Accel    string // kvm, or tcg and why not kvm
 	PID      int
@@ -150,7 +153,7 @@ func launch(ctx context.Context, spec Spec, program string, sandbox bool) (*Mach
 	if err != nil {
 		return nil, err
 	}
-	rec := record{Version: recordVersion, Spec: spec, Accel: spec.Accel, BootID: boot, Paused: spec.Paused}
+	rec := record{Version: recordVersion, Spec: spec, Accel: spec.Accel, BootID: boot, Paused: spec.Paused, Incoming: spec.Incoming}
 	if err := prepareDir(f, &rec); err != nil {
 		return nil, err
 	}
@@ -312,7 +315,7 @@ func (m *Machine) awaitEnd() {
 	if released {
 		return
 	}
-	for _, sock := range []string{m.files.monitor, m.files.qmp, m.files.console} {
+	for _, sock := range []string{m.files.monitor, m.files.qmp, m.files.console, m.files.memory} {
 		if err := os.Remove(sock); err != nil && !errors.Is(err, os.ErrNotExist) {
 			m.note("a socket stays behind: " + err.Error())
 		}
@@ -339,7 +342,7 @@ func (m *Machine) Forget() error {
 // answered status.NotFound.
 func Forget(dir, name string) error {
 	f := filesOf(dir, name)
-	for _, file := range []string{f.record, f.pid, f.monitor, f.qmp, f.console} {
+	for _, file := range []string{f.record, f.pid, f.monitor, f.qmp, f.console, f.memory} {
 		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return status.Errorf(status.IO, "forget VM %s: %w", name, err)
 		}
@@ -387,6 +390,8 @@ func (m *Machine) Status() Status {
 	switch {
 	case exit != "":
 		s.State, s.Detail, s.PID = "stopped", exit, 0
+	case m.rec.Incoming:
+		s.State, s.Detail = "arriving", "its memory comes from another host"
 	case m.rec.Paused && s.State != "running":
 		s.State = "paused" // also when it had no disk before
 	case m.client == nil:

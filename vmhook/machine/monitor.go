@@ -114,9 +114,16 @@ func (m *Machine) event(e qmp.Event) error {
 	case "STOP":
 		// The CPUs stand still. Why, and when QEMU has done with the disks, is
 		// asked next; a pause on request needs no waiting for that.
+		m.mu.Lock()
+		m.stopped = time.Now()
+		m.mu.Unlock()
 		if m.paused() {
 			m.setState("paused")
 		}
+	case "MIGRATION": // its state is asked for by who waits
+		m.mu.Lock()
+		m.wake()
+		m.mu.Unlock()
 	case "BLOCK_IO_ERROR":
 		var d struct {
 			Reason string `json:"reason"`

@@ -32,6 +32,9 @@ type record struct {
 	Start   uint64 `json:"start_ticks"` // of the process, since boot: tells a reused pid
 	BootID  string `json:"boot_id"`
 	Paused  bool   `json:"paused"` // on request, not by an I/O error
+	// Incoming: its memory comes, or came, from another host, and it has not been
+	// told to run yet.
+	Incoming bool `json:"incoming,omitempty"`
 }
 
 func (r *record) save(f files) error {
@@ -40,13 +43,39 @@ func (r *record) save(f files) error {
 		return status.Errorf(status.Internal, "VM record: %w", err)
 	}
 	tmp := f.record + ".new"
-	if err := os.WriteFile(tmp, append(text, '\n'), 0o600); err != nil {
+	if err := writeSynced(tmp, append(text, '\n')); err != nil {
 		return status.Errorf(status.IO, "VM record: %w", err)
 	}
 	if err := os.Rename(tmp, f.record); err != nil {
 		return status.Errorf(status.IO, "VM record: %w", err)
 	}
+	if err := syncDir(f.dir); err != nil {
+		return status.Errorf(status.IO, "VM record: %w", err)
+	}
 	return nil
+}
+
+// writeSynced writes a file that is on the disk when it returns: a rename over
+// the record must not leave an empty one after a power cut.
+func writeSynced(name string, text []byte) (err error) {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if _, err := f.Write(text); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+func syncDir(dir string) (err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	return d.Sync()
 }
 
 func loadRecord(dir, name string) (*record, error) {

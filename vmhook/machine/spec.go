@@ -43,6 +43,9 @@ type Spec struct {
 	Accel  Accel  `json:"-"` // zero: probe /dev/kvm
 	QEMU   string `json:"-"` // program; "": qemu-system-x86_64 from PATH
 	Paused bool   `json:"-"` // start without running the guest (Resume does)
+	// Incoming waits for the memory of a machine of the same spec elsewhere
+	// (migrate.go); Land runs it then.
+	Incoming bool `json:"-"`
 }
 
 // Accel is what executes the guest's instructions.
@@ -101,7 +104,7 @@ func (s *Spec) check() error {
 }
 
 func checkSockets(name string, f files) error {
-	for _, sock := range []string{f.monitor, f.qmp, f.console} {
+	for _, sock := range []string{f.monitor, f.qmp, f.console, f.memory} {
 		if len(sock) > sunPathMax {
 			return status.Errorf(status.Invalid, "VM %s: the path of socket %s has %d bytes and a unix socket takes %d; use a shorter directory or VM name", name, sock, len(sock), sunPathMax)
 		}
@@ -167,7 +170,7 @@ func parseURI(uri string) (server, error) {
 
 // files are the paths of one machine.
 type files struct {
-	dir, record, pid, monitor, qmp, console, consoleLog, log string
+	dir, record, pid, monitor, qmp, console, consoleLog, log, memory string
 }
 
 func filesOf(dir, name string) files {
@@ -181,5 +184,6 @@ func filesOf(dir, name string) files {
 		console:    filepath.Join(d, "console.sock"),
 		consoleLog: filepath.Join(d, "console.log"),
 		log:        filepath.Join(d, "qemu.log"),
+		memory:     filepath.Join(d, "memory.sock"),
 	}
 }
