@@ -329,12 +329,12 @@ func TestASwitchedVMLandsOrReturns(t *testing.T) {
 
 // A host keeps room for a VM that comes, and for one that may return.
 func TestRoomIsKeptOnBothHosts(t *testing.T) {
-	c, vm, op := migrating(t)
+	c, _, op := migrating(t)
 	c.vmOf("big", 6, nil) // as much as a host may promise
 	wantKind(t, c.to("big", "h1"), status.NoSpace, "host h1")
 	c.ok(handOver(op))
 	wantKind(t, c.to("big", "h0"), status.NoSpace, "host h0")
-	vm = VMByName(c.kv, "a")
+	vm := VMByName(c.kv, "a")
 	c.ok(bindVM(&pb.BindVM{Vm: "a", Revision: vm.Revision, Host: "h1", Desired: "running", Queue: &pb.VMQueue{Step: StepLanded, NextHost: "h0"}}))
 	if res := c.to("big", "h0"); res.Status != 0 {
 		t.Errorf("it has left, and there is no room: %v", res)
