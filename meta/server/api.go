@@ -340,7 +340,10 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 }
 
 // Node implements pb.MetaServer.
-func (s *Server) Node(context.Context, *pb.NodeRequest) (*pb.NodeReply, error) {
+func (s *Server) Node(_ context.Context, req *pb.NodeRequest) (*pb.NodeReply, error) {
+	if req.TermOnly {
+		return &pb.NodeReply{Id: s.id, VotingTerm: s.votingTerm()}, nil
+	}
 	return s.node(), nil
 }
 

@@ -361,6 +361,9 @@ func TestNodeWithoutMemoryElectsNobody(t *testing.T) {
 		if tr.nodes[loses].trans.vote.refusals.Load() < 5 {
 			return "the lagging node does not stand for election"
 		}
+		if term := tr.nodes[loses].votingTerm(); term != 0 {
+			t.Fatalf("a node that may have forgotten its vote confirms term %d", term)
+		}
 		return ""
 	})
 	tr.start(first)

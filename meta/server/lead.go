@@ -151,17 +151,6 @@ func (s *Server) makeReady(r *raft.Raft, t *tenure) error {
 	return nil
 }
 
-// still makes sure, with a majority, that t was not over when still was called.
-func (s *Server) still(t *tenure) error {
-	if err := s.verify.do(); err != nil {
-		return s.notLeader()
-	}
-	if now, err := s.lead(); err != nil || now != t {
-		return s.notLeader()
-	}
-	return nil
-}
-
 // leads reports whether this node takes itself for the leader.
 func (s *Server) leads() bool {
 	r := s.raft.Load()
@@ -184,58 +173,6 @@ func (s *Server) watchLeadership() {
 				s.log.Info("elected, and not ready", "err", err)
 			}
 		}
-	}
-}
-
-// verifier lets calls that arrive together share one check with the majority:
-// a call counts for a check that begins after it.
-type verifier struct {
-	raft *raft.Raft
-	done <-chan struct{} // the node ends
-
-	mu      sync.Mutex // guards both below
-	next    *check
-	running bool
-}
-
-type check struct {
-	done chan struct{}
-	err  error // set before done is closed
-}
-
-func (v *verifier) do() error {
-	v.mu.Lock()
-	c := v.next
-	if c == nil {
-		c = &check{done: make(chan struct{})}
-		v.next = c
-	}
-	if !v.running {
-		v.running = true
-		go v.run() // ends with the queue
-	}
-	v.mu.Unlock()
-	select {
-	case <-c.done:
-		return c.err
-	case <-v.done: // raft forgets what it has not looked at when it shuts down
-		return raft.ErrRaftShutdown
-	}
-}
-
-func (v *verifier) run() {
-	for {
-		v.mu.Lock()
-		c := v.next
-		v.next = nil
-		if c == nil {
-			v.running = false
-			v.mu.Unlock()
-			return
-		}
-		v.mu.Unlock()
-		c.err = v.raft.VerifyLeader().Error()
-		close(c.done)
 	}
 }
 

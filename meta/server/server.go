@@ -456,7 +456,7 @@ func (s *Server) start() error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("starting raft: %w", err), s.trans.Close())
 	}
-	s.verify.raft, s.verify.done = r, s.done
+	s.verify.check, s.verify.done = s.confirm, s.done
 	s.mu.Lock()
 	closed := s.closed
 	if !closed {

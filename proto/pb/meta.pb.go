@@ -5614,6 +5614,7 @@ func (x *RenewReply) GetWishes() []*VolumeWishes {
 
 type NodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	TermOnly      bool                   `protobuf:"varint,1,opt,name=term_only,json=termOnly,proto3" json:"term_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5648,6 +5649,13 @@ func (*NodeRequest) Descriptor() ([]byte, []int) {
 	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
+func (x *NodeRequest) GetTermOnly() bool {
+	if x != nil {
+		return x.TermOnly
+	}
+	return false
+}
+
 type NodeReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -5668,6 +5676,7 @@ type NodeReply struct {
 	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`                            // what is wrong with it, or what it waits for
 	AuditIndex    uint64                 `protobuf:"varint,47,opt,name=audit_index,json=auditIndex,proto3" json:"audit_index,omitempty"` // of the last audit it has applied
 	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`    // of its state there
+	VotingTerm    uint64                 `protobuf:"varint,49,opt,name=voting_term,json=votingTerm,proto3" json:"voting_term,omitempty"` // with term_only: the term in which it votes; 0: it does not vote yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5824,6 +5833,13 @@ func (x *NodeReply) GetAuditIndex() uint64 {
 func (x *NodeReply) GetAuditHash() uint64 {
 	if x != nil {
 		return x.AuditHash
+	}
+	return 0
+}
+
+func (x *NodeReply) GetVotingTerm() uint64 {
+	if x != nil {
+		return x.VotingTerm
 	}
 	return 0
 }
@@ -6861,8 +6877,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"quantum_ms\x18Q \x01(\x03R\tquantumMs\x12(\n" +
 	"\x10batch_cpu_millis\x18R \x01(\x04R\x0ebatchCpuMillis\x12\x19\n" +
 	"\bnot_here\x18S \x03(\tR\anotHere\x12.\n" +
-	"\x06wishes\x18T \x03(\v2\x16.cairn.v1.VolumeWishesR\x06wishes\"\r\n" +
-	"\vNodeRequest\"\xd8\x03\n" +
+	"\x06wishes\x18T \x03(\v2\x16.cairn.v1.VolumeWishesR\x06wishes\"*\n" +
+	"\vNodeRequest\x12\x1b\n" +
+	"\tterm_only\x18\x01 \x01(\bR\btermOnly\"\xf9\x03\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x16\n" +
@@ -6887,7 +6904,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\vaudit_index\x18/ \x01(\x04R\n" +
 	"auditIndex\x12\x1d\n" +
 	"\n" +
-	"audit_hash\x180 \x01(\x04R\tauditHash\"$\n" +
+	"audit_hash\x180 \x01(\x04R\tauditHash\x12\x1f\n" +
+	"\vvoting_term\x181 \x01(\x04R\n" +
+	"votingTerm\"$\n" +
 	"\fWatchRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\"\xc8\x01\n" +
 	"\x06Change\x12\x18\n" +

@@ -43,7 +43,7 @@ type MetaClient interface {
 	// Do commits one mutation. Answered by the leader; others answer
 	// Result.status = UNAVAILABLE with the leader's address.
 	Do(ctx context.Context, in *Command, opts ...grpc.CallOption) (*Result, error)
-	// Query is a linearizable read (VerifyLeader).
+	// Query is a linearizable read (meta/server/verify.go).
 	Query(ctx context.Context, in *QueryRequest, opts ...grpc.CallOption) (*QueryReply, error)
 	// Renew is a host's heartbeat and lease renewal; leader's memory only.
 	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewReply, error)
@@ -172,7 +172,7 @@ type MetaServer interface {
 	// Do commits one mutation. Answered by the leader; others answer
 	// Result.status = UNAVAILABLE with the leader's address.
 	Do(context.Context, *Command) (*Result, error)
-	// Query is a linearizable read (VerifyLeader).
+	// Query is a linearizable read (meta/server/verify.go).
 	Query(context.Context, *QueryRequest) (*QueryReply, error)
 	// Renew is a host's heartbeat and lease renewal; leader's memory only.
 	Renew(context.Context, *RenewRequest) (*RenewReply, error)

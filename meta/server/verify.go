@@ -1,0 +1,149 @@
+package server
+
+import (
+	"context"
+	"sync"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/cairnstore/cairn/proto/pb"
+)
+
+// Whether this node still leads, for reads and leases: that nobody was elected
+// before the question.
+//
+// raft's own way, VerifyLeader, sends a heartbeat and counts who takes it. It goes
+// twice through the leader's main loop and once through a follower's (issue 695 is
+// why), and each of these loops also writes the log and waits for its disk. So the
+// others are first asked for their term, which nothing waits for. A leader of a
+// later term was elected by a majority, each of which had that term in its memory,
+// and on its disk, before it gave its vote; terms never fall. If after the question
+// a majority, this node counted, still has the term in which this node leads, then
+// at the moment of the question nobody had been elected later. No clock is involved.
+// A node without a memory, which may have voted and forgotten it, does not say its
+// term until it may vote again (member.go), and older programs never do. Where no
+// majority says it, raft decides.
+
+// still makes sure, with a majority, that t was not over when still was called.
+func (s *Server) still(t *tenure) error {
+	if err := s.verify.do(); err != nil {
+		return s.notLeader()
+	}
+	if now, err := s.lead(); err != nil || now != t {
+		return s.notLeader()
+	}
+	return nil
+}
+
+// confirm fails if somebody was elected before it was called and this node, whose
+// term is checked afterwards, leads in another term than it did then.
+func (s *Server) confirm() error {
+	r := s.raft.Load()
+	if term := r.CurrentTerm(); r.State() == raft.Leader && s.termStands(term) {
+		return nil
+	}
+	return r.VerifyLeader().Error()
+}
+
+// termStands reports whether a majority has that term now.
+func (s *Server) termStands(term uint64) bool {
+	ctx, cancel := context.WithTimeout(s.ctx, s.cfg.Timeout)
+	defer cancel() // the first to answer are enough
+	all := voters(s.servers())
+	have, asked, said := 0, 0, make(chan bool, len(all))
+	for _, v := range all {
+		if string(v.ID) == s.id {
+			have++
+			continue
+		}
+		asked++
+		p := s.peerOf(v)
+		go func() { said <- s.askTerm(ctx, p) == term }() // ends with ctx
+	}
+	for ; have <= len(all)/2 && asked > 0; asked-- {
+		if <-said {
+			have++
+		}
+	}
+	return have > len(all)/2
+}
+
+// askTerm returns a peer's term if its vote counts, or 0.
+func (s *Server) askTerm(ctx context.Context, p Peer) uint64 {
+	c, err := s.dial(p.APIAddr)
+	if err != nil {
+		return 0
+	}
+	rep, err := pb.NewMetaClient(c).Node(ctx, &pb.NodeRequest{TermOnly: true})
+	if err != nil || rep.Id != p.ID {
+		return 0
+	}
+	return rep.VotingTerm
+}
+
+// votingTerm is the answer to askTerm.
+func (s *Server) votingTerm() uint64 {
+	r := s.raft.Load()
+	if r == nil {
+		return 0
+	}
+	term := r.CurrentTerm()
+	if v := s.trans.vote; v != nil {
+		if _, may := v.may(term); !may {
+			return 0
+		}
+	}
+	return term
+}
+
+// verifier lets calls that arrive together share one check with the majority:
+// a call counts for a check that begins after it.
+type verifier struct {
+	check func() error
+	done  <-chan struct{} // the node ends
+
+	mu      sync.Mutex // guards both below
+	next    *check
+	running bool
+}
+
+type check struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+func (v *verifier) do() error {
+	v.mu.Lock()
+	c := v.next
+	if c == nil {
+		c = &check{done: make(chan struct{})}
+		v.next = c
+	}
+	if !v.running {
+		v.running = true
+		go v.run() // ends with the queue
+	}
+	v.mu.Unlock()
+	select {
+	case <-c.done:
+		return c.err
+	case <-v.done: // raft forgets what it has not looked at when it shuts down
+		return raft.ErrRaftShutdown
+	}
+}
+
+func (v *verifier) run() {
+	for {
+		v.mu.Lock()
+		c := v.next
+		v.next = nil
+		if c == nil {
+			v.running = false
+			v.mu.Unlock()
+			return
+		}
+		v.mu.Unlock()
+		c.err = v.check()
+		close(c.done)
+	}
+}
