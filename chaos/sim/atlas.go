@@ -37,6 +37,10 @@ import (
 //   - Clocks differ by up to 5 % and never step (CLOCK_BOOTTIME).
 //   - Drain leaves as many hosts as the volume has replicas, or no chunk could be
 //     allocated.
+//   - Nobody repairs a clone that nobody uses: while one has blocks of its own no
+//     disk is lost (Amnesia, Survivor), and there are none where disks rot.
+//   - Only a snapshot that was read whole is cloned or rolled back to, so that it is
+//     known what must be there.
 //   - Copies leaves a volume at least two replicas, and where disks rot three.
 //   - A store of an old copy of its disk comes with another incarnation, as the
 //     format demands (Amnesia stands for both).
@@ -79,6 +83,10 @@ const (
 	Snapshot    Kind = "snapshot"     // somebody takes a snapshot, and looks at it
 	Look        Kind = "look"         // somebody looks at a snapshot
 	Remove      Kind = "remove"       // a snapshot is deleted
+	Clone       Kind = "clone"        // somebody makes a clone of a snapshot, and uses it
+	Use         Kind = "use"          // somebody uses a clone
+	Drop        Kind = "drop"         // a clone is deleted
+	Wish        Kind = "wish"         // placement wants copies elsewhere
 	RollBack    Kind = "roll-back"    // the volume becomes what a snapshot shows
 )
 
@@ -97,7 +105,7 @@ var weights = []weight{
 
 // operations says how often each operation on snapshots is drawn; how many of them
 // there are does not depend on how many faults.
-var operations = []weight{{Snapshot, 8}, {Look, 4}, {Remove, 5}, {RollBack, 2}}
+var operations = []weight{{Snapshot, 8}, {Look, 4}, {Remove, 5}, {RollBack, 2}, {Clone, 3}, {Use, 5}, {Drop, 2}, {Wish, 3}}
 
 // Kinds lists every fault there is.
 func Kinds() []Kind {
@@ -249,7 +257,7 @@ func (s shape) takesOut(k Kind) bool {
 	switch k {
 	case KillGate, PauseGate:
 		return s.local
-	case Reset, SlowNet, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies, HandOver, Snapshot, Look, Remove, RollBack:
+	case Reset, SlowNet, LeaderFalls, CutMeta, Echo, Takeover, Handover, FullDisk, Drain, Copies, HandOver, Snapshot, Look, Remove, RollBack, Clone, Use, Drop, Wish:
 		return false
 	}
 	return !isRot(k)

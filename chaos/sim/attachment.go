@@ -18,6 +18,7 @@ type attachment struct {
 	e      *volume.Engine
 	peers  []*peer // by replica
 	client *client
+	side   *cloneSession                        // that uses a clone, instead of a client
 	view   *view                                // of a snapshot, instead of a client
 	cuts   map[*volume.Cut]func(volume.CutNews) // who hears of a cut
 	dead   bool                                 // its process is gone, or it was closed
@@ -68,7 +69,7 @@ func (a *attachment) after(out *volume.Out) {
 	}
 	a.links = append(a.links, out.Links...)
 	a.workLinks()
-	if a.view == nil && a.e.State() == volume.Serving && !a.served {
+	if a.client != nil && a.e.State() == volume.Serving && !a.served {
 		a.served = true
 		w.check.serving(a)
 	}
@@ -127,13 +128,18 @@ func (a *attachment) perform(out *volume.Out, boxes []outbox) {
 		}
 	}
 	for _, c := range out.Meta {
-		a.g.w.check.asked(a, c)
+		if a.client != nil {
+			a.g.w.check.asked(a, c)
+		}
 		a.callMeta(c)
 	}
 	for _, d := range out.Done {
-		if a.view != nil {
+		switch {
+		case a.view != nil:
 			a.view.done(d)
-		} else {
+		case a.side != nil:
+			a.side.done(d)
+		default:
 			a.client.done(d)
 		}
 	}

@@ -162,6 +162,19 @@ func (b *controller) copies(n int) {
 	b.do(&pb.Command{Op: &pb.Command_SetReplicas{SetReplicas: &pb.SetReplicas{Volume: volumeName, Replicas: uint32(n)}}}, func() {})
 }
 
+// wish brings the writer a move that placement wants; it may be one that is not
+// possible.
+func (b *controller) wish(f Fault) {
+	a, chunks := b.serving(), b.w.meta.chunks()
+	if a == nil || len(chunks) == 0 {
+		return
+	}
+	c := chunks[int(f.Arg)%len(chunks)]
+	from, to := c.Stores[int(f.Arg>>8)%len(c.Stores)], b.w.nodes[f.Host].id
+	b.w.note("operator", "wish", func() string { return fmt.Sprintf("chunk %d from %x to %s", c.Index, from[:1], b.w.nodes[f.Host].host) })
+	a.step(&volume.Wish{Moves: []*pb.ChunkWish{{Index: c.Index, From: from, To: to[:]}}})
+}
+
 // handOver has the writer give the volume to another gateway.
 func (b *controller) handOver(to *gateway) {
 	if a := b.serving(); a != nil && a.g != to && to.up {

@@ -55,7 +55,8 @@ type gateway struct {
 	pausedUntil time.Duration
 	held        []func() // what happens once it goes on
 	a           *attachment
-	views       []*view // of snapshots
+	views       []*view       // of snapshots
+	sides       []*attachment // of clones
 	attaching   bool
 }
 
@@ -120,7 +121,11 @@ func (g *gateway) kill() {
 		}
 	}
 	g.agent.close()
-	g.views = nil
+	for _, a := range slices.Clone(g.sides) {
+		a.abandon()
+		a.side.end()
+	}
+	g.views, g.sides = nil, nil
 	g.up, g.a, g.attaching, g.held, g.pausedUntil = false, nil, false, nil, 0
 	g.life++
 }
@@ -151,6 +156,9 @@ func (g *gateway) ticks() {
 		if a := g.a; a != nil && a.e.State() != volume.Ended {
 			a.step(&volume.Tick{})
 		}
+		for _, a := range slices.Clone(g.sides) {
+			a.step(&volume.Tick{})
+		}
 		for _, v := range slices.Clone(g.views) {
 			if v.a != nil {
 				v.a.step(&volume.Tick{})
@@ -169,10 +177,14 @@ func (g *gateway) renews(life int) {
 
 // renew is the host's heartbeat.
 func (g *gateway) renew() {
-	a := g.a
-	if a == nil || a.e.State() == volume.Ended {
-		return
+	for _, a := range append([]*attachment{g.a}, g.sides...) {
+		if a != nil && a.e.State() != volume.Ended {
+			g.renewOne(a)
+		}
 	}
+}
+
+func (g *gateway) renewOne(a *attachment) {
 	req := &pb.RenewRequest{Host: g.host, Session: g.session, Leases: []*pb.Lease{{VolumeId: uint64(a.id), Epoch: a.epoch}}}
 	sent := g.now()
 	g.agent.renew(req, func(rep *pb.RenewReply) {
@@ -290,7 +302,7 @@ func (a *attachment) callMeta(c *volume.MetaCall) {
 			g.w.boss.handedOver(c.HandOver)
 		}
 		if conflict {
-			query(g.agent, theVolume, func(v *pb.Volume) { a.step(&volume.Refresh{Volume: v}) })
+			a.refresh()
 		}
 	})
 }
@@ -301,10 +313,20 @@ func (a *attachment) look(c *volume.MetaCall) {
 		a.view.lookAgain(c)
 		return
 	}
-	query(a.g.agent, theVolume, func(v *pb.Volume) {
-		a.step(&volume.Refresh{Volume: v})
+	a.refresh()
+	query(a.g.agent, func(kv state.KV) []*pb.OriginState { return state.Origins(kv, state.VolumeByID(kv, uint64(a.id))) }, func(states []*pb.OriginState) {
+		if len(states) > 0 {
+			a.step(&volume.Origins{States: states})
+		}
 		a.step(&volume.MetaDone{Call: c})
 	})
 }
 
-func theVolume(kv state.KV) *pb.Volume { return state.Leaving(kv, state.VolumeByName(kv, volumeName)) }
+// refresh brings the volume as metadata knows it.
+func (a *attachment) refresh() {
+	query(a.g.agent, func(kv state.KV) *pb.Volume { return state.Leaving(kv, state.VolumeByID(kv, uint64(a.id))) }, func(v *pb.Volume) {
+		if v != nil {
+			a.step(&volume.Refresh{Volume: v})
+		}
+	})
+}

@@ -116,15 +116,20 @@ func (in *injector) fair(f Fault) bool {
 	case f.Host >= len(in.w.nodes) || f.Gate >= len(in.w.gates):
 		return false
 	case f.Kind == PowerFlush || f.Kind == Survivor:
-		return !in.w.shape.rot && (f.Kind == PowerFlush || in.w.shape.replicas > 1)
+		return !in.w.shape.rot && (f.Kind == PowerFlush || in.w.shape.replicas > 1 && len(in.w.clones) == 0)
 	case f.Kind == Amnesia:
-		return in.w.shape.replicas > 1 && in.quiet()
+		return in.w.shape.replicas > 1 && in.quiet() && len(in.w.livingClones()) == 0
 	case isRot(f.Kind):
 		return in.w.shape.rot
 	case in.w.shape.takesOut(f.Kind) && slices.ContainsFunc(in.w.nodes, func(n *node) bool { return n.gone }):
 		return false
 	case f.Kind == Copies:
 		return in.copies(f) > 0
+	case f.Kind == Clone:
+		s := in.chosen(f)
+		return s != nil && s.seen == len(s.shows) && !in.w.shape.rot && len(in.w.livingClones()) < maxClones
+	case f.Kind == Use || f.Kind == Drop:
+		return in.clone(f) != nil
 	case f.Kind == Look || f.Kind == Remove || f.Kind == RollBack:
 		return in.chosen(f) != nil
 	case f.Kind == Drain:
@@ -197,6 +202,14 @@ func (in *injector) do(f Fault) {
 		w.boss.show(in.chosen(f))
 	case Remove:
 		w.boss.remove(in.chosen(f))
+	case Clone:
+		w.boss.clone(in.chosen(f))
+	case Use:
+		w.boss.use(in.clone(f))
+	case Drop:
+		w.boss.drop(in.clone(f))
+	case Wish:
+		w.boss.wish(f)
 	case RollBack:
 		w.boss.rollBack(in.chosen(f))
 	case Drain:
@@ -221,7 +234,7 @@ func (in *injector) flushed() {
 	f := in.armed[0]
 	w := in.w
 	left := in.survivors(f)
-	if f.Kind == Survivor && left == nil {
+	if f.Kind == Survivor && (left == nil || len(w.livingClones()) > 0) {
 		in.armed = append(in.armed[1:], f)
 		return
 	}
@@ -382,6 +395,15 @@ func (g *gateway) agentCut(until time.Duration) {
 // chosen is the snapshot an operation is about; nil: there is none.
 func (in *injector) chosen(f Fault) *snapshot {
 	all := in.w.check.living()
+	if len(all) == 0 {
+		return nil
+	}
+	return all[int(f.Arg)%len(all)]
+}
+
+// clone is the clone an operation is about; nil: there is none.
+func (in *injector) clone(f Fault) *clone {
+	all := in.w.livingClones()
 	if len(all) == 0 {
 		return nil
 	}

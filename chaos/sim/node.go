@@ -15,7 +15,7 @@ import (
 
 const (
 	segmentBlocks = 64
-	diskSegments  = 16
+	diskSegments  = 28
 	diskBytes     = (16 + diskSegments*segmentBlocks) * ids.BlockSize
 	nodeStepEvery = 100 * time.Millisecond
 	cluster       = "sim"
@@ -168,7 +168,7 @@ func (n *node) powerLoss(keep int) {
 	n.stop(min(keep, 99))
 	n.boot++
 	n.lostAt, n.darkSince = n.w.tick(), n.w.now
-	n.w.check.powerLost()
+	n.w.powerLost()
 }
 
 // lose takes the disk: an empty one comes in its place.
@@ -178,7 +178,15 @@ func (n *node) lose() {
 	n.format()
 	n.boot++
 	n.gone, n.rots, n.lostAt, n.darkSince = true, false, n.w.tick(), n.w.now
-	n.w.check.powerLost()
+	n.w.powerLost()
+}
+
+// powerLost looks what may be gone.
+func (w *world) powerLost() {
+	w.check.powerLost()
+	for _, c := range w.clones {
+		c.lost()
+	}
 }
 
 // joined: the member holds everything again. A lost disk's incarnation may

@@ -73,6 +73,7 @@ type Stats struct {
 	Moves                                 int // copies of chunks that were made on another store and counted
 	Shakes                                int // power losses that may take back what was not flushed
 	Snapshots, Deleted, Rollbacks, Merged int
+	Clones, Flat, CloneOps                int // clones made; made flat; operations on them answered OK
 	Shown                                 int // answers of snapshots
 	Virtual                               time.Duration
 	Faults                                map[Kind]int
@@ -115,6 +116,7 @@ func (w *world) play() {
 	w.check.allRead()
 	w.check.equal()
 	w.check.allShown()
+	w.clonesRead()
 	w.lastCut()
 	w.finish()
 }
@@ -155,6 +157,7 @@ func (w *world) lastCut() {
 	w.check.allRead()
 	w.check.equal()
 	w.check.allShown()
+	w.clonesRead()
 }
 
 // finish enters the final state into the hash.
@@ -211,7 +214,7 @@ func (w *world) canCare() bool {
 // keeps its layer from being merged until it is repaired.
 func (w *world) settled(a *attachment) bool {
 	for _, g := range w.gates {
-		if len(g.views) > 0 {
+		if len(g.views)+len(g.sides) > 0 {
 			return false
 		}
 	}

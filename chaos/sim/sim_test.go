@@ -142,6 +142,9 @@ func (s *totals) add(r *Result) {
 	s.stats.Merged += x.Merged
 	s.stats.Rollbacks += x.Rollbacks
 	s.stats.Shown += x.Shown
+	s.stats.Clones += x.Clones
+	s.stats.Flat += x.Flat
+	s.stats.CloneOps += x.CloneOps
 	s.stats.Events += x.Events
 	s.stats.Shakes += x.Shakes
 	s.stats.Virtual += x.Virtual
@@ -156,7 +159,7 @@ func (s *totals) add(r *Result) {
 func (s *totals) String() string {
 	var b strings.Builder
 	x := s.stats
-	fmt.Fprintf(&b, "seeds %d  operations %d, %d answered  unanswered %d  attaches %d  copies moved %d  snapshots %d, %d deleted, %d layers merged, %d rolled back to, %d reads of them  events %d  virtual %v\nfaults %d:", s.runs, x.Begun, x.Ops, x.Unknown, x.Attaches, x.Moves, x.Snapshots, x.Deleted, x.Merged, x.Rollbacks, x.Shown, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
+	fmt.Fprintf(&b, "seeds %d  operations %d, %d answered  unanswered %d  attaches %d  copies moved %d  snapshots %d, %d deleted, %d layers merged, %d rolled back to, %d reads of them  clones %d, %d made flat, %d operations  events %d  virtual %v\nfaults %d:", s.runs, x.Begun, x.Ops, x.Unknown, x.Attaches, x.Moves, x.Snapshots, x.Deleted, x.Merged, x.Rollbacks, x.Shown, x.Clones, x.Flat, x.CloneOps, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
 	for _, k := range Kinds() {
 		fmt.Fprintf(&b, " %s %d", k, x.Faults[k])
 	}

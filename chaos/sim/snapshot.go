@@ -114,7 +114,19 @@ func (c *checker) layersChanged(cmd *pb.Command) {
 		c.wanted = slices.Delete(c.wanted, at, at+1)
 		c.w.stats.Snapshots++
 	}
+	if cl := cmd.GetCloneVolume(); cl != nil {
+		c.w.cloned(cl.Name).made = true
+	}
+	if f := cmd.GetFlattenVolume(); f != nil {
+		c.w.cloned(state.VolumeByID(c.w.meta.kv, f.VolumeId).Name).flat = true
+		c.w.stats.Flat++
+	}
 	if d := cmd.GetDeleteSnapshot(); d != nil {
+		for _, cl := range c.w.livingClones() {
+			if cl.of == c.snapshot(d.Name) && !cl.flat {
+				c.w.violate("P8", "snapshot %s is deleted, and clone %s reads from it", d.Name, cl.name)
+			}
+		}
 		c.snapshot(d.Name).deleted = true
 		c.w.stats.Deleted++
 	}
@@ -426,6 +438,14 @@ func (n *node) tellLayers(lists []*pb.VolumeLayers) {
 	for _, l := range lists {
 		q := &wire.Request{Kind: wire.Layers, Store: n.id, Volume: ids.VolumeID(l.VolumeId), Layer: ids.LayerID(l.Last), Epoch: ids.MaxEpoch, Entries: volume.LayerEntries(l)}
 		n.store.Submit([]*wire.Request{q}, sinkFunc(func([]*wire.Reply) {})) // what fails is told again next time
+	}
+}
+
+// dropGone drops the volumes that metadata has forgotten.
+func (n *node) dropGone(gone []uint64) {
+	for _, id := range gone {
+		q := &wire.Request{Kind: wire.Drop, Store: n.id, Volume: ids.VolumeID(id), Epoch: ids.MaxEpoch}
+		n.store.Submit([]*wire.Request{q}, sinkFunc(func([]*wire.Reply) {})) // as above
 	}
 }
 

@@ -24,17 +24,19 @@ func (n *node) sweeps(life int) {
 			n.sweeps(life)
 			return
 		}
-		waste, layers := state.WasteOf(n.w.meta.kv, n.id[:]), state.LayersOf(n.w.meta.kv, n.held())
-		n.w.after(n.w.span(time.Millisecond, 200*time.Millisecond), func() { n.sweep(life, waste, layers) })
+		held := n.held()
+		waste, layers, gone := state.WasteOf(n.w.meta.kv, n.id[:]), state.LayersOf(n.w.meta.kv, held), state.Gone(n.w.meta.kv, held)
+		n.w.after(n.w.span(time.Millisecond, 200*time.Millisecond), func() { n.sweep(life, waste, layers, gone) })
 	})
 }
 
 // sweep drops, some time after metadata has answered.
-func (n *node) sweep(life int, waste []*pb.ChunkCopy, layers []*pb.VolumeLayers) {
+func (n *node) sweep(life int, waste []*pb.ChunkCopy, layers []*pb.VolumeLayers, forgotten []uint64) {
 	if n.life != life || !n.up() {
 		return
 	}
 	n.tellLayers(layers)
+	n.dropGone(forgotten)
 	left := len(waste)
 	var gone []*pb.ChunkCopy
 	done := func(c *pb.ChunkCopy, k status.Kind) {

@@ -30,6 +30,7 @@ type world struct {
 	check  *checker
 	load   *load
 	faults *injector
+	clones []*clone
 }
 
 // maxEvents bounds the events per client operation of a run; a usual one has 10

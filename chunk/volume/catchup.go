@@ -21,8 +21,9 @@ type catchUp struct {
 }
 
 // pair asks the same of the one that catches up and a source and continues with
-// both answers; a failure of either ends it.
-func (e *Engine) pair(k *catchUp, s *replica, q wire.Request, then func(mine, theirs *wire.Reply)) {
+// both answers; a failure of either ends it, and a source whose copy has moved away
+// meanwhile: it was dropped, and may be back with what was sent late.
+func (e *Engine) pair(k *catchUp, c *chunk, s *replica, q wire.Request, then func(mine, theirs *wire.Reply)) {
 	var a, b *wire.Reply
 	got := func() {
 		if !k.live() || a == nil || b == nil {
@@ -33,6 +34,10 @@ func (e *Engine) pair(k *catchUp, s *replica, q wire.Request, then func(mine, th
 				k.fail(err.Error())
 				return
 			}
+		}
+		if !c.heldBy(s) {
+			k.fail("the copy that was asked has moved away")
+			return
 		}
 		then(a, b)
 	}
@@ -45,7 +50,7 @@ func (e *Engine) pair(k *catchUp, s *replica, q wire.Request, then func(mine, th
 // compareChunk compares digests per 4 MiB and copies the ranges that differ.
 func (e *Engine) compareChunk(k *catchUp, c *chunk, sources []*replica) {
 	q := wire.Request{Kind: wire.Digest, Chunk: c.id, Count: e.perChunk, Limit: k.from}
-	e.pair(k, sources[0], q, func(mine, theirs *wire.Reply) {
+	e.pair(k, c, sources[0], q, func(mine, theirs *wire.Reply) {
 		var ranges []int
 		for i := range max(len(mine.Digests), len(theirs.Digests)) {
 			if i >= len(mine.Digests) || i >= len(theirs.Digests) || mine.Digests[i] != theirs.Digests[i] {
@@ -64,7 +69,7 @@ func (e *Engine) copyRanges(k *catchUp, c *chunk, sources []*replica, ranges []i
 	}
 	first := uint32(ranges[0]) * wire.DigestBlocks
 	q := wire.Request{Kind: wire.List, Chunk: c.id, Block: ids.Block(first), Count: min(wire.DigestBlocks, e.perChunk-first)}
-	e.pair(k, sources[0], q, func(mine, theirs *wire.Reply) {
+	e.pair(k, c, sources[0], q, func(mine, theirs *wire.Reply) {
 		t := &transfer{from: sources, to: []*replica{k.r}, limit: k.from, paced: true, runs: runs(difference(k.from, mine.Entries, theirs.Entries)),
 			live: k.live,
 			hope: func() bool {

@@ -351,3 +351,29 @@ func installedBytes(s *memStore) int {
 	}
 	return n
 }
+
+// A read reaches a copy after it has moved away, was dropped, and came back with a
+// write that was sent late: what it does not have any more is no hole.
+func TestACopyThatMovedAwayIsNotRead(t *testing.T) {
+	for seed := range uint64(20) {
+		w := filled(t, seed, 4)
+		w.write(testChunk/ids.BlockSize, 9) // another chunk keeps the member
+		w.until("written", w.idle)
+		w.stores = append(w.stores, newMemStore(3))
+		w.spare = []int{3}
+		w.keep = func(i int, q *wire.Request) bool {
+			return i == 0 && (q.Kind == wire.Read && q.Flags&wire.FlagRaw == 0 || q.Kind == wire.Write && q.Chunk != w.key(1).chunk)
+		}
+		read, states := w.read(1), w.describe(2)
+		w.leaving[0] = true
+		w.step(&Refresh{Volume: w.known()})
+		w.until("moved", func() bool { return !w.holds(1, 0) && !w.e.chunks[0].heldBy(w.e.replicas[0]) })
+		for k := range w.stores[0].blocks {
+			if k.chunk == w.key(1).chunk {
+				delete(w.stores[0].blocks, k)
+			}
+		}
+		w.release()
+		w.until("read", func() bool { return w.done[read] == nil && w.done[states] == nil })
+	}
+}

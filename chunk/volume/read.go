@@ -105,6 +105,10 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 	if k == status.OK && !e.verified(rd, rep) {
 		k = status.Corrupt
 	}
+	if k == status.OK && !rd.c.heldBy(r) { // dropped meanwhile, and perhaps back with what was sent late
+		e.sendRead(rd)
+		return
+	}
 	switch k {
 	case status.OK:
 		if rd.states() {
