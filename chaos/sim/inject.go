@@ -261,7 +261,7 @@ func (in *injector) survivors(f Fault) []*node {
 				able = append(able, n)
 			}
 		}
-		if len(able) == 0 || !in.w.meta.idle() {
+		if len(able) == 0 || !in.w.meta.idle() || slices.ContainsFunc(in.w.nodes, func(n *node) bool { return n.gone }) {
 			return nil
 		}
 		left = append(left, able[int(f.Arg>>8)%len(able)])
