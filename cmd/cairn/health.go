@@ -96,8 +96,11 @@ func health(w *clusterView, now time.Time) (out []finding) {
 }
 
 func metaHealth(ms []metaView) (out []finding) {
-	voters, up := 0, 0
-	var silent []string
+	voters, up, newest, uses := 0, 0, uint32(0), uint32(0)
+	var silent, older []string
+	for _, m := range ms {
+		newest, uses = max(newest, m.Knows), max(uses, m.Uses)
+	}
 	at := map[uint64]metaView{}
 	for _, m := range ms {
 		name := m.Name
@@ -114,6 +117,9 @@ func metaHealth(ms []metaView) (out []finding) {
 			continue
 		}
 		up++
+		if m.Knows < newest {
+			older = append(older, fmt.Sprintf("%s (%d)", name, m.Knows))
+		}
 		if o, ok := at[m.Applied]; ok && o.StateHash != m.StateHash {
 			out = append(out, finding{critical, fmt.Sprintf("metadata nodes %s and %s have different states after the same command %d", o.Name, name, m.Applied), "",
 				"one of the two is wrong", "stop the one that does not lead, move its directory away and start it: it gets everything from the others"})
@@ -127,6 +133,10 @@ func metaHealth(ms []metaView) (out []finding) {
 			out = append(out, finding{sev, fmt.Sprintf("metadata node %s has %s left on its disk", name, formatSize(m.FreeBytes)), "",
 				"below 64 MiB it refuses what is new, below 16 MiB everything", "make room there; it goes on by itself"})
 		}
+	}
+	if len(older) > 0 {
+		out = append(out, finding{notice, fmt.Sprintf("metadata nodes run programs of different versions: the newest knows state version %d, %s older ones", newest, strings.Join(older, ", ")), "",
+			fmt.Sprintf("the cluster uses version %d; what is newer is refused, and the others may still go back", uses), "upgrade these nodes too; the newer version is then used by itself"})
 	}
 	if len(silent) > 0 {
 		left := up - voters/2 - 1

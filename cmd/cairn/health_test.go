@@ -38,6 +38,10 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 		}, warning, []string{"4 of 5", "1 more may fail"}},
 		{"no quorum", func(w *clusterView) { w.Meta[1].State, w.Meta[2].State = "unreachable", "unreachable" }, critical, []string{"nothing can be changed; guests"}},
 		{"states that differ", func(w *clusterView) { w.Meta[2].StateHash = "bb" }, critical, []string{"different states", "command 9"}},
+		{"an upgrade half done", func(w *clusterView) {
+			w.Meta[0].Knows, w.Meta[1].Knows, w.Meta[2].Knows = 2, 1, 2
+			w.Meta[0].Uses = 1
+		}, notice, []string{"knows state version 2, meta-2 (1)", "uses version 1", "upgrade these"}},
 		{"a metadata disk", func(w *clusterView) { w.Meta[0].FreeBytes = 100 << 20 }, critical, []string{"100 MiB left"}},
 		{"a host down", func(w *clusterView) { w.Hosts[0].Up, w.Hosts[0].LastSeenMs = false, 65_000 }, warning,
 			[]string{"host-1 is down", "2030-01-02 03:03:00", "1 copies", "without service: v", "--takeover"}},

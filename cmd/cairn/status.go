@@ -33,7 +33,9 @@ type metaView struct {
 	Term      uint64 `json:"term"`
 	Applied   uint64 `json:"applied"`
 	StateHash string `json:"stateHash"`
-	FreeBytes uint64 `json:"freeBytes"` // on its disk; 0: not known
+	FreeBytes uint64 `json:"freeBytes"`         // on its disk; 0: not known
+	Knows     uint32 `json:"stateVersionKnown"` // 0: it does not answer
+	Uses      uint32 `json:"stateVersionInUse"`
 	Detail    string `json:"detail,omitempty"`
 }
 
@@ -78,7 +80,7 @@ func (s *session) metaViews(ctx context.Context) []metaView {
 	}
 	for _, n := range nodes {
 		out = append(out, metaView{ID: n.Id, Name: n.Name, Role: n.Role, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
-			StateHash: fmt.Sprintf("%016x", n.StateHash), FreeBytes: n.FreeBytes, Detail: n.Detail})
+			StateHash: fmt.Sprintf("%016x", n.StateHash), FreeBytes: n.FreeBytes, Knows: n.Format, Uses: n.FormatInUse, Detail: n.Detail})
 	}
 	return out
 }
@@ -211,9 +213,9 @@ func printStatus(w *clusterView) error {
 func metaTable(ms []metaView) ([]string, [][]string) {
 	var rows [][]string
 	for _, m := range ms {
-		rows = append(rows, []string{dash(m.Name), m.Addr, dash(m.Role), m.State, fmt.Sprint(m.Term), fmt.Sprint(m.Applied), m.StateHash})
+		rows = append(rows, []string{dash(m.Name), m.Addr, dash(m.Role), m.State, fmt.Sprint(m.Term), fmt.Sprint(m.Applied), m.StateHash, fmt.Sprint(m.Knows), fmt.Sprint(m.Uses)})
 	}
-	return []string{"META", "ADDRESS", "ROLE", "STATE", "TERM", "APPLIED", "STATE HASH"}, rows
+	return []string{"META", "ADDRESS", "ROLE", "STATE", "TERM", "APPLIED", "STATE HASH", "KNOWS", "USES"}, rows
 }
 
 func metaListCommand(c *cli) *cobra.Command {

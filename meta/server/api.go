@@ -54,6 +54,9 @@ func (s *Server) do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	if err := s.checkFree(cmd); err != nil {
 		return nil, err
 	}
+	if err := s.checkFormat(cmd); err != nil {
+		return nil, err
+	}
 	var prev *pb.Volume // as it was before an attach
 	switch op := cmd.Op.(type) {
 	case *pb.Command_Attach:
@@ -216,7 +219,9 @@ func (s *Server) renew(req *pb.RenewRequest) (*pb.RenewReply, error) {
 			}
 		}
 		rep.Maintain = t.care.find(kv, req.Host, now, func(v *pb.Volume) bool { return t.leases.held(v, now) > 0 }, t.moves.wanted)
-		rep.Wishes = t.moves.tell(kv, held, rep.Maintain)
+		if state.FormatOf(kv) >= 2 { // or plans that follow them are refused
+			rep.Wishes = t.moves.tell(kv, held, rep.Maintain)
+		}
 		rep.Vms, rep.BatchCpuMillis = vmsToDo(kv, req.Host)
 		rep.QuantumMs = state.PlacementOf(kv).QuantumMs
 		rep.NotHere = notHere(kv, req.Host, req.Machines)
@@ -349,7 +354,10 @@ func (s *Server) Node(_ context.Context, req *pb.NodeRequest) (*pb.NodeReply, er
 
 func (s *Server) node() *pb.NodeReply {
 	self := s.addrs[raft.ServerID(s.id)]
-	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: stateFormat}
+	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: s.cfg.format}
+	if used, err := s.formatInUse(); err == nil { // without it, it is shown as 0
+		rep.FormatInUse = used
+	}
 	rep.Applied, rep.StateHash = s.fsm.at()
 	rep.AuditIndex, rep.AuditHash = s.fsm.audit()
 	servers := s.servers()

@@ -72,7 +72,7 @@ func (s *Server) backup(out pb.Meta_BackupServer) error {
 	}
 	defer snap.Release()
 	sn := snap.(*snapshot)
-	h := BackupHeader{Time: time.Now().UTC(), Index: sn.applied, Term: t.term, Hash: fmt.Sprintf("%016x", sn.hash), Format: stateFormat,
+	h := BackupHeader{Time: time.Now().UTC(), Index: sn.applied, Term: t.term, Hash: fmt.Sprintf("%016x", sn.hash), Format: int(state.FormatOf(sn.kv)),
 		Cluster: state.ClusterID(sn.kv)}
 	if err := s.still(t); err != nil {
 		return err
@@ -121,8 +121,8 @@ func readHeader(r io.Reader) (h BackupHeader, err error) {
 	if err := json.Unmarshal(b[:n], &h); err != nil {
 		return h, damaged(err)
 	}
-	if h.Format > stateFormat {
-		return h, status.Errorf(status.Unsupported, "the backup is of state version %d and this program knows %d: use the program that made it, or a newer one", h.Format, stateFormat)
+	if h.Format > int(state.Format) {
+		return h, status.Errorf(status.Unsupported, "the backup is of state version %d and this program knows %d: use the program that made it, or a newer one", h.Format, state.Format)
 	}
 	return h, nil
 }

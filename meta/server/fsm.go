@@ -46,6 +46,10 @@ type fsm struct {
 	db     *badger.DB
 	broken bool // a restore failed half way: only another one may follow
 
+	knows uint32      // the newest state version this program knows
+	fatal func(error) // the node cannot go on
+	newer atomic.Bool // the cluster uses a newer one: nothing is applied, read or kept any more
+
 	mu      sync.RWMutex // guards all below; held for writing while a batch is applied
 	applied uint64
 	hash    uint64
@@ -75,7 +79,7 @@ func openBadger(dir string) (*badger.DB, error) {
 // is a panic that ends the process. A file beside dir says that an open has
 // begun; a start that finds it does not try again but begins empty.
 func openFSM(dir string, snapIndex, logLast uint64) (f *fsm, kept bool, err error) {
-	f = &fsm{dir: dir}
+	f = &fsm{dir: dir, knows: state.Format}
 	if f.lock, err = lockDir(dir); err != nil {
 		return nil, false, err
 	}
@@ -196,7 +200,7 @@ func (f *fsm) at() (applied, hash uint64) {
 func (f *fsm) read(fn func(kv state.KV)) error {
 	f.swap.RLock()
 	defer f.swap.RUnlock()
-	if f.broken {
+	if f.broken || f.newer.Load() {
 		return status.Errorf(status.Unavailable, "the metadata state is being restored: ask again")
 	}
 	f.half.RLock()
@@ -222,12 +226,19 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	if f.broken {
 		panic("the metadata state is half restored: the next start rebuilds it")
 	}
+	if f.newer.Load() {
+		return make([]any, len(logs))
+	}
 	out := make([]any, 0, len(logs))
 	for len(logs) > 0 { // a part ends with an audit, at which the hash is noted
 		n, cmds := 0, make([]*pb.Command, 0, len(logs))
 		audit := false
 		for n < len(logs) && !audit {
 			cmd := commandOf(logs[n])
+			if to := cmd.GetHousekeeping().GetFormat(); to > f.knows {
+				f.outdated(to)
+				return make([]any, len(out)+len(logs))
+			}
 			audit = cmd.GetHousekeeping().GetAudit()
 			cmds = append(cmds, cmd)
 			n++
@@ -283,6 +294,14 @@ func (f *fsm) applyPart(logs []*raft.Log, cmds []*pb.Command) []any {
 	f.applied, f.hash = last, hash
 	f.news.add(last, changes)
 	return out
+}
+
+// outdated ends a node that cannot apply what comes now. Its state stays as it is
+// before that: a newer program goes on from there.
+func (f *fsm) outdated(used uint32) {
+	if !f.newer.Swap(true) && f.fatal != nil {
+		f.fatal(tooNew(used, f.knows))
+	}
 }
 
 // audit returns the last audit applied and the state's hash there.

@@ -34,6 +34,9 @@ func (s *Server) keepHouse() {
 				break
 			}
 		}
+		if err := s.raiseFormat(); err != nil {
+			s.log.Warn("raising the state version", "err", err)
+		}
 	}
 }
 

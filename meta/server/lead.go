@@ -307,7 +307,10 @@ func (s *Server) commit(b []byte) (*pb.Result, error) {
 		}
 		return nil, status.Errorf(status.Unknown, "whether the command was done is unknown (%w): ask again with the same number", err)
 	}
-	return f.Response().(*pb.Result), nil
+	if res, ok := f.Response().(*pb.Result); ok {
+		return res, nil
+	}
+	return nil, status.Errorf(status.Unknown, "whether the command was done is unknown (this node has ended): ask again with the same number")
 }
 
 // answerTime is kept of a caller's deadline to tell it why.

@@ -252,7 +252,11 @@ func (s *Server) addNode(ctx context.Context, req *pb.AddNodeRequest) error {
 	case "voter":
 		return nil
 	case "none":
-		if err := s.admit(servers, rep); err != nil {
+		used, err := s.formatInUse()
+		if err != nil {
+			return err
+		}
+		if err := s.admit(servers, rep, used); err != nil {
 			return err
 		}
 		f := s.raft.Load().AddNonvoter(raft.ServerID(p.ID), joinAddr(p), 0, changeTimeout)
@@ -278,14 +282,14 @@ func (s *Server) changeFailed(id string, err error) error {
 }
 
 // admit refuses who cannot be a new node of this cluster.
-func (s *Server) admit(servers []raft.Server, rep *pb.NodeReply) error {
+func (s *Server) admit(servers []raft.Server, rep *pb.NodeReply, used uint32) error {
 	switch {
 	case rep.Role != "none" || !strings.Contains(rep.Id, "~"):
 		return status.Errorf(status.Conflict, "node %s at %s does not wait to be added: start it with an empty directory and `join = true`", rep.Name, rep.Addr)
 	case s.cfg.Cluster != "" && rep.Cluster != "" && rep.Cluster != s.cfg.Cluster:
 		return status.Errorf(status.Conflict, "node %s at %s belongs to cluster %s and this is cluster %s: correct its configuration", rep.Name, rep.Addr, rep.Cluster, s.cfg.Cluster)
-	case rep.Format < stateFormat:
-		return status.Errorf(status.Unsupported, "node %s at %s can apply state version %d and this cluster is at %d: upgrade it first", rep.Name, rep.Addr, rep.Format, stateFormat)
+	case rep.Format < used:
+		return status.Errorf(status.Unsupported, "node %s at %s can apply state version %d and this cluster uses %d: upgrade it first", rep.Name, rep.Addr, rep.Format, used)
 	}
 	for _, sv := range servers {
 		if nameOf(string(sv.ID)) == rep.Name {

@@ -135,7 +135,7 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	defer f.mu.RUnlock()
 	f.swap.RLock()
 	defer f.swap.RUnlock()
-	if f.broken {
+	if f.broken || f.newer.Load() {
 		return nil, status.Errorf(status.Unavailable, "the metadata state is being restored: ask again")
 	}
 	return &snapshot{f: f, db: f.db, kv: newView(f.db), applied: f.applied, hash: f.hash}, nil
@@ -244,6 +244,16 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 	applied, hash, err := load(f.db, bufio.NewReaderSize(rc, 1<<20))
 	if err != nil {
 		return fmt.Errorf("restoring a metadata snapshot: %w", err)
+	}
+	kv := newView(f.db)
+	used := state.FormatOf(kv)
+	kv.close()
+	if kv.err != nil {
+		return kv.err
+	}
+	if used > f.knows {
+		f.outdated(used)
+		return tooNew(used, f.knows)
 	}
 	if err := setMark(f.db, mark(applied, hash, 0)); err != nil {
 		return err

@@ -164,20 +164,20 @@ func TestASnapshotRestoresPairsOutOfOrder(t *testing.T) {
 // not restored by an older program.
 func TestVersionsThatDoNotFitAreRefused(t *testing.T) {
 	s := &Server{}
-	rep := &pb.NodeReply{Id: "meta-4~1", Name: "meta-4", Role: "none", Format: stateFormat}
-	if err := s.admit(nil, rep); err != nil {
+	rep := &pb.NodeReply{Id: "meta-4~1", Name: "meta-4", Role: "none", Format: 2}
+	if err := s.admit(nil, rep, 2); err != nil {
 		t.Errorf("the same version: %v", err)
 	}
-	rep.Format = stateFormat + 1
-	if err := s.admit(nil, rep); err != nil {
+	rep.Format = 3
+	if err := s.admit(nil, rep, 2); err != nil {
 		t.Errorf("a newer program applies older commands: %v", err)
 	}
-	rep.Format = stateFormat - 1
-	if err := s.admit(nil, rep); status.Of(err) != status.Unsupported {
+	rep.Format = 1
+	if err := s.admit(nil, rep, 2); status.Of(err) != status.Unsupported {
 		t.Errorf("an older program: %v", err)
 	}
 	var file bytes.Buffer
-	if err := writeHeader(&file, BackupHeader{Cluster: "c", Format: stateFormat + 1}); err != nil {
+	if err := writeHeader(&file, BackupHeader{Cluster: "c", Format: int(state.Format) + 1}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := CheckBackup(&file); status.Of(err) != status.Unsupported {

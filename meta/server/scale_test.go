@@ -198,7 +198,7 @@ func writeLarge(t *testing.T, file string, volumes, chunks int) {
 		t.Fatal(err)
 	}
 	write(bufio.NewWriterSize(b, 1<<20))
-	if err := writeHeader(w, BackupHeader{Cluster: "test", Time: time.Unix(1, 0), Index: index, Term: 1, Hash: fmt.Sprintf("%016x", sum), Format: stateFormat}); err != nil {
+	if err := writeHeader(w, BackupHeader{Cluster: "test", Time: time.Unix(1, 0), Index: index, Term: 1, Hash: fmt.Sprintf("%016x", sum), Format: int(state.Format)}); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.Flush(); err != nil {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -49,18 +51,13 @@ type Config struct {
 
 	// For tests of this package.
 	logs      func(raft.LogStore) raft.LogStore // wraps raft's log
+	format    uint32                            // state.Format of an older or a newer program
 	free      func(dir string) (uint64, error)  // free bytes of the file system
 	clock     func() time.Time                  // the time of day
 	tick      time.Duration                     // of the watchdog
 	audit     time.Duration                     // between audits
 	snapEvery uint64                            // entries between snapshots, and kept behind one
 }
-
-// stateFormat is the version of what commands mean and of the state they make.
-// A node applies every version up to its own. It rises when an older program
-// would make another state of the same command; see docs/OPERATIONS.md on
-// upgrades.
-const stateFormat = 1
 
 // Server is a running node of the metadata service.
 type Server struct {
@@ -154,6 +151,9 @@ func (cfg *Config) check() error {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
+	}
+	if cfg.format == 0 {
+		cfg.format = state.Format
 	}
 	if cfg.free == nil {
 		cfg.free = freeBytes
@@ -313,6 +313,14 @@ func (s *Server) openFiles() (err error) {
 	if s.fsm, s.kept, err = openFSM(s.dir.file("state"), newest, last); err != nil {
 		return err
 	}
+	s.fsm.knows, s.fsm.fatal = s.cfg.format, s.fail
+	var used uint32
+	if err := s.fsm.read(func(kv state.KV) { used = state.FormatOf(kv) }); err != nil {
+		return err
+	}
+	if used > s.cfg.format {
+		return tooNew(used, s.cfg.format)
+	}
 	return nil
 }
 
@@ -454,7 +462,7 @@ func (s *Server) start() error {
 	s.trans = newTransport(newStreams(s.cfg.RaftListener, s.cfg.TLS), s, vote, s.leadsIn, raftLogger(s.log))
 	r, err := raft.NewRaft(s.raftConfig(s.kept), s.fsm, logs, s.vote, s.snaps, s.trans)
 	if err != nil {
-		return errors.Join(fmt.Errorf("starting raft: %w", err), s.trans.Close())
+		return errors.Join(cmp.Or(s.Err(), fmt.Errorf("starting raft: %w", err)), s.trans.Close())
 	}
 	s.verify.check, s.verify.done = s.confirm, s.done
 	s.mu.Lock()

@@ -200,7 +200,8 @@ func NextDue(kv KV) (unixNs int64) {
 // housekeeping does a bounded part of what is due. It is no client's command:
 // it has no number, and doing it twice does the next part.
 func (a *apply) housekeeping(op *pb.Housekeeping) (*pb.Result, error) {
-	if op.Audit {
+	a.raiseFormat(op.Format)
+	if op.Audit || op.Format > 0 {
 		return &pb.Result{}, nil
 	}
 	var due []byte

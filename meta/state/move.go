@@ -121,7 +121,7 @@ func (m *mover) plan(c *pb.Chunk, mv *pb.ChunkMove) {
 		return // it has an old copy yet to drop, and would drop this one
 	}
 	m.join(m.v, mv.To)
-	c.Filling = append(c.Filling, &pb.Filling{Store: mv.To, Replaces: mv.From, Wish: mv.Wish})
+	c.Filling = append(c.Filling, &pb.Filling{Store: mv.To, Replaces: mv.From, Wish: mv.Wish && FormatOf(m.kv) >= 2})
 	m.touch(c)
 	m.planned++
 }

@@ -2440,6 +2440,7 @@ func (x *Note) GetOutcome() string {
 type Housekeeping struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Audit         bool                   `protobuf:"varint,1,opt,name=audit,proto3" json:"audit,omitempty"`
+	Format        uint32                 `protobuf:"varint,2,opt,name=format,proto3" json:"format,omitempty"` // the state version that is in use from here on; every member knows it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2479,6 +2480,13 @@ func (x *Housekeeping) GetAudit() bool {
 		return x.Audit
 	}
 	return false
+}
+
+func (x *Housekeeping) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
 }
 
 // UndeleteVolume brings a deleted volume back, under its old name or another.
@@ -5672,11 +5680,12 @@ type NodeReply struct {
 	Cluster       string                 `protobuf:"bytes,42,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Role          string                 `protobuf:"bytes,43,opt,name=role,proto3" json:"role,omitempty"` // voter, learner, none
 	FreeBytes     uint64                 `protobuf:"varint,44,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
-	Format        uint32                 `protobuf:"varint,45,opt,name=format,proto3" json:"format,omitempty"`                           // highest state version it can apply
-	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`                            // what is wrong with it, or what it waits for
-	AuditIndex    uint64                 `protobuf:"varint,47,opt,name=audit_index,json=auditIndex,proto3" json:"audit_index,omitempty"` // of the last audit it has applied
-	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`    // of its state there
-	VotingTerm    uint64                 `protobuf:"varint,49,opt,name=voting_term,json=votingTerm,proto3" json:"voting_term,omitempty"` // with term_only: the term in which it votes; 0: it does not vote yet
+	Format        uint32                 `protobuf:"varint,45,opt,name=format,proto3" json:"format,omitempty"`                                // highest state version it can apply
+	FormatInUse   uint32                 `protobuf:"varint,50,opt,name=format_in_use,json=formatInUse,proto3" json:"format_in_use,omitempty"` // the cluster's, as far as it has applied
+	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`                                 // what is wrong with it, or what it waits for
+	AuditIndex    uint64                 `protobuf:"varint,47,opt,name=audit_index,json=auditIndex,proto3" json:"audit_index,omitempty"`      // of the last audit it has applied
+	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`         // of its state there
+	VotingTerm    uint64                 `protobuf:"varint,49,opt,name=voting_term,json=votingTerm,proto3" json:"voting_term,omitempty"`      // with term_only: the term in which it votes; 0: it does not vote yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5812,6 +5821,13 @@ func (x *NodeReply) GetFreeBytes() uint64 {
 func (x *NodeReply) GetFormat() uint32 {
 	if x != nil {
 		return x.Format
+	}
+	return 0
+}
+
+func (x *NodeReply) GetFormatInUse() uint32 {
+	if x != nil {
+		return x.FormatInUse
 	}
 	return 0
 }
@@ -6614,9 +6630,10 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\rsecret_sha256\x18\x01 \x01(\fR\fsecretSha256\"4\n" +
 	"\x04Note\x12\x12\n" +
 	"\x04what\x18\x01 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18\x02 \x01(\tR\aoutcome\"$\n" +
+	"\aoutcome\x18\x02 \x01(\tR\aoutcome\"<\n" +
 	"\fHousekeeping\x12\x14\n" +
-	"\x05audit\x18\x01 \x01(\bR\x05audit\"<\n" +
+	"\x05audit\x18\x01 \x01(\bR\x05audit\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\rR\x06format\"<\n" +
 	"\x0eUndeleteVolume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"%\n" +
@@ -6879,7 +6896,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\bnot_here\x18S \x03(\tR\anotHere\x12.\n" +
 	"\x06wishes\x18T \x03(\v2\x16.cairn.v1.VolumeWishesR\x06wishes\"*\n" +
 	"\vNodeRequest\x12\x1b\n" +
-	"\tterm_only\x18\x01 \x01(\bR\btermOnly\"\xf9\x03\n" +
+	"\tterm_only\x18\x01 \x01(\bR\btermOnly\"\x9d\x04\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x16\n" +
@@ -6899,7 +6916,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x04role\x18+ \x01(\tR\x04role\x12\x1d\n" +
 	"\n" +
 	"free_bytes\x18, \x01(\x04R\tfreeBytes\x12\x16\n" +
-	"\x06format\x18- \x01(\rR\x06format\x12\x16\n" +
+	"\x06format\x18- \x01(\rR\x06format\x12\"\n" +
+	"\rformat_in_use\x182 \x01(\rR\vformatInUse\x12\x16\n" +
 	"\x06detail\x18. \x01(\tR\x06detail\x12\x1f\n" +
 	"\vaudit_index\x18/ \x01(\x04R\n" +
 	"auditIndex\x12\x1d\n" +
