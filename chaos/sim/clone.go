@@ -374,8 +374,14 @@ func (w *world) clonesRead() {
 			return
 		}
 		ops := w.stats.CloneOps
-		s := c.open(w.boss.serving().g, true)
-		if !w.runUntil(w.now+healWithin, func() bool { return s.over }) || w.stats.CloneOps < ops+len(windows) {
+		for tries := 0; tries < 3 && w.failed == nil && w.stats.CloneOps < ops+len(windows); tries++ { // a failed disk may end its host once more
+			w.converge("to read a clone")
+			if a := w.boss.serving(); a != nil && w.failed == nil {
+				s := c.open(a.g, true)
+				w.runUntil(w.now+healWithin, func() bool { return s.over })
+			}
+		}
+		if w.failed == nil && w.stats.CloneOps < ops+len(windows) {
 			w.violate("P7", "clone %s of a healthy cluster cannot be read: %s", c.name, w.picture())
 		}
 	}
