@@ -4,45 +4,41 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strings"
 
 	"github.com/cairnstore/cairn/placement"
 )
 
-// Sizes are the fleets of the whole report.
-var Sizes = []int{100, 1000, 10_000}
+// Contenders are what a trace is replayed under, by name: the production's
+// policies and the rivals.
+func Contenders() (names []string) {
+	for _, p := range placement.Policies {
+		names = append(names, string(p))
+	}
+	for _, v := range Rivals {
+		names = append(names, string(v))
+	}
+	return names
+}
 
-// Report replays every synthetic trace at every size under every policy and
-// rival, calling done after each; the same seed gives the same results.
-func Report(sizes []int, seed uint64, done func(*Result)) error {
-	for _, n := range sizes {
-		for _, name := range Names {
-			t, err := Synthetic(name, n, seed)
+// Compare replays one trace under each of the named contenders, rivals only where
+// VMs churn, and calls done after each. The same seed gives the same results.
+func Compare(t *Trace, names []string, done func(*Result)) error {
+	for _, name := range names {
+		c := Config{Sample: placement.SampleHosts, Seed: t.Seed}
+		switch {
+		case !slices.Contains(Rivals, Rival(name)):
+			p, err := placement.ParsePolicy(name)
 			if err != nil {
 				return err
 			}
-			if err := Compare(t, placement.Policies, done); err != nil {
-				return err
-			}
+			c.Policy = p
+		case strings.HasPrefix(t.Name, "churn"):
+			c.Rival = Rival(name)
+		default:
+			continue
 		}
-	}
-	return nil
-}
-
-// Compare replays one trace under policies and, where VMs churn and all policies
-// are asked for, under every rival.
-func Compare(t *Trace, policies []placement.Policy, done func(*Result)) error {
-	var cfgs []Config
-	for _, p := range policies {
-		cfgs = append(cfgs, Config{Policy: p})
-	}
-	if strings.HasPrefix(t.Name, "churn") && len(policies) == len(placement.Policies) {
-		for _, v := range Rivals {
-			cfgs = append(cfgs, Config{Rival: v})
-		}
-	}
-	for _, c := range cfgs {
-		c.Sample, c.Seed = placement.SampleHosts, t.Seed
 		r, err := Replay(t, c)
 		if err != nil {
 			return err

@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cairnstore/cairn/chaos/place"
-	"github.com/cairnstore/cairn/placement"
 )
 
 func placeSimulate() *cobra.Command {
@@ -23,7 +23,8 @@ func placeSimulate() *cobra.Command {
 	var policies []string
 	cmd := &cobra.Command{
 		Use: "simulate TRACE", Short: "Replay a trace over the production scheduler, in virtual time", Args: cobra.ExactArgs(1),
-		Long: fmt.Sprintf(`Replay a trace over the production scheduler, in virtual time, under every policy. TRACE is a
+		Long: fmt.Sprintf(`Replay a trace over the production scheduler, in virtual time, under every policy, and
+under naive ones to compare with. TRACE is a
 file, or "all", or some of the synthetic traces, with commas: %v.
 Files that end in .json, with commas, are results of earlier runs (-o json), shown together.
 The same seed gives the same placements.`, place.Names),
@@ -40,18 +41,15 @@ The same seed gives the same placements.`, place.Names),
 			if err != nil {
 				return err
 			}
-			var ps []placement.Policy
 			for _, name := range policies {
-				p, err := placement.ParsePolicy(name)
-				if err != nil {
-					return err
+				if !slices.Contains(place.Contenders(), name) {
+					return usagef("--policies %s: %s are possible", name, strings.Join(place.Contenders(), ", "))
 				}
-				ps = append(ps, p)
 			}
 			if write != "" {
 				return writeTrace(write, traces[0])
 			}
-			rs, err := replayAll(cmd.Context(), traces, ps)
+			rs, err := replayAll(cmd.Context(), traces, policies)
 			if err != nil {
 				return err
 			}
@@ -61,7 +59,7 @@ The same seed gives the same placements.`, place.Names),
 	f := cmd.Flags()
 	f.IntSliceVar(&sizes, "hosts", []int{100}, "hosts of a synthetic trace; several for several runs")
 	f.Uint64Var(&seed, "seed", 1, "where a synthetic trace's randomness comes from")
-	f.StringSliceVar(&policies, "policies", []string{"local", "min", "max", "balanced"}, "policies to replay it under")
+	f.StringSliceVar(&policies, "policies", place.Contenders(), "policies to replay it under; naive ones where VMs churn only")
 	f.StringVar(&write, "write", "", "write the synthetic trace to this file instead of replaying it")
 	f.StringVar(&docs, "docs", "", "write the table and the plots of docs/PLACEMENT.md below this folder")
 	out.register(cmd)
@@ -98,14 +96,14 @@ func (o *outputFlag) showResults(rs []*place.Result, docs string) error {
 
 // replayAll replays, and leaves a replay behind when the user stops it: nothing
 // is left but memory, and the process ends.
-func replayAll(ctx context.Context, traces []func() (*place.Trace, error), ps []placement.Policy) ([]*place.Result, error) {
+func replayAll(ctx context.Context, traces []func() (*place.Trace, error), names []string) ([]*place.Result, error) {
 	var rs []*place.Result
 	done := make(chan error, 1)
 	go func() {
 		for _, make := range traces {
 			t, err := make()
 			if err == nil {
-				err = place.Compare(t, ps, func(r *place.Result) { rs = append(rs, r); say("%v", r) })
+				err = place.Compare(t, names, func(r *place.Result) { rs = append(rs, r); say("%v", r) })
 			}
 			if err != nil {
 				done <- err

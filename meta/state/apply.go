@@ -311,6 +311,9 @@ func (a *apply) registerStore(s *pb.Store) (*pb.Result, error) {
 	if h == nil {
 		return nil, status.Errorf(status.NotFound, "host %q is not registered: register the host before its stores", s.Host)
 	}
+	if s.Class != "" && s.Class != ClassFast && s.Class != ClassSlow {
+		return nil, status.Errorf(status.Invalid, "store %x cannot be of class %q: %s or %s", s.Id[:4], s.Class, ClassFast, ClassSlow)
+	}
 	old := StoreByID(a.kv, s.Id)
 	if err := maybeOlder(old, s); err != nil {
 		return nil, err
@@ -335,6 +338,9 @@ func (a *apply) registerStore(s *pb.Store) (*pb.Result, error) {
 		})
 	case old.Host != s.Host:
 		a.eachUser(s.Id, func(m *pb.Member) bool { m.Host, m.DataAddr = s.Host, h.DataAddr; return false })
+	}
+	if old != nil && ClassOf(old) != ClassOf(s) {
+		a.event("store %x on host %s is %s now", s.Id[:4], s.Host, ClassOf(s))
 	}
 	return &pb.Result{}, nil
 }

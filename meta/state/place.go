@@ -456,8 +456,11 @@ func (a *apply) setPlacement(p *pb.Placement) (*pb.Result, error) {
 			return nil, status.Errorf(status.Invalid, "tenant %q cannot have the weight %g: above 0 and up to 1,000,000", t, w)
 		}
 	}
-	if p.AgeMs < 0 || p.QuantumMs < 0 || p.DelayMs < -1 || p.RestartMs < -1 || max(p.AgeMs, p.QuantumMs, p.DelayMs, p.RestartMs) > maxPolicyMs {
+	if p.AgeMs < 0 || p.QuantumMs < 0 || min(p.DelayMs, p.RestartMs, p.CoolMs) < -1 || max(p.AgeMs, p.QuantumMs, p.DelayMs, p.RestartMs, p.CoolMs) > maxPolicyMs {
 		return nil, status.Errorf(status.Invalid, "the times of a placement policy are 0 to 30 days")
+	}
+	if p.CoolPercent > 99 {
+		return nil, status.Errorf(status.Invalid, "chunks cannot be cooled above %d %%: 1 to 99", p.CoolPercent)
 	}
 	switch p.Rebalance {
 	case "", "off", "data", "all":

@@ -229,6 +229,8 @@ func TestPlacementPolicyIsChecked(t *testing.T) {
 	}
 	wantKind(t, set(&pb.Placement{Weights: map[string]float64{"a": 0}}), status.Invalid, "weight")
 	wantKind(t, set(&pb.Placement{AgeMs: -1}), status.Invalid, "30 days")
+	wantKind(t, set(&pb.Placement{CoolMs: -2}), status.Invalid, "30 days")
+	wantKind(t, set(&pb.Placement{CoolPercent: 100}), status.Invalid, "99 %")
 	wantKind(t, set(&pb.Placement{Policy: "min", Order: "sjf", Weights: map[string]float64{"a": 2}}), status.OK, "")
 	if p := PlacementOf(c.kv); p.Policy != "min" || p.Weights["a"] != 2 {
 		t.Errorf("kept %v", p)

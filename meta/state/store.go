@@ -5,6 +5,20 @@ import (
 	"github.com/cairnstore/cairn/proto/status"
 )
 
+// The classes of stores: new chunks go to fast ones, cold ones to slow ones.
+const (
+	ClassFast = "fast"
+	ClassSlow = "slow"
+)
+
+// ClassOf returns a store's class.
+func ClassOf(s *pb.Store) string {
+	if s.GetClass() == "" {
+		return ClassFast
+	}
+	return s.Class
+}
+
 // maybeOlder refuses a store that may be an older copy of the one that is known:
 // its file was restored, or two of it exist. A life is registered before it
 // serves, so the same store never comes twice with the same one; and a copy that

@@ -43,3 +43,25 @@ func TestRetiringAStore(t *testing.T) {
 		t.Fatal("still retired")
 	}
 }
+
+// A store's class is its host's word at each start; one that nobody said is fast.
+func TestStoresHaveAClass(t *testing.T) {
+	c := newCluster(t)
+	host := StoreByID(c.kv, storeID(0)).Host
+	in := func(class string) *pb.Command {
+		cmd := storeIn(0, 1, host)
+		cmd.GetRegisterStore().Store.Class = class
+		return cmd
+	}
+	for _, class := range []string{"", ClassSlow, ClassFast} {
+		c.ok(in(class))
+		want := class
+		if class == "" {
+			want = ClassFast
+		}
+		if got := ClassOf(StoreByID(c.kv, storeID(0))); got != want {
+			t.Errorf("registered as %q, it is %s", class, got)
+		}
+	}
+	c.refused(status.Invalid, "class", in("lukewarm"))
+}

@@ -137,6 +137,7 @@ type Store struct {
 	// one that comes with no higher number than before is an older copy, and one
 	// that comes from another host may be (0: not told).
 	Life          uint64 `protobuf:"varint,90,opt,name=life,proto3" json:"life,omitempty"`
+	Class         string `protobuf:"bytes,80,opt,name=class,proto3" json:"class,omitempty"` // fast or slow; "": fast
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -211,6 +212,13 @@ func (x *Store) GetLife() uint64 {
 		return x.Life
 	}
 	return 0
+}
+
+func (x *Store) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
 }
 
 type Host struct {
@@ -6426,14 +6434,15 @@ var File_proto_pb_meta_proto protoreflect.FileDescriptor
 
 const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
-	"\x13proto/pb/meta.proto\x12\bcairn.v1\x1a\x17proto/pb/snapshot.proto\x1a\x14proto/pb/place.proto\"\xa2\x01\n" +
+	"\x13proto/pb/meta.proto\x12\bcairn.v1\x1a\x17proto/pb/snapshot.proto\x1a\x14proto/pb/place.proto\"\xb8\x01\n" +
 	"\x05Store\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12%\n" +
 	"\x0ecapacity_bytes\x18\x04 \x01(\x04R\rcapacityBytes\x12\x18\n" +
 	"\aretired\x18\x05 \x01(\bR\aretired\x12\x12\n" +
-	"\x04life\x18Z \x01(\x04R\x04life\"\xcb\x02\n" +
+	"\x04life\x18Z \x01(\x04R\x04life\x12\x14\n" +
+	"\x05class\x18P \x01(\tR\x05class\"\xcb\x02\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tdata_addr\x18\x02 \x01(\tR\bdataAddr\x12!\n" +

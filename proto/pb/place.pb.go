@@ -431,6 +431,8 @@ type Placement struct {
 	Rebalance     string                 `protobuf:"bytes,8,opt,name=rebalance,proto3" json:"rebalance,omitempty"`                                                                         // what moves by itself: off, data, all (VMs too); "": off
 	MovesAtOnce   uint32                 `protobuf:"varint,9,opt,name=moves_at_once,json=movesAtOnce,proto3" json:"moves_at_once,omitempty"`                                               // VMs on their way; 0: 4
 	BytesAtOnce   uint64                 `protobuf:"varint,10,opt,name=bytes_at_once,json=bytesAtOnce,proto3" json:"bytes_at_once,omitempty"`                                              // of chunks on their way; 0: 1 GiB
+	CoolMs        int64                  `protobuf:"varint,11,opt,name=cool_ms,json=coolMs,proto3" json:"cool_ms,omitempty"`                                                               // chunks unused for so long may go to slow stores; 0: an hour; -1: none do
+	CoolPercent   uint32                 `protobuf:"varint,12,opt,name=cool_percent,json=coolPercent,proto3" json:"cool_percent,omitempty"`                                                // and do where fast stores are fuller than this; 0: 70
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -531,6 +533,20 @@ func (x *Placement) GetMovesAtOnce() uint32 {
 func (x *Placement) GetBytesAtOnce() uint64 {
 	if x != nil {
 		return x.BytesAtOnce
+	}
+	return 0
+}
+
+func (x *Placement) GetCoolMs() int64 {
+	if x != nil {
+		return x.CoolMs
+	}
+	return 0
+}
+
+func (x *Placement) GetCoolPercent() uint32 {
+	if x != nil {
+		return x.CoolPercent
 	}
 	return 0
 }
@@ -646,6 +662,8 @@ type VolumeHeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
 	Chunks        []*ChunkHeat           `protobuf:"bytes,2,rep,name=chunks,proto3" json:"chunks,omitempty"`
+	Used          []byte                 `protobuf:"bytes,3,opt,name=used,proto3" json:"used,omitempty"`      // a bit for each chunk by its index, lowest first: read or written since the last report
+	Unsaid        bool                   `protobuf:"varint,4,opt,name=unsaid,proto3" json:"unsaid,omitempty"` // used is left out: any chunk may have been
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -692,6 +710,20 @@ func (x *VolumeHeat) GetChunks() []*ChunkHeat {
 		return x.Chunks
 	}
 	return nil
+}
+
+func (x *VolumeHeat) GetUsed() []byte {
+	if x != nil {
+		return x.Used
+	}
+	return nil
+}
+
+func (x *VolumeHeat) GetUnsaid() bool {
+	if x != nil {
+		return x.Unsaid
+	}
+	return false
 }
 
 // PlaceQuestion asks for text a person can check by hand.
@@ -1124,7 +1156,7 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x18\n" +
 	"\adesired\x18\x04 \x01(\tR\adesired\x12'\n" +
-	"\x05queue\x18\x05 \x01(\v2\x11.cairn.v1.VMQueueR\x05queue\"\x87\x03\n" +
+	"\x05queue\x18\x05 \x01(\v2\x11.cairn.v1.VMQueueR\x05queue\"\xc3\x03\n" +
 	"\tPlacement\x12\x16\n" +
 	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x14\n" +
 	"\x05order\x18\x02 \x01(\tR\x05order\x12\x15\n" +
@@ -1138,7 +1170,9 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\trebalance\x18\b \x01(\tR\trebalance\x12\"\n" +
 	"\rmoves_at_once\x18\t \x01(\rR\vmovesAtOnce\x12\"\n" +
 	"\rbytes_at_once\x18\n" +
-	" \x01(\x04R\vbytesAtOnce\x1a:\n" +
+	" \x01(\x04R\vbytesAtOnce\x12\x17\n" +
+	"\acool_ms\x18\v \x01(\x03R\x06coolMs\x12!\n" +
+	"\fcool_percent\x18\f \x01(\rR\vcoolPercent\x1a:\n" +
 	"\fWeightsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"A\n" +
@@ -1147,11 +1181,13 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\tChunkHeat\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
 	"\x04read\x18\x02 \x01(\x02R\x04read\x12\x14\n" +
-	"\x05write\x18\x03 \x01(\x02R\x05write\"V\n" +
+	"\x05write\x18\x03 \x01(\x02R\x05write\"\x82\x01\n" +
 	"\n" +
 	"VolumeHeat\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12+\n" +
-	"\x06chunks\x18\x02 \x03(\v2\x13.cairn.v1.ChunkHeatR\x06chunks\"\xc7\x01\n" +
+	"\x06chunks\x18\x02 \x03(\v2\x13.cairn.v1.ChunkHeatR\x06chunks\x12\x12\n" +
+	"\x04used\x18\x03 \x01(\fR\x04used\x12\x16\n" +
+	"\x06unsaid\x18\x04 \x01(\bR\x06unsaid\"\xc7\x01\n" +
 	"\rPlaceQuestion\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1c\n" +
 	"\trebalance\x18\x02 \x01(\bR\trebalance\x12\x1b\n" +
