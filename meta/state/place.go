@@ -460,7 +460,7 @@ func (a *apply) setPlacement(p *pb.Placement) (*pb.Result, error) {
 		return nil, status.Errorf(status.Invalid, "the times of a placement policy are 0 to 30 days")
 	}
 	if p.CoolPercent > 99 {
-		return nil, status.Errorf(status.Invalid, "chunks cannot be cooled above %d %%: 1 to 99", p.CoolPercent)
+		return nil, status.Errorf(status.Invalid, "chunks cannot be cooled above %d %%: 1 to 99 %% are possible", p.CoolPercent)
 	}
 	switch p.Rebalance {
 	case "", "off", "data", "all":
