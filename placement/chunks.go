@@ -27,6 +27,7 @@ type Store struct {
 	InSync        bool   // as a member
 	CapacityBytes uint64
 	UsedBytes     uint64 // live data, as last heard; what compaction gives back is not in use
+	Slow          bool   // its class: for chunks that are cold
 }
 
 // ChunkRequest asks for places of new chunks of one volume.
@@ -36,6 +37,7 @@ type ChunkRequest struct {
 	Replicas   int
 	ChunkBytes uint64
 	PreferHost string // the writer's host
+	Slow       bool   // slow stores first: the chunks are cold
 	// MinReady is how many replicas of a chunk must be on stores that take
 	// writes at once: up, and in sync or new to the volume. 0 means all of
 	// them. The rest may be on stores that are down or behind: they catch up
@@ -71,10 +73,45 @@ func (c Class) String() string { return classNames[c] }
 // ready says whether a store of the class takes writes at once.
 func (c Class) ready() bool { return c <= Fresh }
 
+// Tier comes before Class among stores that are ready, where there are fast and
+// slow ones.
+type Tier int
+
+// The tiers.
+const (
+	Wanted Tier = iota // of the wanted kind: fast, unless the request says slow
+	Other              // of the other kind
+	Brim               // of any kind, with little more than the room its chunks grow into
+)
+
+// brimAt is the fill from which a store is left to the chunks it has.
+const brimAt = 0.9
+
+var tierNames = [...]string{"", ", of the other kind", ", nearly full"}
+
+// tierOf returns a store's tier; mixed says that there are both kinds.
+func tierOf(req ChunkRequest, s Store, mixed bool) Tier {
+	switch {
+	case !mixed:
+		return Wanted
+	case fillOf(s) >= brimAt:
+		return Brim
+	case s.Slow != req.Slow:
+		return Other
+	}
+	return Wanted
+}
+
+// mixed reports whether there are fast and slow stores.
+func mixed(stores []Store) bool {
+	return slices.ContainsFunc(stores, func(s Store) bool { return s.Slow != stores[0].Slow })
+}
+
 // StoreScore is what one store scored, for an explanation.
 type StoreScore struct {
 	Store  Store
 	Class  Class
+	Tier   Tier
 	Lot    float64 // in [0, 1]: larger first in a class, weighted by free bytes
 	Chunks int     // of the request's chunks that were given to it
 
@@ -89,8 +126,8 @@ type ChunkPlan struct {
 }
 
 // PlaceChunks chooses Replicas stores of distinct domains for every chunk:
-// never a full one, by class, and inside a class by a lot weighted with free
-// bytes. The lot keeps requests of many volumes, which all see the same last
+// never a full one, by tier and class, and inside a class by a lot weighted with
+// free bytes. The lot keeps requests of many volumes, which all see the same last
 // heartbeat, from piling onto the one emptiest store, and still fills stores
 // in proportion to their room (weighted sampling without replacement:
 // Efraimidis and Spirakis 2006). The order is drawn once for the request, so
@@ -153,12 +190,17 @@ func score(req ChunkRequest) []StoreScore {
 	for _, s := range req.Stores {
 		most = max(most, free(s.CapacityBytes, s.UsedBytes))
 	}
-	fill := meanFill(req.Stores)
+	fills := map[bool]float64{false: meanFill(req.Stores, false), true: meanFill(req.Stores, true)}
+	both := mixed(req.Stores)
 	for _, s := range req.Stores {
 		if s.Domain == "" {
 			s.Domain = s.Host
 		}
+		fill := fills[s.Slow]
 		sc := StoreScore{Store: s, Class: classOf(req, s)}
+		if sc.Class.ready() {
+			sc.Tier = tierOf(req, s, both)
+		}
 		if hot(s, fill) && (sc.Class == Local || sc.Class == Member) {
 			sc.Class = Fresh
 		}
@@ -169,6 +211,8 @@ func score(req ChunkRequest) []StoreScore {
 	}
 	slices.SortFunc(scores, func(a, b StoreScore) int {
 		switch {
+		case a.Class.ready() && b.Class.ready() && a.Tier != b.Tier:
+			return int(a.Tier - b.Tier)
 		case a.Class != b.Class:
 			return int(a.Class - b.Class)
 		case a.Lot > b.Lot:
@@ -181,11 +225,11 @@ func score(req ChunkRequest) []StoreScore {
 	return scores
 }
 
-// meanFill is the part in use of all stores that are up, together.
-func meanFill(stores []Store) float64 {
+// meanFill is the part in use of all stores of a kind that are up, together.
+func meanFill(stores []Store, slow bool) float64 {
 	used, capacity := 0.0, 0.0
 	for _, s := range stores {
-		if s.Up {
+		if s.Up && s.Slow == slow {
 			used, capacity = used+float64(min(s.UsedBytes, s.CapacityBytes)), capacity+float64(s.CapacityBytes)
 		}
 	}
@@ -249,7 +293,7 @@ func choose(req ChunkRequest, scores []StoreScore) []*StoreScore {
 		for i := range scores {
 			s := &scores[i]
 			if s.Class == Full || (pass < 2 && !s.Class.ready()) {
-				break // sorted by class: nothing usable comes after
+				break // sorted: nothing usable comes after
 			}
 			roomy := free(s.Store.CapacityBytes, s.Store.UsedBytes) >= s.planned+req.ChunkBytes
 			if taken[s.Store.Domain] || (pass == 0 && !roomy) {
@@ -349,7 +393,7 @@ func lack(s *StoreScore) string {
 func (p ChunkPlan) Explain() string {
 	rows := [][]string{{"STORE", "HOST", "DOMAIN", "CLASS", "FREE", "LOT", "CHUNKS"}}
 	for _, s := range p.Scores {
-		rows = append(rows, []string{s.Store.ID.Short(), s.Store.Host, s.Store.Domain, s.Class.String(),
+		rows = append(rows, []string{s.Store.ID.Short(), s.Store.Host, s.Store.Domain, s.Class.String() + tierNames[s.Tier],
 			Bytes(free(s.Store.CapacityBytes, s.Store.UsedBytes)), fmt.Sprintf("%.3f", s.Lot), fmt.Sprint(s.Chunks)})
 	}
 	return Table(rows)

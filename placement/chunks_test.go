@@ -221,6 +221,7 @@ func drawStores(t *rapid.T) []Store {
 		s.Up, s.Member, s.InSync = rapid.Bool().Draw(t, "up"), rapid.Bool().Draw(t, "member"), rapid.Bool().Draw(t, "in sync")
 		s.CapacityBytes = uint64(rapid.IntRange(0, 20).Draw(t, "capacity")) * 64 * mib
 		s.UsedBytes = uint64(rapid.IntRange(0, 22).Draw(t, "used")) * 64 * mib
+		s.Slow = rapid.Bool().Draw(t, "slow")
 		stores = append(stores, s)
 	}
 	return stores
@@ -237,6 +238,7 @@ func TestChunkProperties(t *testing.T) {
 		req.Replicas = rapid.IntRange(1, 5).Draw(t, "replicas")
 		req.MinReady = rapid.IntRange(0, req.Replicas).Draw(t, "min ready")
 		req.PreferHost = fmt.Sprintf("host-%d", rapid.IntRange(0, 12).Draw(t, "prefer"))
+		req.Slow = rapid.Bool().Draw(t, "cold")
 		plan, err := PlaceChunks(req)
 
 		again := req
@@ -286,15 +288,41 @@ func TestChunkProperties(t *testing.T) {
 			if len(c) != req.Replicas || len(domains) != len(c) {
 				t.Fatalf("chunk %v is on %d domains", numbers(c), len(domains))
 			}
+			if req.Count == 1 {
+				mostWanted(t, req, c, ready)
+			}
 			if readyCount != min(req.Replicas, len(readyDomains)) {
 				t.Fatalf("%d replicas are ready, could be %d", readyCount, min(req.Replicas, len(readyDomains)))
 			}
 			// A store that is hot loses every preference, the writer's too.
-			if local, ok := prefer(req); ok && ready(local) && !hot(local, meanFill(req.Stores)) && req.Count == 1 && local.UsedBytes+req.ChunkBytes <= local.CapacityBytes && c[0] != local.ID {
+			if local, ok := prefer(req); ok && ready(local) && !hot(local, meanFill(req.Stores, local.Slow)) && req.Count == 1 && tierOf(req, local, mixed(req.Stores)) == Wanted && local.UsedBytes+req.ChunkBytes <= local.CapacityBytes && c[0] != local.ID {
 				t.Fatalf("the writer's store is not first in %v", numbers(c))
 			}
 		}
 	})
+}
+
+// mostWanted fails where a copy lies on a store that is ready but not of the wanted
+// kind, or nearly full, and one that is both was left in the same domain or in one
+// that was not taken.
+func mostWanted(t *rapid.T, req ChunkRequest, chosen []ids.StoreID, ready func(Store) bool) {
+	both, at := mixed(req.Stores), map[string]Store{}
+	for _, s := range req.Stores {
+		if slices.Contains(chosen, s.ID) {
+			at[s.Domain] = s
+		}
+	}
+	for _, better := range req.Stores {
+		if !ready(better) || better.UsedBytes+req.ChunkBytes > better.CapacityBytes || slices.Contains(chosen, better.ID) {
+			continue
+		}
+		for domain, s := range at {
+			_, taken := at[better.Domain]
+			if ready(s) && (!taken || better.Domain == domain) && tierOf(req, better, both) < tierOf(req, s, both) {
+				t.Fatalf("%v was chosen, and %v was left", s, better)
+			}
+		}
+	}
 }
 
 func prefer(req ChunkRequest) (Store, bool) {

@@ -232,19 +232,6 @@ func TestGainAndDecay(t *testing.T) {
 	}
 }
 
-func TestColdChunksGoFirst(t *testing.T) {
-	c := []ChunkHeat{{Heat: Heat{Read: 9}, Bytes: 10}, {Heat: Heat{Read: 1}, Bytes: 10}, {Heat: Heat{Write: 3}, Bytes: 10}}
-	if got := Coldest(c, 15, 5); !slices.Equal(got, []int{1, 2}) {
-		t.Errorf("moves %v", got)
-	}
-	if got := Coldest(c, 100, 5); !slices.Equal(got, []int{1, 2}) {
-		t.Errorf("a hot chunk moves: %v", got)
-	}
-	if Warm(c[0], 5) || !Warm(c[0], 4) {
-		t.Error("moving back needs twice the heat that moving away allows")
-	}
-}
-
 // Same seed, same placements; and a full scan finds the one host with room.
 func TestSampledDecisions(t *testing.T) {
 	run := func() (out []int) {

@@ -2,7 +2,6 @@ package placement
 
 import (
 	"math"
-	"slices"
 	"time"
 )
 
@@ -52,35 +51,3 @@ func Gain(chunks []ChunkHeat) map[int]float64 {
 	}
 	return out
 }
-
-// Coldest returns chunks that a slower, cheaper store could hold: the coldest
-// first, until `bytes` would be free on the fast one, and never one whose heat
-// is above hotMax. Moving back needs twice that heat, so that none ping-pongs.
-func Coldest(chunks []ChunkHeat, bytes uint64, hotMax float64) (move []int) {
-	order := make([]int, len(chunks))
-	for i := range order {
-		order[i] = i
-	}
-	slices.SortStableFunc(order, func(a, b int) int {
-		x, y := chunks[a].Read+chunks[a].Write, chunks[b].Read+chunks[b].Write
-		switch {
-		case x < y:
-			return -1
-		case x > y:
-			return 1
-		}
-		return 0
-	})
-	var freed uint64
-	for _, i := range order {
-		if freed >= bytes || chunks[i].Read+chunks[i].Write > hotMax {
-			break
-		}
-		move, freed = append(move, i), freed+chunks[i].Bytes
-	}
-	return move
-}
-
-// Warm reports whether a chunk on a slow store has become hot enough to move
-// back: twice what Coldest lets go.
-func Warm(c ChunkHeat, hotMax float64) bool { return c.Read+c.Write > 2*hotMax }

@@ -74,33 +74,37 @@ type IndexedHeat struct {
 const coldBytes = 4096
 
 // Hottest decays all heat to now and returns at most n chunks that have any,
-// the hottest first. Called by one goroutine.
-func (m *Meter) Hottest(now time.Duration, n int) []IndexedHeat {
+// the hottest first, and a bit for each chunk, lowest index first, that says
+// whether it was used since the last call. Called by one goroutine.
+func (m *Meter) Hottest(now time.Duration, n int) (hot []IndexedHeat, used []byte) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	f := float32(Heat{Read: 1}.Decay(now - m.last).Read)
 	m.last = now
 	d := m.dir.Load()
 	if d == nil {
-		return nil
+		return nil, nil
 	}
-	var out []IndexedHeat
 	for i := range *d {
 		p := (*d)[i].Load()
 		if p == nil {
 			continue
 		}
 		for j := range meterPage {
-			h := &p.heat[j]
-			h.read = h.read*f + float32(p.read[j].Swap(0))
-			h.write = h.write*f + float32(p.write[j].Swap(0))
+			h, r, w, c := &p.heat[j], p.read[j].Swap(0), p.write[j].Swap(0), i*meterPage+j
+			h.read = h.read*f + float32(r)
+			h.write = h.write*f + float32(w)
 			if h.read+h.write >= coldBytes {
-				out = append(out, IndexedHeat{uint32(i*meterPage + j), Heat{float64(h.read), float64(h.write)}})
+				hot = append(hot, IndexedHeat{uint32(c), Heat{float64(h.read), float64(h.write)}})
+			}
+			if r+w > 0 {
+				used = append(used, make([]byte, c/8+1-len(used))...)
+				used[c/8] |= 1 << (c % 8)
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b IndexedHeat) int {
+	slices.SortFunc(hot, func(a, b IndexedHeat) int {
 		return cmp.Or(cmp.Compare(b.Read+b.Write, a.Read+a.Write), cmp.Compare(a.Chunk, b.Chunk))
 	})
-	return slices.Clone(out[:min(n, len(out))])
+	return slices.Clone(hot[:min(n, len(hot))]), used
 }

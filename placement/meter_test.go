@@ -8,23 +8,29 @@ import (
 
 func TestMeterDecaysAndKeepsTheHottest(t *testing.T) {
 	m := &Meter{}
-	if got := m.Hottest(time.Second, 4); got != nil {
+	if got, used := m.Hottest(time.Second, 4); got != nil || used != nil {
 		t.Errorf("an unused volume is hot: %v", got)
 	}
 	m.Count(3, 64<<10, false)
 	m.Count(1_000_000, 32<<10, true)
 	m.Count(0, 16<<10, false)
 	m.Count(7, 100, false) // next to nothing
-	got := m.Hottest(time.Second, 2)
+	got, used := m.Hottest(time.Second, 2)
 	if len(got) != 2 || got[0] != (IndexedHeat{3, Heat{Read: 64 << 10}}) || got[1] != (IndexedHeat{1_000_000, Heat{Write: 32 << 10}}) {
 		t.Errorf("got %v", got)
 	}
+	if len(used) != 1_000_001/8+1 || used[0] != 1<<0|1<<3|1<<7 || used[1_000_000/8] != 1 {
+		t.Errorf("%d bytes of used chunks, the first %b", len(used), used[0])
+	}
 	m.Count(0, 16<<10, false)
-	got = m.Hottest(time.Second+HalfLife, 10)
+	got, used = m.Hottest(time.Second+HalfLife, 10)
+	if len(used) != 1 || used[0] != 1 {
+		t.Errorf("used since: %v", used)
+	}
 	if len(got) != 3 || got[0].Chunk != 3 || got[0].Read != 32<<10 || got[1] != (IndexedHeat{0, Heat{Read: 24 << 10}}) {
 		t.Errorf("after a half-life %v", got)
 	}
-	if got = m.Hottest(time.Second+40*HalfLife, 10); len(got) != 0 {
+	if got, used = m.Hottest(time.Second+40*HalfLife, 10); len(got) != 0 || used != nil {
 		t.Errorf("after forty half-lives %v", got)
 	}
 }
@@ -45,7 +51,8 @@ func TestMeterIsSafeTogether(t *testing.T) {
 	}
 	wg.Wait()
 	sum := 0.0
-	for _, h := range m.Hottest(0, 1<<20) {
+	all, _ := m.Hottest(0, 1<<20)
+	for _, h := range all {
 		sum += h.Read + h.Write
 	}
 	if sum != 4*4000*4096 {

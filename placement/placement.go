@@ -12,6 +12,7 @@
 //	levels   hosts by how full they are
 //	decide   score plugins, sampled and full decisions
 //	queue    which VM goes next; preemption; time slices
+//	tiers    cold chunks to slow stores, warm ones back
 //	heat     what part of a VM's traffic a host would serve itself
 //	meter    the counters behind heat, on a gateway's data path
 //	price    what staying, moving the VM or moving the data costs

@@ -20,13 +20,13 @@ type ChunkMove struct {
 	From, To ids.StoreID
 }
 
-// Even plans the moves that bring every store within slack of the mean fill:
+// Even plans the moves that bring every store within slack of its kind's mean fill:
 // after a store came, or one is to be emptied (capacity 0). A replica goes only
 // from a store above the mean to one below it, each once, so that no plan moves
 // more than the theoretical minimum and the last chunk's rounding. Domains stay
 // apart. At most movesMax moves; planning again goes on from there.
 func Even(stores []Store, chunks []Placed, slack float64, movesMax int) (moves []ChunkMove) {
-	mean := meanFill(stores)
+	means := map[bool]float64{false: meanFill(stores, false), true: meanFill(stores, true)}
 	type bin struct {
 		Store
 		chunks []int
@@ -54,12 +54,12 @@ func Even(stores []Store, chunks []Placed, slack float64, movesMax int) (moves [
 		}
 		return chunks[c].Stores
 	}
-	over := func(b *bin) float64 { return float64(b.UsedBytes) - mean*float64(b.CapacityBytes) }
+	over := func(b *bin) float64 { return float64(b.UsedBytes) - means[b.Slow]*float64(b.CapacityBytes) }
 	slices.SortFunc(order, func(a, b *bin) int {
 		return cmp.Or(cmp.Compare(over(b), over(a)), slices.Compare(a.ID[:], b.ID[:]))
 	})
 	fits := func(c int, from, to *bin) bool {
-		if !to.Up || over(to)+float64(chunks[c].Bytes) > 0 {
+		if !to.Up || to.Slow != from.Slow || over(to)+float64(chunks[c].Bytes) > 0 {
 			return false
 		}
 		for _, id := range where(c) {
@@ -70,7 +70,7 @@ func Even(stores []Store, chunks []Placed, slack float64, movesMax int) (moves [
 		return true
 	}
 	for _, from := range order {
-		allowed := slack * mean * float64(from.CapacityBytes)
+		allowed := slack * means[from.Slow] * float64(from.CapacityBytes)
 		for _, c := range from.chunks {
 			if over(from) <= allowed || len(moves) >= movesMax {
 				break

@@ -75,7 +75,7 @@ func filled(t *testing.T, stores []Store) (chunks []Placed, sets map[string]bool
 func TestChunksAreSpreadEvenly(t *testing.T) {
 	stores := plant(60)
 	chunks, sets, volumes := filled(t, stores)
-	mean, worst := meanFill(stores), 0.0
+	mean, worst := meanFill(stores, false), 0.0
 	for _, s := range stores {
 		worst = max(worst, fillOf(s)/mean)
 	}
@@ -110,7 +110,7 @@ func TestEvenMovesTheMinimum(t *testing.T) {
 	}
 	stores = append(stores, Store{ID: ids.StoreID{9, 9, 9}, Host: "new", Domain: "rack-new", Up: true, CapacityBytes: 4096 * gib})
 	moves := Even(stores, chunks, 0.01, 1<<20)
-	mean := meanFill(stores)
+	mean := meanFill(stores, false)
 	least := 0.0
 	for _, s := range stores {
 		least += max(0, float64(s.UsedBytes)-mean*1.01*float64(s.CapacityBytes))

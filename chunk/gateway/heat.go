@@ -14,8 +14,9 @@ import (
 // Bounds of one report.
 const (
 	heatEvery   = 10 * time.Second
-	heatChunks  = 128  // hottest of each volume
-	heatVolumes = 4096 // chunks of all volumes of a host
+	heatChunks  = 1024     // hottest of each volume
+	heatVolumes = 4096     // chunks of all volumes of a host
+	usedBytes   = 64 << 10 // of all volumes' bits of used chunks
 )
 
 // count notes the operations of a client. Chunks are counted by where an
@@ -36,11 +37,13 @@ func (g *Gateway) heatReport(at time.Duration) (out []*pb.VolumeHeat) {
 		return nil
 	}
 	g.heatTold = at
-	left := heatVolumes
-	for _, v := range g.Volumes() {
-		hot := v.heat.Hottest(at, min(heatChunks, left))
-		left -= len(hot)
+	vs, left := g.Volumes(), usedBytes
+	for _, v := range vs {
+		hot, used := v.heat.Hottest(at, min(heatChunks, heatVolumes/len(vs)))
 		r := &pb.VolumeHeat{VolumeId: uint64(v.id)}
+		if r.Said = len(used) <= left; r.Said {
+			r.Used, left = used, left-len(used)
+		}
 		for _, h := range hot {
 			r.Chunks = append(r.Chunks, &pb.ChunkHeat{Index: h.Chunk, Read: float32(h.Read), Write: float32(h.Write)})
 		}

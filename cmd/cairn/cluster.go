@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
@@ -32,6 +33,7 @@ type localCluster struct {
 	ID        string      `json:"id"`
 	StoreSize uint64      `json:"storeSizeBytes"`
 	Stores    int         `json:"storesPerHost,omitempty"` // 0: one
+	Slow      int         `json:"slowPerHost,omitempty"`   // the last ones of these
 	Meta      []localMeta `json:"meta"`
 	Hosts     []localHost `json:"hosts"`
 	dir       string
@@ -85,7 +87,7 @@ func openCluster(dir string) (*localCluster, error) {
 
 // createCluster makes the description of a new cluster with free ports of this
 // machine.
-func createCluster(dir string, hosts, metas, stores int, storeSize uint64) (*localCluster, error) {
+func createCluster(dir string, f upFlags, storeSize uint64) (*localCluster, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "run"), 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the cluster's directory: %w", err)
 	}
@@ -100,16 +102,16 @@ func createCluster(dir string, hosts, metas, stores int, storeSize uint64) (*loc
 	}
 	var id [8]byte
 	_, _ = rand.Read(id[:]) // never fails
-	l := &localCluster{Version: clusterVersion, ID: hex.EncodeToString(id[:]), StoreSize: storeSize, Stores: stores, dir: dir}
-	ports, err := freePorts(2*metas + 2*hosts)
+	l := &localCluster{Version: clusterVersion, ID: hex.EncodeToString(id[:]), StoreSize: storeSize, Stores: f.stores, Slow: f.slow, dir: dir}
+	ports, err := freePorts(2*f.metas + 2*f.hosts)
 	if err != nil {
 		return nil, err
 	}
 	next := func() string { p := ports[0]; ports = ports[1:]; return p }
-	for i := range metas {
+	for i := range f.metas {
 		l.Meta = append(l.Meta, localMeta{ID: fmt.Sprintf("meta-%d", i+1), API: next(), Raft: next()})
 	}
-	for i := range hosts {
+	for i := range f.hosts {
 		l.Hosts = append(l.Hosts, localHost{Name: fmt.Sprintf("host-%d", i+1), Data: next(), Control: next()})
 	}
 	b, err := json.MarshalIndent(l, "", "  ")
@@ -200,7 +202,11 @@ func (l *localCluster) hostConfig(i int) *hostConfig {
 	c := &hostConfig{Name: h.Name, Dir: l.path(h.Name), Cluster: l.ID, Meta: l.metaAddrs(), Data: h.Data, Control: h.Control,
 		NBD: l.path(h.Name, "nbd.sock")}
 	for n := range max(1, l.Stores) {
-		c.Stores = append(c.Stores, storeConfig{Path: l.path(h.Name, fmt.Sprintf("store-%d", n+1)), Size: strconv.FormatUint(l.StoreSize, 10), Thin: true})
+		s := storeConfig{Path: l.path(h.Name, fmt.Sprintf("store-%d", n+1)), Size: strconv.FormatUint(l.StoreSize, 10), Thin: true}
+		if n >= max(1, l.Stores)-l.Slow {
+			s.Class = state.ClassSlow
+		}
+		c.Stores = append(c.Stores, s)
 	}
 	return c
 }

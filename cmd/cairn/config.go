@@ -11,6 +11,7 @@ import (
 	"github.com/BurntSushi/toml"
 	"github.com/spf13/cobra"
 
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/netplane/link"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -67,7 +68,10 @@ type storeConfig struct {
 	Size string `toml:"size"` // of a store file that does not exist yet
 	// Thin: the file takes up what is written only, and others may fill the file
 	// system under it; else its whole space is reserved. Devices are what they are.
-	Thin  bool   `toml:"thin,omitempty"`
+	Thin bool `toml:"thin,omitempty"`
+	// Class says what the store is for: new chunks and used ones go to fast stores,
+	// and what nobody uses to slow ones when those fill.
+	Class string `toml:"class,omitempty"` // fast (default) or slow
 	Scrub string `toml:"scrub,omitempty"` // bytes per second read to verify everything, once a week; "0": only when asked (16M)
 
 	size  uint64
@@ -207,6 +211,9 @@ func (c *hostConfig) check() (err error) {
 		s := &c.Stores[i]
 		if s.Path == "" {
 			return fmt.Errorf("store %d has no path", i+1)
+		}
+		if s.Class != "" && s.Class != state.ClassFast && s.Class != state.ClassSlow {
+			return fmt.Errorf("store %s: class = %q is not %s or %s", s.Path, s.Class, state.ClassFast, state.ClassSlow)
 		}
 		if s.Size != "" {
 			if s.size, err = parseSize(s.Size); err != nil {

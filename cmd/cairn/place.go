@@ -57,14 +57,16 @@ type policyView struct {
 	Rebalance string             `json:"rebalance"` // off, data, all
 	Moves     uint32             `json:"movesAtOnce"`
 	Bytes     uint64             `json:"bytesAtOnce"`
+	CoolMs    int64              `json:"coolAfterMs"` // -1: never
+	CoolAbove uint32             `json:"coolAbovePercent"`
 	Weights   map[string]float64 `json:"weights"`
 }
 
 func placePolicy(c *cli) *cobra.Command {
 	var out outputFlag
-	var age, quantum, delay, restart time.Duration
+	var age, quantum, delay, restart, cool time.Duration
 	var policy, order, rebalance, bytes string
-	var moves uint32
+	var moves, above uint32
 	var weights map[string]string
 	cmd := &cobra.Command{
 		Use: "policy", Short: "Show or set the cluster's placement policy and the order of the queue", Args: cobra.NoArgs,
@@ -78,7 +80,7 @@ func placePolicy(c *cli) *cobra.Command {
 				p := ans.Settings
 				set := cmd.Flags().Changed
 				changed := false
-				for _, f := range []string{"policy", "order", "age", "quantum", "delay", "weight", "restart-after", "rebalance", "moves-at-once", "bytes-at-once"} {
+				for _, f := range []string{"policy", "order", "age", "quantum", "delay", "weight", "restart-after", "rebalance", "moves-at-once", "bytes-at-once", "cool-after", "cool-above"} {
 					changed = changed || set(f)
 				}
 				if !changed {
@@ -92,6 +94,7 @@ func placePolicy(c *cli) *cobra.Command {
 					{"age", func() { p.AgeMs = age.Milliseconds() }}, {"quantum", func() { p.QuantumMs = quantum.Milliseconds() }},
 					{"delay", func() { p.DelayMs = delay.Milliseconds() }}, {"restart-after", func() { p.RestartMs = restart.Milliseconds() }},
 					{"rebalance", func() { p.Rebalance = rebalance }}, {"moves-at-once", func() { p.MovesAtOnce = moves }},
+					{"cool-after", func() { p.CoolMs = cool.Milliseconds() }}, {"cool-above", func() { p.CoolPercent = above }},
 				} {
 					if set(f.flag) {
 						f.put()
@@ -122,6 +125,8 @@ func placePolicy(c *cli) *cobra.Command {
 	f.StringVar(&rebalance, "rebalance", "", "what moves by itself: off, data, or all (VMs too, by a restart) (off)")
 	f.Uint32Var(&moves, "moves-at-once", 0, "VMs on their way at once (4)")
 	f.StringVar(&bytes, "bytes-at-once", "0", "of chunks on their way at once (1G)")
+	f.DurationVar(&cool, "cool-after", 0, "chunks nobody has used for so long may go to slow stores (an hour; -1ms: none do)")
+	f.Uint32Var(&above, "cool-above", 0, "and do where the fast store is fuller than so many per cent (70)")
 	f.StringToStringVar(&weights, "weight", nil, "round-robin: tenant=weight; may be repeated")
 	out.register(cmd)
 	return cmd
@@ -148,7 +153,8 @@ func (o *outputFlag) showPolicy(p *pb.Placement) error {
 	}
 	v := policyView{Policy: p.GetPolicy(), Order: p.GetOrder(), AgeMs: def(p.GetAgeMs(), 3600_000), QuantumMs: def(p.GetQuantumMs(), 60_000),
 		DelayMs: def(p.GetDelayMs(), 5000), Weights: p.GetWeights(),
-		RestartMs: def(p.GetRestartMs(), 30_000), Rebalance: p.GetRebalance(), Moves: uint32(def(int64(p.GetMovesAtOnce()), 4)), Bytes: uint64(def(int64(p.GetBytesAtOnce()), 1<<30))}
+		RestartMs: def(p.GetRestartMs(), 30_000), Rebalance: p.GetRebalance(), Moves: uint32(def(int64(p.GetMovesAtOnce()), 4)), Bytes: uint64(def(int64(p.GetBytesAtOnce()), 1<<30)),
+		CoolMs: def(p.GetCoolMs(), 3600_000), CoolAbove: uint32(def(int64(p.GetCoolPercent()), 70))}
 	if v.Rebalance == "" {
 		v.Rebalance = "off"
 	}
@@ -166,7 +172,16 @@ func (o *outputFlag) showPolicy(p *pb.Placement) error {
 	return o.show(v, nil, [][]string{{"policy", v.Policy}, {"queue order", v.Order}, {"ageing limit", ms(v.AgeMs)}, {"turn of a batch VM", ms(v.QuantumMs)},
 		{"wait for a local host", ms(max(v.DelayMs, 0))}, {"weights", fmt.Sprint(v.Weights)},
 		{"a silent host's VMs restart elsewhere after", restart}, {"moves by itself", v.Rebalance},
+		{"to slow stores", cools(v)},
 		{"at once", fmt.Sprintf("%d VMs, %s of chunks", v.Moves, formatSize(v.Bytes))}})
+}
+
+// cools says when chunks go to slow stores.
+func cools(v policyView) string {
+	if v.CoolMs < 0 {
+		return "nothing"
+	}
+	return fmt.Sprintf("what nobody has used for %v, from fast ones above %d %%", time.Duration(v.CoolMs)*time.Millisecond, v.CoolAbove)
 }
 
 func placeRebalance(c *cli) *cobra.Command {
@@ -177,7 +192,8 @@ func placeRebalance(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "rebalance", Short: "Bring VMs and their data together, and even stores out, inside a budget", Args: cobra.NoArgs,
 		Long: `Bring running VMs to their data, or hot chunks to their VMs, whichever costs fewer bytes, and
-even stores out. A move must pay within an hour by the heat of now. A VM moves by shutting
+even stores out; and what nobody uses to slow stores, where fast ones are full, and what is
+used back. A move must pay within an hour by the heat of now. A VM moves by shutting
 down and starting again on its new host. The leader does the same by itself, as far as
 "cairn place policy --rebalance" lets it.`,
 		Example: "  cairn place rebalance --dry-run\n  cairn place rebalance --moves 4 --bytes 512M\n  cairn place rebalance --data",

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/pb"
 )
 
@@ -58,6 +59,7 @@ type storeView struct {
 	Capacity    uint64 `json:"capacityBytes"`
 	Used        uint64 `json:"usedBytes"` // segments in use
 	Live        uint64 `json:"liveBytes"` // blocks that can still be read
+	Class       string `json:"class"`     // fast, slow
 	State       string `json:"state"`
 	Retired     bool   `json:"retired"`
 	FillRate    int64  `json:"fillBytesPerSecond"` // lately
@@ -101,7 +103,7 @@ func viewHost(h *pb.HostState) hostView {
 	w := hostView{Name: h.Host.Name, Up: h.Up, Drained: h.Host.Drained, LastSeenMs: h.LastSeenMs, Data: h.Host.DataAddr, Control: h.Host.ControlAddr,
 		CPUs: h.Host.Cpus, Memory: h.Host.MemoryBytes, Stores: []storeView{}}
 	for _, st := range h.Stores {
-		v := storeView{ID: fmt.Sprintf("%x", st.Store.Id), Host: st.Store.Host, Incarnation: st.Store.Incarnation,
+		v := storeView{ID: fmt.Sprintf("%x", st.Store.Id), Host: st.Store.Host, Incarnation: st.Store.Incarnation, Class: state.ClassOf(st.Store),
 			Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState(),
 			Retired: st.Store.Retired, FillRate: int64(st.FillBytesPerSecond), WatchedMs: st.WatchedMs}
 		switch {

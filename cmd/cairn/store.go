@@ -43,10 +43,10 @@ func storeListCommand(c *cli) *cobra.Command {
 				for _, h := range hs {
 					for _, st := range h.Stores {
 						all = append(all, st)
-						rows = append(rows, []string{st.ID, st.Host, formatSize(st.Used), formatSize(st.Live), formatSize(st.Capacity), fmt.Sprint(st.Incarnation), st.State})
+						rows = append(rows, []string{st.ID, st.Host, formatSize(st.Used), formatSize(st.Live), formatSize(st.Capacity), st.Class, fmt.Sprint(st.Incarnation), st.State})
 					}
 				}
-				return out.show(all, []string{"STORE", "HOST", "USED", "LIVE", "CAPACITY", "INCARNATION", "STATE"}, rows)
+				return out.show(all, []string{"STORE", "HOST", "USED", "LIVE", "CAPACITY", "CLASS", "INCARNATION", "STATE"}, rows)
 			})
 		},
 	}

@@ -40,6 +40,7 @@ type hostStore struct {
 	*store.Store
 	path   string
 	kind   string // file, thin file, device
+	class  string // fast, slow; "": fast
 	boot   string
 	disk   disk.Disk
 	pages  *checkpoint.Pages
@@ -138,7 +139,7 @@ func (o *storeOpener) file(name string) string {
 }
 
 func (o *storeOpener) open() (_ *hostStore, err error) {
-	s := &hostStore{path: o.sc.Path, boot: o.boot, pace: o.sc.scrub, scrubs: o.file("scrub") + ".json"}
+	s := &hostStore{path: o.sc.Path, class: o.sc.Class, boot: o.boot, pace: o.sc.scrub, scrubs: o.file("scrub") + ".json"}
 	var undo []func() error
 	defer func() {
 		for i := len(undo) - 1; err != nil && i >= 0; i-- {
@@ -291,7 +292,7 @@ func (h *hostd) identify(ctx context.Context) error {
 func (h *hostd) registerStores(ctx context.Context) error {
 	for _, s := range h.stores {
 		id := s.ID()
-		st := &pb.Store{Id: id[:], Incarnation: uint64(s.Incarnation()), Host: h.cfg.Name, CapacityBytes: s.Usage().CapacityBytes, Life: uint64(s.Position().Life)}
+		st := &pb.Store{Id: id[:], Incarnation: uint64(s.Incarnation()), Host: h.cfg.Name, CapacityBytes: s.Usage().CapacityBytes, Life: uint64(s.Position().Life), Class: s.class}
 		_, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: st}}})
 		if status.Of(err) == status.Conflict { // somebody else has opened it: our record is worth nothing
 			err = errors.Join(fmt.Errorf("%w; start this host again to let it in as that", err), s.record.Save(identity.Seen{}, true))

@@ -24,6 +24,7 @@ type upFlags struct {
 	hosts     int
 	metas     int
 	stores    int
+	slow      int
 	storeSize string
 	processes bool
 }
@@ -45,6 +46,7 @@ one process each. It keeps its data in one directory; the next up finds it again
 	fl.IntVar(&f.hosts, "hosts", 3, "hosts of a new cluster")
 	fl.IntVar(&f.metas, "meta-nodes", 3, "metadata nodes of a new cluster: 1, 3 or 5")
 	fl.IntVar(&f.stores, "stores", 1, "stores of each host of a new cluster, 1 to 64")
+	fl.IntVar(&f.slow, "slow-stores", 0, "of these, how many are slow: for chunks nobody uses")
 	fl.StringVar(&f.storeSize, "store-size", "64G", "size of each store in a new cluster; it takes up what is written only")
 	fl.BoolVar(&f.processes, "processes", false, "one process per metadata node and host, restarted when it dies")
 	return cmd
@@ -66,6 +68,9 @@ func up(ctx context.Context, dir string, f upFlags) (err error) {
 	if f.stores < 1 || f.stores > 64 {
 		return usagef("--stores %d: a host has 1 to 64 stores", f.stores)
 	}
+	if f.slow < 0 || f.slow > f.stores {
+		return usagef("--slow-stores %d: 0 to %d, the stores of a host", f.slow, f.stores)
+	}
 	if dir, err = filepath.Abs(dir); err != nil {
 		return err
 	}
@@ -81,7 +86,7 @@ func up(ctx context.Context, dir string, f upFlags) (err error) {
 		if serr != nil {
 			return serr
 		}
-		l, err = createCluster(dir, f.hosts, f.metas, f.stores, size)
+		l, err = createCluster(dir, f, size)
 	}
 	if err != nil {
 		return err

@@ -42,6 +42,8 @@ type tenure struct {
 	fills     map[string]*fill // by the 16 bytes of a store's id
 	heat      map[uint64]*volumeHeat
 	heatSwept time.Duration
+	uses      map[uint64]*uses // by volume
+	usesSwept time.Duration
 }
 
 // beat is a host's last heartbeat.

@@ -58,7 +58,7 @@ func PlaceMoves(kv state.KV, placer Placer, op *pb.MoveChunks, stores []StoreVie
 		if !v.Maintenance { // a guest there reads it
 			prefer = v.HolderHost
 		}
-		req := ChunkRequest{Volume: ids.VolumeID(v.Id), Count: 1, Replicas: 1, ChunkBytes: v.ChunkBytes, PreferHost: prefer, Stores: placesFor(kv, v, c, mv.From, stores)}
+		req := ChunkRequest{Volume: ids.VolumeID(v.Id), Count: 1, Replicas: 1, ChunkBytes: v.ChunkBytes, PreferHost: prefer, Slow: onSlow(kv, c, mv.From), Stores: placesFor(kv, v, c, mv.From, stores)}
 		places, err := placer.PlaceChunks(req)
 		if err != nil || len(places) != 1 || len(places[0]) != 1 {
 			last = err
@@ -77,6 +77,15 @@ func PlaceMoves(kv state.KV, placer Placer, op *pb.MoveChunks, stores []StoreVie
 		return status.Errorf(status.NoSpace, "no store can take a further copy of chunks of volume %s: every host with room has one already (%w)", v.Name, last)
 	}
 	return nil
+}
+
+// onSlow reports whether a copy that goes, or one that is to be joined by another,
+// is on a slow store.
+func onSlow(kv state.KV, c *pb.Chunk, from []byte) bool {
+	if len(from) == 0 && len(c.Stores) > 0 {
+		from = c.Stores[0]
+	}
+	return state.ClassOf(state.StoreByID(kv, from)) == state.ClassSlow
 }
 
 // placesFor lists the stores that may get a copy of c in the place of from.

@@ -39,6 +39,7 @@ type ChunkRequest struct {
 	Replicas   int
 	ChunkBytes uint64
 	PreferHost string // the writer's host: its own store first
+	Slow       bool   // the copies are of slow stores
 	Stores     []StoreView
 }
 
@@ -52,6 +53,7 @@ type StoreView struct {
 	InSync        bool   // as a member; false for a non-member
 	CapacityBytes uint64
 	UsedBytes     uint64 // last heartbeat
+	Slow          bool   // its class
 }
 
 // Picture is the cluster as placement sees it. It and what it returns are read
@@ -76,7 +78,7 @@ type Picture struct {
 type VolumeView struct {
 	ID     uint64
 	Name   string
-	Home   string // the host that has it attached; "": none
+	Home   string // the host that has it attached; "": none, and then its chunks have no heat
 	Domain string // label whose values differ between replicas
 	Chunks []ChunkView
 }
@@ -99,4 +101,5 @@ type ChunkView struct {
 	Settled     bool          // all its copies are in sync and none is being made
 	Bytes       uint64
 	Read, Write float64 // decayed bytes
+	IdleMs      int64   // nobody has used it for so long; -1: not known. Of samples only
 }

@@ -195,7 +195,14 @@ func (t *tenure) wide(kv state.KV, now time.Duration) *Picture {
 	}
 	p.Stores = t.storeViews(kv, &pb.Volume{}, now)
 	t.moves.used(p.Stores)
-	p.Sample = func() []VolumeView { return t.moves.sample(kv) }
+	t.sweepUses(kv, now)
+	p.Sample = func() []VolumeView {
+		vs := t.moves.sample(kv)
+		for _, v := range vs {
+			t.warmth(&v, now)
+		}
+		return vs
+	}
 	return p
 }
 
@@ -267,16 +274,19 @@ func (c *scheduler) rebalance(t *tenure, q *pb.PlaceQuestion, person bool) (ans 
 func (c *scheduler) carryOut(t *tenure, plan []*pb.PlaceMove, volumes map[uint64]*pb.Volume, now time.Duration) error {
 	for id, v := range volumes {
 		var wishes []*pb.ChunkWish
-		why := map[string]int{}
+		count, why := map[string]int{}, map[string]string{} // by step and way; the first one's reason stands for all
 		for _, m := range plan {
 			if m.Chunk != nil && m.Volume == v.Name {
 				wishes = append(wishes, m.Chunk)
-				why[fmt.Sprintf("from host %s to host %s: %s", m.From, m.To, m.Chunk.Why)]++
+				way := fmt.Sprintf("(%s) from host %s to host %s", m.Step, m.From, m.To)
+				if count[way]++; count[way] == 1 {
+					why[way] = m.Chunk.Why
+				}
 			}
 		}
 		t.moves.add(id, wishes, v.ChunkBytes, now)
-		for text, n := range why {
-			note := &pb.Note{What: fmt.Sprintf("placement moves %d chunks of volume %s %s", n, v.Name, text)}
+		for way, n := range count {
+			note := &pb.Note{What: fmt.Sprintf("placement moves %d chunks of volume %s %s: %s", n, v.Name, way, why[way])}
 			if _, err := c.do(t, &pb.Command{Op: &pb.Command_Note{Note: note}}); err != nil {
 				return err
 			}

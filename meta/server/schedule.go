@@ -109,6 +109,7 @@ func (t *tenure) hearHeat(reports []*pb.VolumeHeat, held map[uint64]bool, now ti
 		if !held[r.VolumeId] {
 			continue
 		}
+		t.usesOf(r.VolumeId).hear(r, now)
 		vh := &volumeHeat{at: now, chunks: map[uint32]*pb.ChunkHeat{}}
 		for _, c := range r.Chunks[:min(len(r.Chunks), heatChunksMax)] {
 			vh.chunks[c.Index] = c

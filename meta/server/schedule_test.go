@@ -2,7 +2,9 @@ package server
 
 import (
 	"fmt"
+	"math"
 	"testing"
+	"time"
 
 	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/pb"
@@ -72,6 +74,59 @@ func TestHeatIsOfHeldVolumes(t *testing.T) {
 	tn.hearHeat(nil, nil, 2*heatKeep)
 	if got := tn.heatOf(1, 2*heatKeep); got != nil {
 		t.Errorf("forgotten heat is back: %v", got)
+	}
+}
+
+// What a leader has not heard of was used when it began; reports, and allocations,
+// say what was used since; of an attached volume without a fresh report nothing is
+// known.
+func TestIdleIsSinceTheLastUse(t *testing.T) {
+	tn := &tenure{since: 100 * time.Second}
+	idle := func(home string, now time.Duration) (out []int64) {
+		v := VolumeView{ID: 1, Home: home, Chunks: []ChunkView{{Index: 0}, {Index: 9}, {Index: 17}}}
+		tn.warmth(&v, now)
+		for _, c := range v.Chunks {
+			out = append(out, int64(math.Floor(float64(c.IdleMs)/1000)))
+		}
+		return out
+	}
+	hear := func(now time.Duration, r *pb.VolumeHeat) {
+		r.VolumeId = 1
+		tn.hearHeat([]*pb.VolumeHeat{r}, map[uint64]bool{1: true}, now)
+	}
+	check := func(what string, got []int64, want ...int64) {
+		t.Helper()
+		for i := range want { // a use counts from the end of its second
+			if got[i] != want[i] && got[i] != want[i]-1 {
+				t.Errorf("%s: idle for %v s, want %v", what, got, want)
+				return
+			}
+		}
+	}
+	check("nothing heard, not attached", idle("", 160*time.Second), 60, 60, 60)
+	check("nothing heard, attached", idle("host-1", 160*time.Second), -1, -1, -1)
+	hear(200*time.Second, &pb.VolumeHeat{Said: true, Used: []byte{1, 2}})
+	check("heard", idle("host-1", 210*time.Second), 10, 10, 110)
+	hear(220*time.Second, &pb.VolumeHeat{Said: true})
+	tn.use(1, []uint32{17, 1 << 31}, 225*time.Second)
+	check("allocated", idle("host-1", 230*time.Second), 30, 30, 5)
+	check("silent", idle("host-1", 260*time.Second), -1, -1, -1)
+	check("detached", idle("", 260*time.Second), 60, 60, 35)
+	hear(300*time.Second, &pb.VolumeHeat{})
+	check("not said", idle("host-1", 310*time.Second), 10, 10, 10)
+	hear(320*time.Second, &pb.VolumeHeat{Said: true, Used: make([]byte, useBytes+1)})
+	check("more than a report may say", idle("", 330*time.Second), 10, 10, 10)
+}
+
+// What nobody has attached has no heat to be brought back for.
+func TestADetachedVolumeHasNoHeat(t *testing.T) {
+	tn := &tenure{}
+	tn.hearHeat([]*pb.VolumeHeat{{VolumeId: 1, Said: true, Chunks: []*pb.ChunkHeat{{Index: 3, Read: 100}}}}, map[uint64]bool{1: true}, 0)
+	for home, want := range map[string]float64{"host-1": 100, "": 0} {
+		v := VolumeView{ID: 1, Home: home, Chunks: []ChunkView{{Index: 3}}}
+		if tn.warmth(&v, 0); v.Chunks[0].Read != want {
+			t.Errorf("attached on %q: %.0f bytes read, want %.0f", home, v.Chunks[0].Read, want)
+		}
 	}
 }
 

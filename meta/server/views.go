@@ -145,6 +145,7 @@ func (s *Server) place(t *tenure, op *pb.Allocate) error {
 	if len(places) != len(missing) {
 		return status.Errorf(status.Internal, "the placer gave %d places for %d chunks", len(places), len(missing))
 	}
+	t.use(op.VolumeId, missing, boottime())
 	for i, stores := range places {
 		c := &pb.Chunk{Index: missing[i]}
 		for _, id := range stores {
@@ -174,7 +175,7 @@ func (t *tenure) storeViews(kv state.KV, v *pb.Volume, now time.Duration) []Stor
 		b, up := t.host(st.Host, now)
 		u, sup := storeUp(b, up, st.Id)
 		view := StoreView{ID: id, Host: st.Host, Domain: state.Label(h, v.Domain), Up: sup,
-			Member: m != nil, InSync: m.GetInSync(), CapacityBytes: st.CapacityBytes, UsedBytes: u.GetLiveBytes()}
+			Member: m != nil, InSync: m.GetInSync(), CapacityBytes: st.CapacityBytes, UsedBytes: u.GetLiveBytes(), Slow: state.ClassOf(st) == state.ClassSlow}
 		if c := u.GetCapacityBytes(); c > 0 {
 			view.CapacityBytes = c
 		}

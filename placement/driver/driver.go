@@ -44,10 +44,10 @@ func (placer) PlaceChunks(req server.ChunkRequest) ([][]ids.StoreID, error) {
 // ChunkRequest translates the leader's request, also for explaining it.
 func ChunkRequest(req server.ChunkRequest) placement.ChunkRequest {
 	out := placement.ChunkRequest{Seed: seed(req), Count: req.Count, Replicas: req.Replicas,
-		ChunkBytes: req.ChunkBytes, PreferHost: req.PreferHost, MinReady: minReady}
+		ChunkBytes: req.ChunkBytes, PreferHost: req.PreferHost, Slow: req.Slow, MinReady: minReady}
 	for _, s := range req.Stores {
 		out.Stores = append(out.Stores, placement.Store{ID: s.ID, Host: s.Host, Domain: s.Domain, Up: s.Up,
-			Member: s.Member, InSync: s.InSync, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes})
+			Member: s.Member, InSync: s.InSync, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes, Slow: s.Slow})
 	}
 	return out
 }

@@ -26,19 +26,26 @@ const (
 	unevenPart               = 100
 )
 
-// Steps of a plan beside placement.MoveVM and placement.MoveData.
+// Steps of a plan beside placement's own.
 const stepEven = "even"
 
+// Terms of cooling, unless the policy says others.
+const (
+	defaultCoolMs      = 3600_000
+	defaultCoolPercent = 70
+)
+
 // plan is one rebalancing: VMs to their data, hot chunks to their VMs, and, with
-// what is left of the budget, chunks from full stores to empty ones.
+// what is left of the budget, of some volumes, used chunks to fast stores, idle ones
+// to slow stores, and chunks from full stores to empty ones of the same class.
 type plan struct {
 	*scene
 	noVMs  bool
-	bytes  uint64                 // left of the budget
-	stores []server.StoreView     // used as planned so far
-	at     map[ids.StoreID]int    // index into stores
-	chunks map[string]bool        // volume and index: moved in this plan
-	keep   map[string]ids.StoreID // copies that stay, by volume and index
+	bytes  uint64              // left of the budget
+	stores []server.StoreView  // used as planned so far
+	at     map[ids.StoreID]int // index into stores
+	some   []server.VolumeView // whose chunks are looked at
+	chunks map[string]bool     // volume and index: moved in this plan
 	ans    *pb.PlaceAnswer
 	rows   [][]string
 }
@@ -46,7 +53,7 @@ type plan struct {
 // rebalance plans inside a budget. Each step, or both VMs of a swap, must pay.
 func (s *scene) rebalance(q *pb.PlaceQuestion) *pb.PlaceAnswer {
 	p := &plan{scene: s, noVMs: q.NoVms, bytes: q.BytesMax, stores: slices.Clone(s.pic.Stores), at: map[ids.StoreID]int{},
-		chunks: map[string]bool{}, keep: map[string]ids.StoreID{}, ans: &pb.PlaceAnswer{}}
+		chunks: map[string]bool{}, ans: &pb.PlaceAnswer{}}
 	if p.bytes == 0 {
 		p.bytes = defaultBytesMax
 	}
@@ -58,15 +65,15 @@ func (s *scene) rebalance(q *pb.PlaceQuestion) *pb.PlaceAnswer {
 	}
 	if len(p.stores) > 0 {
 		p.moveData()
-		p.even()
+		p.others()
 	}
 	t := placement.DefaultPrices
-	p.ans.Text = fmt.Sprintf("bytes over the network in the next %d s by the heat of now, a move's own included; a move, or both of a swap, must save %.0f %% and %s\n",
+	p.ans.Text = fmt.Sprintf("bytes over the network in the next %d s by the heat of now, a move's own included, and for cool and warm what slow stores read and write; a move, or both of a swap, must save %.0f %% and %s\n",
 		t.HorizonMs/1000, 100*t.Hysteresis, placement.Bytes(uint64(t.MinBytes)))
 	if len(p.ans.Moves) == 0 {
 		p.ans.Text += "nothing is worth moving\n"
 	} else {
-		p.ans.Text += placement.Table(append([][]string{{"STEP", "WHAT", "FROM", "TO", "MORE LOCAL", "STAYING COSTS", "MOVING COSTS"}}, p.rows...))
+		p.ans.Text += placement.Table(append([][]string{{"STEP", "WHAT", "FROM", "TO", "MORE LOCAL", "STAYING COSTS", "MOVING COSTS", "WHY"}}, p.rows...))
 	}
 	return p.ans
 }
@@ -113,10 +120,14 @@ func (p *plan) worthMoving(ms []placement.Move) bool {
 func (p *plan) add(m *pb.PlaceMove, what string) {
 	p.ans.Moves = append(p.ans.Moves, m)
 	more, stay, move := "-", "-", "-"
-	if m.Step != stepEven {
-		more, stay, move = fmt.Sprintf("%+.0f %%", 100*m.Gain), placement.Bytes(uint64(m.StayBytes)), placement.Bytes(uint64(m.MoveBytes))
+	switch placement.Step(m.Step) {
+	case placement.MoveVM, placement.MoveData:
+		more = fmt.Sprintf("%+.0f %%", 100*m.Gain)
+		fallthrough
+	case placement.Warm, placement.Cool:
+		stay, move = placement.Bytes(uint64(m.StayBytes)), placement.Bytes(uint64(m.MoveBytes))
 	}
-	p.rows = append(p.rows, []string{m.Step, what, m.From, m.To, more, stay, move})
+	p.rows = append(p.rows, []string{m.Step, what, m.From, m.To, more, stay, move, m.Chunk.GetWhy()})
 }
 
 // moveData brings hot chunks to VMs that stay where they are, if that is the
@@ -165,14 +176,14 @@ func share(chunks []placement.ChunkHeat, i int) float64 {
 	return (chunks[i].Read + chunks[i].Write) / all
 }
 
-// bring plans one hot chunk's way to its VM's host: the copy that goes is the one
-// whose failure domain the new one would share, or else the one on the fullest
-// store.
+// bring plans one hot chunk's way to its VM's host, there to a fast store if it has
+// any: the copy that goes is the one whose failure domain the new one would share,
+// or else the one on the fullest store.
 func (p *plan) bring(vm *pb.VM, host int, c server.ChunkView, m *pb.PlaceMove) {
 	h := p.pic.Hosts[host]
-	to := -1
+	to, fast := -1, slices.ContainsFunc(p.stores, func(st server.StoreView) bool { return st.Host == h.Name && st.Up && !st.Slow })
 	for i, st := range p.stores {
-		if st.Host == h.Name && st.Up && st.UsedBytes+c.Bytes <= st.CapacityBytes && (to < 0 || st.UsedBytes < p.stores[to].UsedBytes) {
+		if st.Host == h.Name && st.Up && st.Slow != fast && st.UsedBytes+c.Bytes <= st.CapacityBytes && (to < 0 || st.UsedBytes < p.stores[to].UsedBytes) {
 			to = i
 		}
 	}
@@ -223,60 +234,94 @@ func (p *plan) move(c server.ChunkView, from, to int, m *pb.PlaceMove) {
 	p.add(m, fmt.Sprintf("chunk %d of volume %s", c.Index, m.Volume))
 }
 
-// even plans moves from stores above the mean to stores below it, of some
-// volumes, if stores are uneven enough. The copy on its reader's host stays:
-// else it would be brought back.
-func (p *plan) even() {
-	if p.pic.Sample == nil || !p.uneven() {
+// others plans what is no VM's: stores' classes, and even stores, of some volumes.
+func (p *plan) others() {
+	uneven, classes := p.uneven(), slices.ContainsFunc(p.stores, func(s server.StoreView) bool { return s.Slow != p.stores[0].Slow })
+	if p.pic.Sample == nil || !uneven && !classes {
 		return
 	}
-	byDomain := map[string][]server.ChunkView{}
+	p.some = p.pic.Sample()
 	var labels []string
-	for _, v := range p.pic.Sample() {
-		for _, c := range v.Chunks {
-			if !c.Settled || p.chunks[key(c)] {
-				continue
-			}
-			if byDomain[v.Domain] == nil {
-				labels = append(labels, v.Domain)
-			}
-			byDomain[v.Domain] = append(byDomain[v.Domain], c)
-			if i := slices.Index(c.Hosts, v.Home); i >= 0 {
-				p.keep[key(c)] = c.Stores[i]
-			}
+	for _, v := range p.some {
+		if !slices.Contains(labels, v.Domain) {
+			labels = append(labels, v.Domain)
 		}
 	}
 	for _, label := range labels {
-		p.evenAmong(label, byDomain[label])
+		if classes {
+			p.tiers(label)
+		}
+		if uneven {
+			p.even(label)
+		}
 	}
 }
 
-func (p *plan) evenAmong(label string, chunks []server.ChunkView) {
-	var stores []placement.Store
+// settled lists the chunks, of volumes with a failure-domain label, that may move,
+// and how placement sees them. The copy on its reader's host is the one to keep.
+func (p *plan) settled(label string) (views []server.ChunkView, chunks []placement.Kept) {
+	for _, v := range p.some {
+		for _, c := range v.Chunks {
+			if v.Domain != label || !c.Settled || p.chunks[key(c)] {
+				continue
+			}
+			k := placement.Kept{Placed: placement.Placed{Bytes: c.Bytes, Stores: c.Stores}, Heat: placement.Heat{Read: c.Read, Write: c.Write}, IdleMs: c.IdleMs}
+			if i := slices.Index(c.Hosts, v.Home); i >= 0 {
+				k.Keep = c.Stores[i]
+			}
+			views, chunks = append(views, c), append(chunks, k)
+		}
+	}
+	return views, chunks
+}
+
+// seen translates the stores as planned so far.
+func (p *plan) seen(label string) (stores []placement.Store) {
 	for i, s := range p.stores {
-		stores = append(stores, placement.Store{ID: s.ID, Host: s.Host, Domain: p.domain(i, label), Up: s.Up, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes})
+		stores = append(stores, placement.Store{ID: s.ID, Host: s.Host, Domain: p.domain(i, label), Up: s.Up, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes, Slow: s.Slow})
 	}
-	var placed []placement.Placed
+	return stores
+}
+
+// tiers plans moves between fast and slow stores.
+func (p *plan) tiers(label string) {
+	t := placement.Tiers{Prices: placement.DefaultPrices, HeatMs: heatMs, CoolMs: p.pic.Policy.GetCoolMs(), Above: float64(p.pic.Policy.GetCoolPercent()) / 100}
+	if t.CoolMs == 0 {
+		t.CoolMs = defaultCoolMs
+	}
+	if t.Above == 0 {
+		t.Above = defaultCoolPercent / 100.0
+	}
+	views, chunks := p.settled(label)
+	for _, m := range placement.PlanTiers(p.seen(label), chunks, t, p.bytes) {
+		p.move(views[m.Chunk], p.at[m.From], p.at[m.To], &pb.PlaceMove{Step: string(m.Step), StayBytes: m.Stay, MoveBytes: m.Price, Chunk: &pb.ChunkWish{Why: m.Why}})
+	}
+}
+
+// even plans moves from stores above their class's mean to stores below it. The
+// copy on its reader's host stays: else it would be brought back.
+func (p *plan) even(label string) {
+	views, chunks := p.settled(label)
 	most := uint64(1)
+	var placed []placement.Placed
 	for _, c := range chunks {
-		placed = append(placed, placement.Placed{Bytes: c.Bytes, Stores: c.Stores, Keep: p.keep[key(c)]})
-		most = max(most, c.Bytes)
+		placed, most = append(placed, c.Placed), max(most, c.Bytes)
 	}
-	for _, mv := range placement.Even(stores, placed, 0, int(p.bytes/most)) {
-		if c := chunks[mv.Chunk]; !p.chunks[key(c)] {
+	for _, mv := range placement.Even(p.seen(label), placed, 0, int(p.bytes/most)) {
+		if c := views[mv.Chunk]; !p.chunks[key(c)] {
 			p.move(c, p.at[mv.From], p.at[mv.To], &pb.PlaceMove{Step: stepEven, Chunk: &pb.ChunkWish{Why: "its store is fuller than the mean, the other one emptier"}})
 		}
 	}
 }
 
-// uneven says whether stores are to be evened out.
+// uneven says whether stores of a class are to be evened out.
 func (p *plan) uneven() bool {
-	used, capacity := 0.0, 0.0
+	used, capacity := map[bool]float64{}, map[bool]float64{}
 	for _, s := range p.stores {
-		used, capacity = used+float64(s.UsedBytes), capacity+float64(s.CapacityBytes)
+		used[s.Slow], capacity[s.Slow] = used[s.Slow]+float64(s.UsedBytes), capacity[s.Slow]+float64(s.CapacityBytes)
 	}
-	mean := used / max(capacity, 1)
 	for _, s := range p.stores {
+		mean := used[s.Slow] / max(capacity[s.Slow], 1)
 		off := float64(s.UsedBytes) - mean*float64(s.CapacityBytes)
 		least := max(unevenLeast, float64(s.CapacityBytes)/unevenPart)
 		if s.Up && (fill(s) > unevenAbove*mean && off > least || fill(s) < unevenBelow*mean && off < -least) {

@@ -194,6 +194,74 @@ func TestTheLoopComesToRest(t *testing.T) {
 	}
 }
 
+// The same loop with a slow store on every host too: what is used ends on fast
+// stores and what nobody uses leaves those that are too full, copies of a chunk stay
+// on different hosts, and then nothing moves. Evening out keeps to a class.
+func TestTheLoopWithClassesComesToRest(t *testing.T) {
+	for seed := range uint64(5) {
+		rng := rand.New(rand.NewPCG(seed, 3))
+		const hosts = 6
+		y := newYard(hosts, 16*gib)
+		for i := range hosts {
+			id := storeOf(i)
+			id[1] = 1
+			y.p.Stores = append(y.p.Stores, server.StoreView{ID: id, Host: y.p.Hosts[i].Name, Up: true, Slow: true, CapacityBytes: 64 * gib})
+		}
+		for v := range 24 {
+			a := rng.IntN(hosts)
+			y.put(v%hosts, 10+rng.IntN(60), 0, a, (a+1+rng.IntN(hosts-1))%hosts)
+			for i := range y.chunks[v] {
+				c := &y.chunks[v][i]
+				if rng.IntN(4) == 0 {
+					c.Read = gib * rng.Float64()
+				} else {
+					c.IdleMs = 2 * defaultCoolMs
+				}
+				if rng.IntN(4) == 0 { // begins on slow stores
+					for k, id := range c.Stores {
+						h := int(id[0]) - 1
+						c.Stores[k][1] = 1
+						y.p.Stores[h].UsedBytes -= chunk
+						y.p.Stores[hosts+h].UsedBytes += chunk
+					}
+				}
+			}
+		}
+		first, late := 0, 0
+		for i := range 240 {
+			n := y.turn(t, &pb.PlaceQuestion{NoVms: true})
+			if i < 120 {
+				first += n
+			} else {
+				late += n
+			}
+		}
+		if first == 0 || late != 0 {
+			t.Errorf("seed %d: %d moves in the first ten minutes, %d in the ten after", seed, first, late)
+		}
+		cold := map[string]bool{} // hosts with an idle chunk on a fast store
+		for v, cs := range y.chunks {
+			for _, c := range cs {
+				if c.Hosts[0] == c.Hosts[1] {
+					t.Fatalf("seed %d: both copies of chunk %d of volume %d are on %s", seed, c.Index, v, c.Hosts[0])
+				}
+				for i, h := range c.Hosts {
+					slow := c.Stores[i][1] == 1
+					if h == y.p.VMs[v].Host && slow && c.Read > 100<<20 {
+						t.Errorf("seed %d: a chunk that VM %d reads is on its host's slow store", seed, v)
+					}
+					cold[h] = cold[h] || !slow && c.IdleMs > 0
+				}
+			}
+		}
+		for _, s := range y.p.Stores {
+			if !s.Slow && cold[s.Host] && fill(s) > defaultCoolPercent/100.0 {
+				t.Errorf("seed %d: the fast store of %s is %.2f full, and has chunks nobody uses", seed, s.Host, fill(s))
+			}
+		}
+	}
+}
+
 // A copy more on the VM's host is never cheaper than one that moves there: the
 // step exists to show it, and no plan takes it.
 func TestAddingACopyIsNeverCheaper(t *testing.T) {

@@ -662,8 +662,8 @@ type VolumeHeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
 	Chunks        []*ChunkHeat           `protobuf:"bytes,2,rep,name=chunks,proto3" json:"chunks,omitempty"`
-	Used          []byte                 `protobuf:"bytes,3,opt,name=used,proto3" json:"used,omitempty"`      // a bit for each chunk by its index, lowest first: read or written since the last report
-	Unsaid        bool                   `protobuf:"varint,4,opt,name=unsaid,proto3" json:"unsaid,omitempty"` // used is left out: any chunk may have been
+	Used          []byte                 `protobuf:"bytes,3,opt,name=used,proto3" json:"used,omitempty"`  // a bit for each chunk by its index, lowest first: read or written since the last report
+	Said          bool                   `protobuf:"varint,4,opt,name=said,proto3" json:"said,omitempty"` // used says so; else any chunk may have been
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -719,9 +719,9 @@ func (x *VolumeHeat) GetUsed() []byte {
 	return nil
 }
 
-func (x *VolumeHeat) GetUnsaid() bool {
+func (x *VolumeHeat) GetSaid() bool {
 	if x != nil {
-		return x.Unsaid
+		return x.Said
 	}
 	return false
 }
@@ -1181,13 +1181,13 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"\tChunkHeat\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
 	"\x04read\x18\x02 \x01(\x02R\x04read\x12\x14\n" +
-	"\x05write\x18\x03 \x01(\x02R\x05write\"\x82\x01\n" +
+	"\x05write\x18\x03 \x01(\x02R\x05write\"~\n" +
 	"\n" +
 	"VolumeHeat\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12+\n" +
 	"\x06chunks\x18\x02 \x03(\v2\x13.cairn.v1.ChunkHeatR\x06chunks\x12\x12\n" +
-	"\x04used\x18\x03 \x01(\fR\x04used\x12\x16\n" +
-	"\x06unsaid\x18\x04 \x01(\bR\x06unsaid\"\xc7\x01\n" +
+	"\x04used\x18\x03 \x01(\fR\x04used\x12\x12\n" +
+	"\x04said\x18\x04 \x01(\bR\x04said\"\xc7\x01\n" +
 	"\rPlaceQuestion\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1c\n" +
 	"\trebalance\x18\x02 \x01(\bR\trebalance\x12\x1b\n" +
