@@ -51,8 +51,17 @@ func TestBadTraceFilesAreRefused(t *testing.T) {
 // The report of a small fleet has a row of every policy and draws every plot.
 func TestReportDraws(t *testing.T) {
 	var rs []*Result
-	if err := Report([]int{60}, 1, func(r *Result) { rs = append(rs, r) }); err != nil {
-		t.Fatal(err)
+	for _, name := range Names {
+		tr, err := Synthetic(name, 60, 1)
+		if err == nil {
+			err = Compare(tr, Contenders(), func(r *Result) { rs = append(rs, r) })
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want := len(Names)*len(placement.Policies) + 3*len(Rivals); len(rs) != want {
+		t.Errorf("%d results of all policies and, where VMs churn, of the naive ones; want %d", len(rs), want)
 	}
 	var b bytes.Buffer
 	if err := Markdown(&b, rs); err != nil || strings.Count(b.String(), "\n") != len(rs)+2 {
