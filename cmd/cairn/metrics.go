@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
 	"net/http"
 	"time"
 
@@ -111,6 +112,8 @@ var (
 	clusterStores   = gauge("stores", "Stores in service, well or not; from the leader only.", "state")
 	clusterUsed     = gauge("pool_used_bytes", "Used on all stores in service; from the leader only.")
 	clusterCapacity = gauge("pool_capacity_bytes", "Capacity of the stores in service; from the leader only.")
+	clusterFill     = gauge("pool_fill_bytes_per_second", "How fast the pool fills, over the last half hour; below 0: it empties; from the leader only.")
+	clusterToFull   = gauge("pool_full_in_seconds", "When the pool is full at that rate; +Inf: it does not fill; from the leader only.")
 	clusterLogical  = gauge("pool_logical_bytes", "Sizes of all volumes; from the leader only.")
 	clusterPlaced   = gauge("pool_placed_bytes", "Chunks with all their copies; from the leader only.")
 )
@@ -138,6 +141,12 @@ func metaMetrics(m *metad) collect {
 		emit(clusterStores.of(float64(k.StoresBad), "bad"))
 		emit(clusterUsed.of(float64(k.UsedBytes)))
 		emit(clusterCapacity.of(float64(k.CapacityBytes)))
+		emit(clusterFill.of(k.FillBytesPerSecond))
+		left := k.SecondsToFull()
+		if left < 0 {
+			left = math.Inf(1)
+		}
+		emit(clusterToFull.of(left))
 		emit(clusterLogical.of(float64(k.Pool.LogicalBytes)))
 		emit(clusterPlaced.of(float64(k.Pool.PlacedBytes)))
 	}

@@ -31,6 +31,7 @@ type Census struct {
 	Volumes, Deleted, Attached, Degraded, LastCopy int // LastCopy: at most one of the copies is in sync, of several
 	HostsUp, HostsDown, StoresOK, StoresBad        int
 	UsedBytes, CapacityBytes                       uint64
+	FillBytesPerSecond                             float64 // lately; below 0: it empties
 	Pool                                           *pb.Pool
 }
 
@@ -111,5 +112,17 @@ func (c *Census) countHost(h *pb.HostState) {
 		}
 		c.CapacityBytes += st.Store.CapacityBytes
 		c.UsedBytes += st.Usage.GetUsedBytes()
+		if st.WatchedMs >= time.Minute.Milliseconds() {
+			c.FillBytesPerSecond += st.FillBytesPerSecond
+		}
 	}
+}
+
+// SecondsToFull is when the pool is full at the rate seen lately; below 0: it does
+// not fill now.
+func (c *Census) SecondsToFull() float64 {
+	if c.FillBytesPerSecond <= 0 {
+		return -1
+	}
+	return float64(c.CapacityBytes-min(c.UsedBytes, c.CapacityBytes)) / c.FillBytesPerSecond
 }

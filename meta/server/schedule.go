@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"time"
@@ -206,6 +207,7 @@ func vmsToDo(kv state.KV, host string) (out []*pb.VM, batchCPU uint64) {
 // one in every tenure and after every unknown outcome.
 type scheduler struct {
 	s       *Server
+	who     string // in the event log; "": the queue
 	tenure  *tenure
 	session string
 	seq     uint64
@@ -308,7 +310,7 @@ func (c *scheduler) commit(cmd *pb.Command) (*pb.Result, error) {
 	if err := c.s.checkFree(cmd); err != nil {
 		return nil, err
 	}
-	cmd.Session, cmd.Who, cmd.TimeUnixNs = c.session, "the queue", time.Now().UnixNano()
+	cmd.Session, cmd.Who, cmd.TimeUnixNs = c.session, cmp.Or(c.who, "the queue"), time.Now().UnixNano()
 	b, err := proto.Marshal(cmd)
 	if err != nil {
 		return nil, status.Errorf(status.Invalid, "a metadata command that cannot be encoded: %w", err)

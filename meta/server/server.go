@@ -475,6 +475,7 @@ func (s *Server) start() error {
 		s.wg.Go(s.audits)
 		s.wg.Go(s.scheduleLoop)
 		s.wg.Go(s.rebalanceLoop)
+		s.wg.Go(s.warnLoop)
 	}
 	s.mu.Unlock()
 	if closed {
