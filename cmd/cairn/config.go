@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/BurntSushi/toml"
 	"github.com/spf13/cobra"
@@ -54,13 +55,16 @@ type hostConfig struct {
 	LogFormat string `toml:"log_format,omitempty"` // text (default) or json
 	Metrics   string `toml:"metrics,omitempty"`    // host:port of /metrics; empty: none
 
+	ReplaceAfter string `toml:"replace_after,omitempty"` // copies on a store that is out for longer are made on others (10m)
+
 	nbdConfig
 
 	promiseConfig
 
 	Network networkConfig `toml:"network,omitempty"`
 
-	memory uint64
+	memory       uint64
+	replaceAfter time.Duration
 }
 
 type storeConfig struct {
@@ -192,6 +196,11 @@ func (c *hostConfig) check() (err error) {
 	}
 	if err := errors.Join(checkAddr("data", c.Data), checkAddr("control", c.Control)); err != nil {
 		return err
+	}
+	if c.ReplaceAfter != "" {
+		if c.replaceAfter, err = time.ParseDuration(c.ReplaceAfter); err != nil || c.replaceAfter <= 0 {
+			return fmt.Errorf("replace_after = %q is not a time such as 10m or 1h30m", c.ReplaceAfter)
+		}
 	}
 	if c.NBD == "" {
 		c.NBD = filepath.Join(c.Dir, "nbd.sock")

@@ -189,7 +189,7 @@ func (h *hostd) startGateway() error {
 	}
 	h.keeper = driver.NewKeeper(driver.KeeperConfig{Host: h.cfg.Name, Machines: keptVMs{h}, Meta: h.meta, Log: h.log})
 	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Resized: h.resized, Say: h.say, Heard: h.keeper.Heard, Dialer: link.Dialer{Paths: h.paths, DSCP: h.cfg.Network.DSCP},
-		Gone: func(name string) { h.nbd.Drop(name) }, Alone: true, Log: h.log})
+		Gone: func(name string) { h.nbd.Drop(name) }, Grace: h.cfg.replaceAfter, Alone: true, Log: h.log})
 	return h.serveNBD()
 }
 
