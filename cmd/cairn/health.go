@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -59,7 +60,7 @@ func (w *clusterView) find(fs ...finding) {
 }
 
 func noMetadata(err error) finding {
-	return finding{critical, "the metadata service does not answer: " + err.Error(), "",
+	return finding{critical, "the metadata service does not answer: " + strings.TrimPrefix(err.Error(), "the metadata service gives no answer: "), "",
 		"guests' writes go on where space is allocated, their reads until the last lease is over (8 s), and then they wait; nothing can be attached, allocated, excluded or changed",
 		"it comes back by itself when a majority of its nodes is up"}
 }
@@ -158,23 +159,26 @@ func hostHealth(w *clusterView, h hostView, now time.Time) (out []finding) {
 		out = append(out, finding{Severity: notice, What: fmt.Sprintf("host %s is drained: it gets nothing new", h.Name), Next: "`cairn host resume " + h.Name + "` ends it"})
 	}
 	if !h.Up {
-		since := "before the metadata leader was elected"
+		since := "some time before the metadata leader was elected: it has not been heard of since"
 		if h.LastSeenMs >= 0 {
 			since = now.Add(-time.Duration(h.LastSeenMs) * time.Millisecond).Format("2006-01-02 15:04:05")
 		}
-		copies, held := 0, []string{}
+		var copies, held []string
 		for _, v := range w.Volumes {
 			for _, m := range v.Members {
-				if m.Host == h.Name {
-					copies++
+				if m.Host == h.Name && !slices.Contains(copies, v.Name) {
+					copies = append(copies, v.Name)
 				}
 			}
 			if v.Holder == h.Name {
 				held = append(held, v.Name)
 			}
 		}
-		means := fmt.Sprintf("%d copies of volumes are not there", copies)
-		next := "copies catch up by themselves when it is back"
+		means, next := "no volume has a copy there", "it takes part again by itself when it is back"
+		if len(copies) > 0 {
+			means = "without their copy there: " + some(copies)
+			next = "the copies catch up by themselves when it is back; what stays away for longer than replace_after (10 minutes) is made on other hosts with room"
+		}
 		if len(held) > 0 {
 			means += fmt.Sprintf("; attached there and without service: %s", some(held))
 			next += "; `cairn volume attach --takeover` serves a volume elsewhere"

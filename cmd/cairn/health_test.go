@@ -44,7 +44,7 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 		}, notice, []string{"knows state version 2, meta-2 (1)", "uses version 1", "upgrade these"}},
 		{"a metadata disk", func(w *clusterView) { w.Meta[0].FreeBytes = 100 << 20 }, critical, []string{"100 MiB left"}},
 		{"a host down", func(w *clusterView) { w.Hosts[0].Up, w.Hosts[0].LastSeenMs = false, 65_000 }, warning,
-			[]string{"host-1 is down", "2030-01-02 03:03:00", "1 copies", "without service: v", "--takeover"}},
+			[]string{"host-1 is down", "2030-01-02 03:03:00", "without their copy there: v;", "without service: v", "replace_after", "--takeover"}},
 		{"a drained host", func(w *clusterView) { w.Hosts[2].Drained = true }, notice, []string{"host-3", "resume"}},
 		{"a failed store", func(w *clusterView) { w.Hosts[1].Stores[0].State = "failed: EIO" }, warning, []string{"store 22222222", "EIO"}},
 		{"a store at 76 %", func(w *clusterView) { w.Hosts[1].Stores[0].Used = 76 << 30 }, notice, []string{"76 % full", "does not fill now"}},

@@ -54,9 +54,12 @@ func (s *Server) due() (is bool) {
 func (s *Server) houseStep() error    { return s.propose(&pb.Housekeeping{}) }
 func (s *Server) proposeAudit() error { return s.propose(&pb.Housekeeping{Audit: true}) }
 
+// leaderName is who did, in the event log, what the leader does by itself.
+const leaderName = "the metadata leader"
+
 // propose puts the leader's own command into the log.
 func (s *Server) propose(op *pb.Housekeeping) error {
-	cmd := &pb.Command{TimeUnixNs: s.cfg.clock().UnixNano(), Op: &pb.Command_Housekeeping{Housekeeping: op}}
+	cmd := &pb.Command{Who: leaderName, TimeUnixNs: s.cfg.clock().UnixNano(), Op: &pb.Command_Housekeeping{Housekeeping: op}}
 	if err := s.checkFree(cmd); err != nil {
 		return err
 	}

@@ -120,7 +120,7 @@ func (c *Census) whenFull() string {
 func (s *Server) warnLoop() {
 	tick := time.NewTicker(warnEvery)
 	defer tick.Stop()
-	c := &scheduler{s: s, who: "the metadata leader"}
+	c := &scheduler{s: s, who: leaderName}
 	var of *tenure
 	var w *warned
 	for {
