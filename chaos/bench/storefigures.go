@@ -15,7 +15,8 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-// bareBytes is the size of the bare disk's file.
+// bareBytes is the size of the bare disk's file that is written. The one that is
+// read is as large as the store.
 const bareBytes = 1 << 30
 
 // bare runs fio with O_DIRECT on a file, and gives operations per second.
@@ -37,9 +38,10 @@ func (b *storeBench) bare(ctx context.Context, path, rw, block string, depth int
 	return side.IOPS, err
 }
 
-// bareFile is a file of the same file system, all of it written.
-func (b *storeBench) bareFile() (string, error) {
-	path := b.path("bare")
+// bareFile is a file of the same file system, all of it written: what was not
+// is read without the disk.
+func (b *storeBench) bareFile(size int64) (string, error) {
+	path := b.path(fmt.Sprintf("bare-%d", size))
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}
@@ -48,7 +50,7 @@ func (b *storeBench) bareFile() (string, error) {
 		return "", err
 	}
 	m := newMaker(1)
-	for range bareBytes / len(m.data) {
+	for range size / int64(len(m.data)) {
 		if _, err := f.Write(m.data); err != nil {
 			return "", errors.Join(err, f.Close())
 		}
@@ -106,7 +108,7 @@ func (b *storeBench) writes(ctx context.Context) (err error) {
 
 // flushes: one write and one flush at a time, beside the bare disk.
 func (b *storeBench) flushes(ctx context.Context) (err error) {
-	path, err := b.bareFile()
+	path, err := b.bareFile(bareBytes)
 	if err != nil {
 		return err
 	}
@@ -142,6 +144,10 @@ func (b *storeBench) reads(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, o.remove()) }()
+	path, err := b.bareFile(b.cfg.StoreBytes)
+	if err != nil {
+		return err
+	}
 	m := newMaker(o.capacity() / bigBlocks * bigBlocks)
 	if err := o.fill(ctx, m); err != nil {
 		return err
@@ -168,7 +174,7 @@ func (b *storeBench) reads(ctx context.Context) (err error) {
 			if err != nil {
 				return err
 			}
-			d, err := b.bare(ctx, o.path, "randread", "4k", depth)
+			d, err := b.bare(ctx, path, "randread", "4k", depth)
 			if err != nil {
 				return err
 			}
@@ -228,7 +234,7 @@ func (b *storeBench) misses(ctx context.Context) (err error) {
 
 // sequential: 1 MiB at a time, before and after random overwrites.
 func (b *storeBench) sequential(ctx context.Context) (err error) {
-	path, err := b.bareFile()
+	path, err := b.bareFile(bareBytes)
 	if err != nil {
 		return err
 	}
