@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cairnstore/cairn/proto/status"
 )
 
@@ -42,7 +44,8 @@ func run(t *testing.T, name string, args ...string) string {
 // tests of every day do without.
 func loopDevice(t *testing.T, size int64) string { return loopOf(t, size, 512) }
 
-// loopOf is loopDevice with sectors of a size.
+// loopOf is loopDevice with sectors of a size. The device goes with this process,
+// however it ends: detaching one that is open means when it is closed.
 func loopOf(t *testing.T, size int64, sector int) string {
 	t.Helper()
 	if testing.Short() {
@@ -51,8 +54,36 @@ func loopOf(t *testing.T, size int64, sector int) string {
 	img := filepath.Join(t.TempDir(), "image")
 	must(t, os.WriteFile(img, nil, 0o600), os.Truncate(img, size))
 	dev := run(t, "losetup", "-f", "--show", "--sector-size", strconv.Itoa(sector), img)
-	t.Cleanup(func() { run(t, "losetup", "-d", dev) })
+	f, err := os.Open(dev)
+	run(t, "losetup", "-d", dev)
+	must(t, err)
+	t.Cleanup(func() { must(t, f.Close()) })
 	return dev
+}
+
+// ownMountsEnv says that the test is in a process of its own.
+const ownMountsEnv = "CAIRN_OWN_MOUNTS"
+
+// ownMounts runs the test again in a process of its own, whose mounts end with it
+// however it ends, and reports whether this is that process.
+func ownMounts(t *testing.T) bool {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("mounts: not in the short tests")
+	}
+	if os.Getenv(ownMountsEnv) != "" {
+		must(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+		return true
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), ownMountsEnv+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // it dies with this thread
+	defer runtime.UnlockOSThread()
+	if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return false
 }
 
 // mounted makes a small file system of a kind and returns where it is.
@@ -121,6 +152,9 @@ func roundTrip(t *testing.T, d *File) {
 func discard(d Disk, off, n int64) error { return do(d, &Op{Kind: Discard, Off: off, Len: n}) }
 
 func TestBlockDevice(t *testing.T) {
+	if !ownMounts(t) {
+		return
+	}
 	for _, sector := range []int{512, 4096} {
 		t.Run(fmt.Sprintf("sectors of %d", sector), func(t *testing.T) { blockDevice(t, loopOf(t, 16<<20, sector)) })
 	}
@@ -157,6 +191,9 @@ func blockDevice(t *testing.T, dev string) {
 // A file that is extended keeps what it holds; where there is no room for the
 // new part it stays as it was.
 func TestExtend(t *testing.T) {
+	if !ownMounts(t) {
+		return
+	}
 	dir := mounted(t, "ext4", 64<<20)
 	for _, reserve := range []bool{true, false} {
 		path := filepath.Join(dir, fmt.Sprint(reserve))
@@ -188,6 +225,9 @@ func TestExtend(t *testing.T) {
 // not, says so with NoSpace before anything is written, and goes on once there
 // is room.
 func TestFullFileSystem(t *testing.T) {
+	if !ownMounts(t) {
+		return
+	}
 	for _, kind := range []string{"ext4", "xfs"} {
 		t.Run(kind, func(t *testing.T) {
 			dir := mounted(t, kind, 320<<20) // XFS wants 300 MiB at least
@@ -236,11 +276,11 @@ func TestFullFileSystem(t *testing.T) {
 // A file system without a way around the page cache (or a disk that has it)
 // holds the same bytes.
 func TestFileRoundTrip(t *testing.T) {
+	if !ownMounts(t) {
+		return
+	}
 	dir := t.TempDir()
 	shm := t.TempDir()
-	if testing.Short() {
-		t.Skip("a mount: not in the short tests")
-	}
 	run(t, "mount", "-t", "tmpfs", "none", shm)
 	t.Cleanup(func() { run(t, "umount", shm) })
 	for _, dir := range []string{dir, shm} {

@@ -123,8 +123,9 @@ func damage(t *testing.T, path string) {
 	}
 }
 
-// A store on a block device keeps what it was given over its host's death; a
-// device that holds something else is left alone, and the host says so.
+// A store on a block device keeps what it was given over its host's death, and
+// when the device grows; a device that holds something else is left alone, and
+// the host says so.
 func TestStoreOnADevice(t *testing.T) {
 	m := newMachines(t)
 	for n := 1; n <= 3; n++ {
@@ -168,12 +169,35 @@ func TestStoreOnADevice(t *testing.T) {
 	if len(stores) != 1 || stores[0].Live < 32<<20 {
 		t.Fatalf("stores: %+v", stores)
 	}
-	if x := decodeJSON[storeDetail](t, m.ok("store", "show", stores[0].ID, "-o", "json")); x.Path != mine || x.Kind != "device" {
-		t.Errorf("the store is on %s, a %s", x.Path, x.Kind)
+	small := decodeJSON[storeDetail](t, m.ok("store", "show", stores[0].ID, "-o", "json"))
+	if small.Path != mine || small.Kind != "device" {
+		t.Errorf("the store is on %s, a %s", small.Path, small.Kind)
 	}
 	m.stop("host-1", syscall.SIGTERM)
 	if r := run(t, bin(t), "store", "verify", mine); r.status != 0 {
 		t.Errorf("a sound device: %+v", r)
+	}
+	if r := run(t, bin(t), "store", "grow", mine); r.status == 0 || !strings.Contains(r.err, "no room for another segment") {
+		t.Errorf("a device that did not grow: %+v", r)
+	}
+	if err := os.Truncate(strings.TrimSpace(tool(t, "losetup", "--noheadings", "--output", "BACK-FILE", mine)), 2<<30); err != nil {
+		t.Fatal(err)
+	}
+	tool(t, "losetup", "--set-capacity", mine)
+	if r := run(t, bin(t), "store", "grow", mine); r.status != 0 || !strings.Contains(r.out, mine) {
+		t.Errorf("a device that grew: %+v", r)
+	}
+	m.start("host-1")
+	until(t, "the volume is attached once more", func() bool {
+		return decodeJSON[volumeView](t, m.ok("volume", "show", "v", "-o", "json")).State == "attached"
+	})
+	tool(t, "qemu-io", "-f", "raw", "-c", "read -P 91 0 32M", uri)
+	if x := decodeJSON[storeDetail](t, m.ok("store", "show", small.ID, "-o", "json")); x.Size != 2<<30 || x.Capacity < 2*small.Capacity {
+		t.Errorf("grown from %+v to %+v", small, x)
+	}
+	m.stop("host-1", syscall.SIGTERM)
+	if r := run(t, bin(t), "store", "verify", mine); r.status != 0 {
+		t.Errorf("a sound device that grew: %+v", r)
 	}
 	f, err := os.Open(foreign)
 	if err != nil {
@@ -186,7 +210,8 @@ func TestStoreOnADevice(t *testing.T) {
 	}
 }
 
-// loopDevice is a block device of 1 GiB that is gone at the test's end.
+// loopDevice is a block device of 1 GiB that is gone at the test's end, however it
+// ends: detaching one that is open means when it is closed.
 func loopDevice(t *testing.T) string {
 	t.Helper()
 	img := filepath.Join(t.TempDir(), "img")
@@ -194,6 +219,15 @@ func loopDevice(t *testing.T) string {
 		t.Fatal(err)
 	}
 	dev := strings.TrimSpace(tool(t, "losetup", "--find", "--show", img))
-	t.Cleanup(func() { tool(t, "losetup", "--detach", dev) })
+	f, err := os.Open(dev)
+	tool(t, "losetup", "--detach", dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return dev
 }
