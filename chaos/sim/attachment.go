@@ -23,6 +23,7 @@ type attachment struct {
 	cuts   map[*volume.Cut]func(volume.CutNews) // who hears of a cut
 	dead   bool                                 // its process is gone, or it was closed
 	served bool                                 // it has served
+	lease  time.Duration                        // of reads, by the gateway's clock, until then
 
 	links   []volume.LinkAction // not carried out; bounded as chunk/gateway's
 	linking bool

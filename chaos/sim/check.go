@@ -127,11 +127,16 @@ func (c *checker) answered(o *op, k status.Kind) {
 		return
 	}
 	c.w.stats.Ops++
-	// Reads end with their lease, before metadata answers the next attach; writes
-	// with the seals, before that attach serves.
+	// Reads under a lease end with it, before metadata answers the next attach;
+	// writes, and reads that the members confirm, with the seals, before that
+	// attach serves.
 	over := c.served
 	if o.Kind == volume.OpRead {
-		over = c.returned
+		if o.c.a.g.now() < o.c.a.lease {
+			over = c.returned
+		} else {
+			c.w.stats.Confirmed++
+		}
 	}
 	if e := over.after(o.c.a.epoch, o.inv); e > 0 {
 		c.w.violate("P4", "%s is answered OK though it was invoked after the attach of epoch %d had returned", o, e)
@@ -243,7 +248,7 @@ func (c *checker) cover(inv uint64) {
 	c.uncovered = c.uncovered[n:]
 }
 
-// attachReturned: from now on older epochs answer nothing new.
+// attachReturned: from now on older epochs answer no new read by their leases.
 func (c *checker) attachReturned(epoch uint32) {
 	c.returned.add(epoch, c.w.tick())
 }

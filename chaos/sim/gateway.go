@@ -198,6 +198,7 @@ func (g *gateway) renewOne(a *attachment) {
 		for _, v := range rep.Volumes {
 			a.step(&volume.Refresh{Volume: v})
 		}
+		a.lease = max(a.lease, sent+time.Duration(rep.LeaseMs)*time.Millisecond)
 		a.step(&volume.Lease{Until: sent + time.Duration(rep.LeaseMs)*time.Millisecond})
 	})
 }

@@ -24,6 +24,10 @@ type injector struct {
 	outUntil    time.Duration
 }
 
+// beyondLease is longer than a read lease: what lasts so long shows reads
+// without one.
+const beyondLease = 9 * time.Second
+
 type running struct {
 	kind  Kind
 	until time.Duration
@@ -176,18 +180,25 @@ func (in *injector) do(f Fault) {
 		in.machine(f, n)
 	case LeaderFalls:
 		w.meta.fall()
-		w.after(f.For/4+time.Millisecond, func() {
+		none := f.For/4 + time.Millisecond
+		if f.Arg%4 == 1 {
+			none += beyondLease
+		}
+		w.after(none, func() {
 			if w.meta.leader == nil {
 				w.meta.elect()
 			}
 		})
 	case CutMeta:
+		if f.Arg%2 == 1 {
+			end += beyondLease
+		}
 		g.agentCut(end)
 	case PowerFlush, Survivor:
 		in.armed = append(in.armed, f)
 	case Isolate:
-		if f.Arg%2 == 1 { // longer than a lease
-			end += 9 * time.Second
+		if f.Arg%2 == 1 {
+			end += beyondLease
 		}
 		in.isolate(f, end)
 	case Echo:

@@ -69,6 +69,7 @@ type Stats struct {
 	Ops                                   int // client operations answered OK
 	Unknown                               int // unanswered, or answered with the end of the session
 	Refused                               int // answered with an error that is allowed
+	Confirmed                             int // reads answered OK without a lease
 	Attaches                              int
 	Moves                                 int // copies of chunks that were made on another store and counted
 	Shakes                                int // power losses that may take back what was not flushed

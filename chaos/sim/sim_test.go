@@ -136,6 +136,7 @@ func (s *totals) add(r *Result) {
 	s.stats.Ops += x.Ops
 	s.stats.Unknown += x.Unknown
 	s.stats.Attaches += x.Attaches
+	s.stats.Confirmed += x.Confirmed
 	s.stats.Moves += x.Moves
 	s.stats.Snapshots += x.Snapshots
 	s.stats.Deleted += x.Deleted
@@ -159,7 +160,7 @@ func (s *totals) add(r *Result) {
 func (s *totals) String() string {
 	var b strings.Builder
 	x := s.stats
-	fmt.Fprintf(&b, "seeds %d  operations %d, %d answered  unanswered %d  attaches %d  copies moved %d  snapshots %d, %d deleted, %d layers merged, %d rolled back to, %d reads of them  clones %d, %d made flat, %d operations  events %d  virtual %v\nfaults %d:", s.runs, x.Begun, x.Ops, x.Unknown, x.Attaches, x.Moves, x.Snapshots, x.Deleted, x.Merged, x.Rollbacks, x.Shown, x.Clones, x.Flat, x.CloneOps, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
+	fmt.Fprintf(&b, "seeds %d  operations %d, %d answered  unanswered %d  reads without a lease %d  attaches %d  copies moved %d  snapshots %d, %d deleted, %d layers merged, %d rolled back to, %d reads of them  clones %d, %d made flat, %d operations  events %d  virtual %v\nfaults %d:", s.runs, x.Begun, x.Ops, x.Unknown, x.Confirmed, x.Attaches, x.Moves, x.Snapshots, x.Deleted, x.Merged, x.Rollbacks, x.Shown, x.Clones, x.Flat, x.CloneOps, x.Events, x.Virtual.Round(time.Second), x.FaultCount())
 	for _, k := range Kinds() {
 		fmt.Fprintf(&b, " %s %d", k, x.Faults[k])
 	}

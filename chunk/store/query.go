@@ -26,7 +26,7 @@ func (s *Store) query(c *caller, v *vol, q *wire.Request, out *outbox) error {
 	case q.Kind == wire.List:
 		err = s.list(v, q, rep)
 	default:
-		rep.Count64 = v.live
+		rep.Epoch, rep.Count64 = v.epoch, v.live
 	}
 	if err != nil {
 		return err

@@ -330,7 +330,7 @@ func (s *Store) handle(c *caller, q *wire.Request, out *outbox) error {
 // older ones, and may have made the members equal since.
 func (v *vol) superseded(c *caller, k wire.Kind) bool {
 	switch k {
-	case wire.Seal, wire.Drop, wire.Stat:
+	case wire.Seal, wire.Drop:
 		return false
 	}
 	return v != nil && v.sealer != nil && !(c.same && v.sealer == c.sink)

@@ -14,7 +14,7 @@
 //  3. issue         a piece gets its version and goes to every replica (write.go)
 //  4. accepted      a replica has answered                            (write.go)
 //  5. complete      all required replicas have: the client may be told
-//  6. read, flush   the other two ways through                (read.go, flush.go)
+//  6. read, flush   the other two ways through    (read.go, confirm.go, flush.go)
 //  7. replicas      links up and down, seals, resends, stalls   (replica.go)
 //  8. membership    exclusion before acknowledgement            (member.go)
 //  9. attach        seal, reconcile, settle, serve              (attach.go)
@@ -117,6 +117,7 @@ type Engine struct {
 	waiting   opQueue // operations that came while attaching
 	leaseTill time.Duration
 	leaseHeld []*Op   // reads whose data is there but whose lease is not
+	confirm   confirm // of those
 	stuck     []*read // reads no replica can serve now; bounded by the operations in flight
 	freeReads []*read
 
@@ -169,6 +170,7 @@ type Stats struct {
 	Stale                  uint64 // blocks that a copy had lost without a trace, found by comparing, given to it again
 	ReadBlocks             uint64 // of clients' reads, that replicas answered
 	LocalBlocks            uint64 // of those, by the replica of this host: ≤ ReadBlocks
+	Confirmed              uint64 // reads answered without a lease, because the members said that no other epoch is sealed
 	Moved                  uint64 // copies of chunks that took another's place, or came on top
 	CopiedBytes            uint64 // data that joins and new copies have sent
 }
@@ -326,6 +328,7 @@ func (e *Engine) settle() {
 	}
 	e.stepAttach()
 	e.releaseHeld()
+	e.startConfirm()
 	e.startAllocate()
 	e.startFlush()
 	e.stepJoins()
@@ -465,6 +468,9 @@ func (e *Engine) unfinished() []*Op {
 	for _, op := range e.leaseHeld {
 		add(op)
 	}
+	for _, op := range e.confirm.reads {
+		add(op)
+	}
 	for _, rd := range e.stuck {
 		add(rd.op)
 	}
@@ -515,11 +521,9 @@ func (e *Engine) leased(until time.Duration) {
 	if e.now >= e.leaseTill || e.state == Ended {
 		return
 	}
-	held := e.leaseHeld
-	e.leaseHeld = nil
-	for _, op := range held {
-		e.done(op, op.failed)
-	}
+	held := append(e.confirm.reads, e.leaseHeld...)
+	e.leaseHeld, e.confirm.reads, e.confirm.need = nil, nil, 0
+	e.readsDone(held)
 }
 
 // refresh takes the volume as metadata knows it. Older news is ignored.

@@ -94,6 +94,8 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 		if s.intact {
 			r.Flags = wire.FlagIntact
 		}
+	case wire.Stat:
+		r.Epoch = s.epoch
 	case wire.Flush, wire.Settle:
 		s.floor = max(s.floor, q.Floor)
 		s.durable = maps.Clone(s.blocks)

@@ -109,15 +109,17 @@ func TestATombstoneIsReconciled(t *testing.T) {
 	}
 }
 
-// Trap: a fenced writer that still reads. Without a lease no read is answered,
-// with one again they are, and after the fence none is.
+// Trap: a fenced writer that still reads. Without a lease, and a member's
+// confirmation, no read is answered, with one again they are, and after the fence
+// none is.
 // Guard: partDone holds reads while the lease is over; end answers them.
 func TestNoReadIsAnsweredWithoutALease(t *testing.T) {
 	for seed := range uint64(50) {
 		w := filled(t, seed, 4)
-		w.lease = 400e6
+		w.lease = 200e6
 		w.serving()
 		w.must(2, 2)
+		w.keep = func(i int, q *wire.Request) bool { return q.Kind == wire.Stat }
 		w.settleFor(w.lease)
 		var got []status.Kind
 		read := func() {

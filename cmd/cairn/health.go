@@ -61,7 +61,7 @@ func (w *clusterView) find(fs ...finding) {
 
 func noMetadata(err error) finding {
 	return finding{critical, "the metadata service does not answer: " + strings.TrimPrefix(err.Error(), "the metadata service gives no answer: "), "",
-		"guests' writes go on where space is allocated, their reads until the last lease is over (8 s), and then they wait; nothing can be attached, allocated, excluded or changed",
+		"guests go on reading, and writing where space is allocated, while every store with a copy answers; nothing can be attached, allocated, excluded or changed",
 		"it comes back by itself when a majority of its nodes is up"}
 }
 
@@ -146,7 +146,7 @@ func metaHealth(ms []metaView) (out []finding) {
 			sev = critical
 		}
 		if left < 0 {
-			means = "nothing can be changed; guests' reads wait once their last lease is over"
+			means = "nothing can be changed; guests go on while every store with a copy answers"
 		}
 		out = append(out, finding{Severity: sev, What: fmt.Sprintf("metadata node %s does not answer: %d of %d do", strings.Join(silent, ", "), up, voters), Means: means,
 			Next: "start it again; if its machine is lost, `cairn meta add --replace`"})

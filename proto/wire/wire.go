@@ -104,8 +104,9 @@ const (
 	// may be brought back with other content, when a copy of it moves here again.
 	// Epoch must be at or above the sealed epoch.
 	Drop Kind = 12
-	// Stat returns the volume's live blocks in Reply.Count64 (all volumes and
-	// the store's totals have their own calls in chunk/store).
+	// Stat returns the epoch the volume is sealed at in Reply.Epoch (an older
+	// server: 0) and its live blocks in Reply.Count64 (all volumes and the store's
+	// totals have their own calls in chunk/store). Fenced.
 	Stat Kind = 13
 	// Settle tells a store that the volume's in-sync members were made equal and
 	// durable under Epoch with Floor: from here on it is intact again. Durable
@@ -208,7 +209,7 @@ type Reply struct {
 	Flags       uint16
 	Status      status.Kind
 	ID          uint64
-	Epoch       ids.Epoch // Fenced: the sealed epoch
+	Epoch       ids.Epoch // Fenced, Stat: the sealed epoch
 	Block       ids.Block // Corrupt, Poison: the first bad block
 	Count64     uint64
 	Version     ids.Version
