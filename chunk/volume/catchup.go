@@ -35,8 +35,8 @@ func (e *Engine) pair(k *catchUp, c *chunk, s *replica, q wire.Request, then fun
 				return
 			}
 		}
-		if !c.heldBy(s) {
-			k.fail("the copy that was asked has moved away")
+		if !c.shows(s) {
+			k.fail("the copy that was asked may have moved away")
 			return
 		}
 		then(a, b)
@@ -63,6 +63,10 @@ func (e *Engine) compareChunk(k *catchUp, c *chunk, sources []*replica) {
 
 // copyRanges lists and copies one range after the other.
 func (e *Engine) copyRanges(k *catchUp, c *chunk, sources []*replica, ranges []int) {
+	if slices.ContainsFunc(sources, func(s *replica) bool { return !c.shows(s) }) {
+		k.fail("a copy that was read from may have moved away")
+		return
+	}
 	if len(ranges) == 0 {
 		k.done()
 		return

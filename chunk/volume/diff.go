@@ -111,7 +111,7 @@ func (e *Engine) listMore(l *listing) {
 	}
 	q := &wire.Request{Kind: wire.List, Chunk: l.c.id, Block: ids.Block(l.next), Count: min(wire.DigestBlocks, e.perChunk-l.next)}
 	e.call(r, q, func(rep *wire.Reply) {
-		if rep.Status != status.OK || !l.c.heldBy(r) {
+		if rep.Status != status.OK || !l.c.shows(r) {
 			l.asked, l.why = append(l.asked, r), rep.Detail
 		} else {
 			l.take(rep.Entries)

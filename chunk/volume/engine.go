@@ -181,6 +181,7 @@ type chunk struct {
 	id       ids.ChunkID // 0 while being allocated
 	replicas []*replica  // position = bit in job.need and job.have; e.nobody where one has left
 	fills    []*fill     // by position: the copy there is being made and does not count; nil: it counts
+	giving   *replica    // metadata was asked to give its copy up, and may have; nil: none
 	jobs     []*job      // in flight or merging; bounded by the operations in flight
 }
 

@@ -75,6 +75,14 @@ func (c *chunk) heldBy(r *replica) bool {
 	return false
 }
 
+// shows reports whether a replica has a copy that counts, and is sure to: metadata
+// was not asked to let it go. Once it has, the store drops the copy when it hears of
+// that, perhaps before this engine does, and a late write may bring a part of it
+// back: what such a copy does not have is no hole.
+func (c *chunk) shows(r *replica) bool {
+	return c.heldBy(r) && c.giving != r && !slices.ContainsFunc(c.fills, func(f *fill) bool { return f != nil && f.asked && f.replaces == r })
+}
+
 // count is how many copies count.
 func (c *chunk) count() int {
 	n := 0
@@ -248,7 +256,7 @@ func (e *Engine) adoptChunk(c *pb.Chunk) error {
 		e.chunks[ck.index] = ck
 	}
 	fresh := ck.id == 0
-	ck.id = ids.ChunkID(c.Id)
+	ck.id, ck.giving = ids.ChunkID(c.Id), nil
 	for pos, r := range ck.replicas {
 		switch f := ck.fills[pos]; {
 		case r == e.nobody:

@@ -116,7 +116,7 @@ func (e *Engine) stepJoin(r *replica, jn *join) {
 func (e *Engine) sources(c *chunk, from ids.Version) []*replica {
 	var out []*replica
 	for pos, r := range c.replicas {
-		if c.fills[pos] != nil || !r.readable() || r.merging > 0 || slices.ContainsFunc(c.jobs, func(j *job) bool {
+		if c.fills[pos] != nil || !r.readable() || r.merging > 0 || !c.shows(r) || slices.ContainsFunc(c.jobs, func(j *job) bool {
 			return j.version != 0 && j.version < from && j.have&(1<<pos) == 0
 		}) {
 			continue

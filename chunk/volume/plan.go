@@ -196,6 +196,11 @@ func (e *Engine) startMoves() {
 		op.Moves = append(op.Moves, &pb.ChunkMove{Index: uint32(ix), Step: pb.ChunkMove_CANCEL})
 	}
 	m.unclear = m.unclear[n:]
+	for _, mv := range m.plan {
+		if id, err := ids.StoreIDFromBytes(mv.From); err == nil && mv.Step == pb.ChunkMove_DONE {
+			e.chunks[ids.ChunkIndex(mv.Index)].giving = e.byStore[id]
+		}
+	}
 	op.Moves = append(op.Moves, m.plan...)
 	if len(op.Moves) == 0 {
 		return
@@ -242,6 +247,7 @@ func (e *Engine) moved(ev *MetaDone) {
 			e.failFill(f, "metadata does not let it count")
 		}
 	}
+	e.retryStuck()
 	e.takeNews()
 }
 

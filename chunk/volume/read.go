@@ -64,7 +64,7 @@ func (e *Engine) sendRead(rd *read) {
 		case rd.c.fills[i] != nil:
 			hope = hope || rd.c.fills[i].asked // it may count by now
 		case !r.inSync || rd.bad&(1<<i) != 0:
-		case !r.readable():
+		case !r.readable() || !rd.c.shows(r):
 			hope = true
 		case best == nil || (!best.local && (r.local || r.busy < best.busy)):
 			best, pos = r, i
@@ -105,7 +105,7 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 	if k == status.OK && !e.verified(rd, rep) {
 		k = status.Corrupt
 	}
-	if k == status.OK && !rd.c.heldBy(r) { // dropped meanwhile, and perhaps back with what was sent late
+	if k == status.OK && !rd.c.shows(r) { // perhaps dropped meanwhile, and back with what was sent late
 		e.sendRead(rd)
 		return
 	}
