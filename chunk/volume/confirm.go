@@ -20,7 +20,7 @@ import (
 // writer's commands had changed those, and a member whose addition has an unknown
 // outcome is required. That one would have answered Fenced. So a volume of which
 // no chunk is known cannot be confirmed, and its reads wait for a lease.
-// (docs/PROTOCOL.md, P4; docs/adr/0021.)
+// (docs/PROTOCOL.md, P4; docs/adr/0022.)
 type confirm struct {
 	reads []*Op // of the round under way; bounded by the operations in flight
 	need  int   // members that have not answered it; 0: none is under way

@@ -92,10 +92,7 @@ func remembered(kv KV, cmd *pb.Command) *pb.Result {
 	}
 	res := &pb.Result{}
 	if load(kv, key(tReply, cmd.Session, "\x00", cmd.Seq), res) {
-		if moved := cmd.GetAttach() != nil || cmd.GetHandOver() != nil; moved && res.Status == 0 && res.Volume != nil {
-			res.Chunks = Chunks(kv, res.Volume.Id)
-		}
-		return res
+		return withMap(kv, cmd, res)
 	}
 	if last := u64(s[8:]); cmd.Seq <= last {
 		return failed(status.Errorf(status.Expired, "command %d of session %s is too old: its result is no longer kept (last is %d)", cmd.Seq, cmd.Session, last))
@@ -104,6 +101,28 @@ func remembered(kv KV, cmd *pb.Command) *pb.Result {
 		return failed(status.Errorf(status.Invalid, "command %d of session %s does not follow %d: commands of a session are numbered without gaps", cmd.Seq, cmd.Session, last))
 	}
 	return nil
+}
+
+// withMap completes the kept answer of a command that answers a volume's map, from
+// the state as it is: the volume too, since a map of now names members of now. An
+// attach whose epoch is over by now is refused: its writer would only find itself
+// fenced.
+func withMap(kv KV, cmd *pb.Command, res *pb.Result) *pb.Result {
+	if res.Status != 0 || res.Volume == nil {
+		return res
+	}
+	id := res.Volume.Id
+	switch {
+	case cmd.GetAttach() != nil:
+		v, err := (&apply{kv: kv}).current(id, res.Volume.Epoch)
+		if err != nil {
+			return failed(err)
+		}
+		res.Volume, res.Chunks = Leaving(kv, v), Chunks(kv, id)
+	case cmd.GetHandOver() != nil:
+		res.Chunks = Chunks(kv, id)
+	}
+	return res
 }
 
 // touch opens a session or marks its use; seq 0 leaves its last command alone.

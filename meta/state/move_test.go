@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"testing"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -60,6 +62,30 @@ func TestACopyMoves(t *testing.T) {
 	res = c.ok(c.moves(done(3)))
 	if !bytes.Equal(res.Chunks[0].Stores[2], storeID(3)) || c.volume("v").Revision != revision {
 		t.Fatalf("asked again: %v, revision %d instead of %d", res.Chunks, c.volume("v").Revision, revision)
+	}
+}
+
+// An attach that is asked again answers a volume and a map of one moment: a chunk
+// that has moved meanwhile names a member of the volume. Once its epoch is over
+// there is nothing left to answer.
+func TestAnAttachAskedAgainAnswersOneMoment(t *testing.T) {
+	c := fourHosts(t)
+	first := attach("v", "host-1", true)
+	c.ok(first)
+	c.ok(c.moves(plan(3, 3)))
+	c.ok(c.moves(done(3)))
+	res := c.raw(proto.Clone(first).(*pb.Command))
+	if res.Status != 0 || res.Volume.Epoch != c.volume("v").Epoch {
+		t.Fatalf("asked again: %v", res)
+	}
+	for _, id := range res.Chunks[0].Stores {
+		if member(res.Volume, id) == nil {
+			t.Errorf("its chunk names store %x, which is no member of the volume it answers", id)
+		}
+	}
+	c.ok(attach("v", "host-2", true))
+	if res := c.raw(proto.Clone(first).(*pb.Command)); status.Kind(res.Status) != status.Fenced {
+		t.Errorf("after another attach it is answered %v", res)
 	}
 }
 
