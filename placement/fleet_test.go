@@ -174,6 +174,33 @@ func TestPricesCanBeCheckedByHand(t *testing.T) {
 	}
 }
 
+// All four steps for a VM whose one chunk, of two copies, is elsewhere, and that in
+// the horizon reads 1000 MiB and writes 100: each wins where its price is least,
+// but the copy more, which is dearer than the one that moves by what is written.
+func TestTheCheapestOfFourStepsWins(t *testing.T) {
+	p := Prices{HorizonMs: 100_000, Hysteresis: 0.2, MinBytes: 64 * mib}
+	for _, c := range []struct {
+		memory, heat float64 // heat: a part of the above
+		want         Step
+		prices       map[Step]float64 // MiB
+	}{
+		{1024, 1, MoveData, map[Step]float64{Stay: 1000 + 2*100, MoveVM: 1024 + 100, MoveData: 64 + 100, AddReplica: 64 + 100 + 100}},
+		{16, 1, MoveVM, map[Step]float64{Stay: 1200, MoveVM: 16 + 100, MoveData: 164, AddReplica: 264}},
+		{1024, 0.1, Stay, map[Step]float64{Stay: 120, MoveVM: 1024 + 10, MoveData: 64 + 10, AddReplica: 64 + 10 + 10}},
+	} {
+		v := Case{VM: "v", Host: 0, Target: 1, Memory: c.memory * mib, HeatMs: 1000, CanMove: true, FreeBytes: gib,
+			Chunks: []ChunkHeat{{Heat: Heat{Read: 10 * mib * c.heat, Write: mib * c.heat}, Hosts: []int{1, 2}, Bytes: 64 * mib}}}
+		for _, s := range v.Price(p) {
+			if got := s.Total() / mib; s.Why != "" || got < c.prices[s.Step]-0.001 || got > c.prices[s.Step]+0.001 {
+				t.Errorf("%s costs %.3f MiB, want %.0f (%s)", s.Step, got, c.prices[s.Step], s.Why)
+			}
+		}
+		if got := v.Choose(p).Step; got != c.want {
+			t.Errorf("at %+v: %s is chosen", c, got)
+		}
+	}
+}
+
 // Two VMs in each other's place on full hosts swap; a second round has nothing
 // to do.
 func TestRebalanceSwapsOnce(t *testing.T) {

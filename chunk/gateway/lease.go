@@ -124,6 +124,12 @@ func (g *Gateway) tickLoop() {
 				}
 			}
 		}
+		for _, v := range g.caring() { // they have no exports to drop
+			if v.State() != volume.Ended {
+				v.step(&volume.Tick{})
+				v.followAddr()
+			}
+		}
 		shares.step(g.Volumes())
 		for v := range told {
 			if !live[v] {
