@@ -79,6 +79,8 @@ var kinds = []kind{
 		func(r Row) bool { return r.Max == 0 }, deadGateway},
 	{"rejoin", "a replica away while 1 GiB is written; it and the gateway are killed while it catches up", 3, "sent to catch up, MiB", "≤ 1126",
 		func(r Row) bool { return r.Max <= 1126 }, rejoin},
+	{"rebuild", "a host is lost for good; its copies, 1 GiB, are made on another while the client goes on", 6, "the client's p99 meanwhile ÷ its p99 just before", "p50 ≤ 2",
+		func(r Row) bool { return r.P50 <= 2 }, rebuild},
 }
 
 // Names are the outages' names with what they are.

@@ -29,7 +29,7 @@ func TestOutages(t *testing.T) {
 	if bin == "" {
 		t.Fatal("CAIRN_BIN names no cairn binary: run by `make test-int`")
 	}
-	for name, rounds := range map[string]int{"kill": 3, "kill-leader": 2, "stop": 1, "cut": 1, "kill-all": 2, "power": 1, "dead-gateway": 3} {
+	for name, rounds := range map[string]int{"kill": 3, "kill-leader": 2, "stop": 1, "cut": 1, "kill-all": 2, "power": 1, "dead-gateway": 3, "rebuild": 1} {
 		t.Run(name, func(t *testing.T) {
 			var out, talk bytes.Buffer
 			err := Run(t.Context(), Config{Bin: bin, Out: &out, Talk: &talk, Only: []string{name}, Rounds: rounds})
