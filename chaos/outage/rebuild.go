@@ -54,8 +54,8 @@ func rebuild(ctx context.Context, l *lab) error {
 			return errors.Join(err, l.alive())
 		}
 		busy := p99(load.History(), from)
+		l.figures = append(l.figures, float64(busy)/float64(idle))
 		l.talk(round, "p99 %v, and %v while 1 GiB was rebuilt in %v", idle, busy, time.Since(began).Round(100*time.Millisecond))
-		l.add(round, float64(busy)/float64(idle))
 		if err := l.Release(lost); err != nil {
 			return err
 		}
