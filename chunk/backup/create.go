@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -21,7 +20,8 @@ const (
 	saveEvery = 2 * time.Second // of a running backup's index
 )
 
-// Begin notes that a backup is being made. From here on it can be gone on with.
+// Begin notes that a backup is being made; the caller has locked its volume. From
+// here on it can be gone on with.
 func (r *Repo) Begin(ctx context.Context, x *Index) error {
 	x.Version = Version
 	if x.Chunks == nil {
@@ -30,14 +30,7 @@ func (r *Repo) Begin(ctx context.Context, x *Index) error {
 	if x.Done == nil {
 		x.Done = map[uint32]bool{}
 	}
-	if err := r.putIndex(ctx, "running", x); err != nil {
-		return err
-	}
-	pruning, err := r.b.Has(ctx, pruningName)
-	if err == nil && pruning {
-		err = errors.Join(status.Errorf(status.Conflict, "backups are being removed from %s, or that was cut short: `cairn volume backup rm %s` ends it", r.b, r.b), r.Drop(ctx, x))
-	}
-	return err
+	return r.putIndex(ctx, "running", x)
 }
 
 // Drop forgets a backup that was not completed.
@@ -189,8 +182,10 @@ func each(ctx context.Context, marked uint64, do func(ctx context.Context, piece
 }
 
 // Restore writes all of a backup that is not zeros. Every object is held against
-// its checksum before a byte of it is written; the first that fails ends it.
-func (r *Repo) Restore(ctx context.Context, x *Index, to io.WriterAt, step func(int64)) error {
+// its checksum before a byte of it is written; the first that fails ends it. What a
+// restore of the same backup that was cut short has written is read from there (nil:
+// there was none), and not fetched and written again if its checksum holds.
+func (r *Repo) Restore(ctx context.Context, x *Index, there io.ReaderAt, to io.WriterAt, step func(int64)) error {
 	for _, c := range slices.Sorted(maps.Keys(x.Chunks)) {
 		names, err := r.list(ctx, x, c)
 		if err != nil {
@@ -198,6 +193,16 @@ func (r *Repo) Restore(ctx context.Context, x *Index, to io.WriterAt, step func(
 		}
 		err = each(ctx, marks(names), func(ctx context.Context, p int) error {
 			off := uint64(c)*ChunkBytes + uint64(p)*PieceBytes
+			if there != nil && off < x.SizeBytes {
+				old := make([]byte, min(PieceBytes, x.SizeBytes-off))
+				if _, err := there.ReadAt(old, int64(off)); err != nil {
+					return fmt.Errorf("what was restored before cannot be read at byte %d: %w", off, err)
+				}
+				if nameOf(old) == names[p] {
+					step(int64(len(old)))
+					return nil
+				}
+			}
 			data, err := r.piece(ctx, x, names[p], off)
 			if err != nil {
 				return fmt.Errorf("backup %s cannot be restored: its bytes from %d on: %w", x.Name(), off, err)
@@ -296,13 +301,10 @@ func (r *Repo) Verify(ctx context.Context, xs []*Index, step func(int64)) (bad [
 }
 
 // Remove takes backups away (VOLUME@ID each, complete or not), and all objects that
-// no other backup needs; with no names only those. It is refused while another
-// backup is being made. freed counts objects.
-func (r *Repo) Remove(ctx context.Context, names []string, host string) (freed int, err error) {
-	if err := r.b.Put(ctx, pruningName, []byte(host+"\n")); err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, r.b.Remove(ctx, pruningName)) }()
+// no other backup needs; with no names only those. The caller has locked the whole
+// repository. It is refused while another backup is not complete. freed counts
+// objects.
+func (r *Repo) Remove(ctx context.Context, names []string) (freed int, err error) {
 	running, err := r.Running(ctx, "")
 	if err != nil {
 		return 0, err

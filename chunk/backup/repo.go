@@ -14,7 +14,8 @@
 //	                             names of a chunk's 64 pieces, 32 bytes each)
 //	volumes/NAME/ID              an index: one backup, complete
 //	running/NAME/ID              an index that is not complete yet
-//	pruning                      somebody removes objects now
+//	locks/ID                     somebody writes: a backup of one volume, or a
+//	                             removal, which nothing else may run beside
 //
 // An index is JSON and a line with the SHA-256 of it. It names one list for each
 // chunk that is not all zeros, and 32 zero bytes in a list name a piece of zeros:
@@ -25,9 +26,8 @@
 // Pieces are written before the list that names them, lists before the index, and
 // each is there whole or not at all. Whatever is cut short leaves objects that no
 // index names: the next backup finds and uses them, the next removal takes them
-// away. A removal takes the index first, and objects only while no backup runs: a
-// backup writes running/ and then looks for pruning, a removal writes pruning and
-// then looks for running/, so one of two always sees the other.
+// away. A removal takes the index first, and objects only while no backup runs, or
+// waits to be gone on with: what that has written is named by no index yet.
 package backup
 
 import (
@@ -56,9 +56,8 @@ const (
 )
 
 const (
-	formatName  = "cairn-backup"
-	pruningName = "pruning"
-	sumLine     = "sha256 "
+	formatName = "cairn-backup"
+	sumLine    = "sha256 "
 )
 
 // Bucket is where objects lie. Names are slash-separated and relative.

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/cairnstore/cairn/proto/status"
@@ -101,7 +103,7 @@ func (m image) WriteAt(p []byte, off int64) (int, error) { return copy(m[off:], 
 func restored(t *testing.T, r *Repo, x *Index) []byte {
 	t.Helper()
 	m := make(image, x.SizeBytes)
-	if err := r.Restore(context.Background(), x, m, func(int64) {}); err != nil {
+	if err := r.Restore(context.Background(), x, nil, m, func(int64) {}); err != nil {
 		t.Fatal(err)
 	}
 	return m
@@ -164,7 +166,7 @@ func TestBackupsShowWhatWas(t *testing.T) {
 				t.Fatalf("seed %d: bad %+v, %v", seed, bad, err)
 			}
 			name := xs[rng.IntN(len(xs))].Name()
-			if _, err := r.Remove(ctx, []string{name}, "here"); err != nil {
+			if _, err := r.Remove(ctx, []string{name}); err != nil {
 				t.Fatal(err)
 			}
 			delete(shows, name)
@@ -230,7 +232,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Remove(ctx, nil, "here"); (err == nil) != (len(running) == 0) {
+		if _, err := r.Remove(ctx, nil); (err == nil) != (len(running) == 0) {
 			t.Fatalf("killed at operation %d, %d running: removing says %v", n, len(running), err)
 		}
 		if err := backup("2", base); err != nil {
@@ -244,7 +246,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 }
 
 // Each flipped bit, lost object and foreign version is named; nothing of it is
-// written; a removal that was cut short keeps backups from beginning.
+// written.
 func TestDamageIsNamed(t *testing.T) {
 	ctx := context.Background()
 	dir, err := OpenDir(t.TempDir(), true)
@@ -280,7 +282,7 @@ func TestDamageIsNamed(t *testing.T) {
 				bad = names(err)
 			} else {
 				m := make(image, len(d.data))
-				bad = names(again.Restore(ctx, x, m, func(int64) {})) && bytes.Equal(m, make([]byte, len(m)))
+				bad = names(again.Restore(ctx, x, nil, m, func(int64) {})) && bytes.Equal(m, make([]byte, len(m)))
 				found, _, err := again.Verify(ctx, xs, func(int64) {})
 				bad = bad && err == nil && len(found) == 1 && strings.Contains(found[0].Why, n)
 			}
@@ -307,18 +309,6 @@ func TestDamageIsNamed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := dir.Put(ctx, pruningName, []byte("elsewhere")); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.Begin(ctx, &Index{Volume: "v", ID: "2"}); status.Of(err) != status.Conflict {
-		t.Fatalf("a backup beside a removal: %v", err)
-	}
-	if running, err := r.Running(ctx, ""); err != nil || len(running) > 0 {
-		t.Fatalf("it is running: %v, %v", running, err)
-	}
-	if _, err := r.Remove(ctx, nil, "here"); err != nil {
-		t.Fatal(err)
-	}
 	if err := dir.Put(ctx, formatName, []byte(`{"format":"cairn-backup","version":2}`)); err != nil {
 		t.Fatal(err)
 	}
@@ -329,5 +319,67 @@ func TestDamageIsNamed(t *testing.T) {
 	other.objects["photo.jpg"] = []byte("x")
 	if _, err := Open(ctx, other, true); status.Of(err) != status.Exists {
 		t.Fatalf("a bucket with something else: %v", err)
+	}
+}
+
+// half is where a restore writes until it is killed.
+type half struct {
+	image
+	left atomic.Int64
+}
+
+func (h *half) WriteAt(p []byte, off int64) (int, error) {
+	if h.left.Add(-1) < 0 {
+		return 0, errDead
+	}
+	return h.image.WriteAt(p, off)
+}
+
+func (m image) ReadAt(p []byte, off int64) (int, error) { return copy(p, m[off:]), nil }
+
+// A restore that was killed goes on: what it had written is not fetched again, what
+// has been damaged since is written again, and the whole is what was backed up.
+func TestKilledRestoreGoesOn(t *testing.T) {
+	ctx := context.Background()
+	b := newMemory()
+	r, err := Open(ctx, b, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &disk{data: make([]byte, ChunkBytes+9*PieceBytes+4096), dirty: Dirty{}}
+	for p := range len(d.data) / PieceBytes {
+		if p%3 != 0 {
+			d.write(p*PieceBytes+7, []byte(fmt.Sprint("piece ", p)))
+		}
+	}
+	x := &Index{Volume: "v", ID: "1", SizeBytes: uint64(len(d.data))}
+	if err := errors.Join(r.Begin(ctx, x), r.Create(ctx, x, nil, d.dirty, d, func(int64) {})); err != nil {
+		t.Fatal(err)
+	}
+	const most = 20
+	h := &half{image: make(image, len(d.data))}
+	h.left.Store(most)
+	if err := r.Restore(ctx, x, nil, h, func(int64) {}); !errors.Is(err, errDead) {
+		t.Fatalf("killed while it restored: %v", err)
+	}
+	for p := range len(d.data) / PieceBytes { // written, and then bad
+		if h.image[p*PieceBytes+7] != 0 {
+			h.image[p*PieceBytes+8]++
+			break
+		}
+	}
+	h.left.Store(1000)
+	if err := r.Restore(ctx, x, h.image, h, func(int64) {}); err != nil {
+		t.Fatal(err)
+	}
+	all := 0
+	for _, m := range d.dirty {
+		all += bits.OnesCount64(m)
+	}
+	if !bytes.Equal(h.image, d.data) {
+		t.Fatal("it shows something else")
+	}
+	if wrote := 1000 - int(h.left.Load()); wrote != all-most+1 {
+		t.Fatalf("%d pieces were written then, of %d after %d", wrote, all, most)
 	}
 }

@@ -19,6 +19,11 @@ const (
 	maxHold = 5 * time.Second
 	// cutWait is how long one volume's cut alone may take.
 	cutWait = 2 * time.Second
+	// A volume is flushed before its cut until that is quick: what the cut has to
+	// flush while writes wait is what came during the last one. On a disk that is
+	// never quick the cut is made all the same.
+	settleQuick = 20 * time.Millisecond
+	settleMost  = 5
 )
 
 // heldCut is a cut between Hold and Release.
@@ -56,7 +61,13 @@ func (g *Gateway) PrepareCut(ctx context.Context, name string) error {
 	v.mu.Lock()
 	v.prepared = res.Volume
 	v.mu.Unlock()
-	return v.settle(ctx) // what came meanwhile, so that little is left to be held for
+	for range settleMost {
+		began := now()
+		if err := v.settle(ctx); err != nil || now()-began < settleQuick {
+			return err
+		}
+	}
+	return nil
 }
 
 // HoldCut holds a volume's new writes back and answers when all that was written

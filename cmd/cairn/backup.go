@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"time"
@@ -39,13 +40,22 @@ func openRepo(ctx context.Context, repo string, create bool) (*backup.Repo, erro
 }
 
 func volumeBackup(c *cli) *cobra.Command {
-	var full bool
+	var full, breakLock bool
 	create := func(cmd *cobra.Command, args []string) error {
 		if len(args) != 2 {
 			return usagef("name a volume and where its backups are to lie: see `%s --help`", cmd.CommandPath())
 		}
 		return c.with(cmd.Context(), imageWait, func(ctx context.Context, s *session) error {
-			return s.backupVolume(ctx, args[0], args[1], full)
+			if _, err := s.volume(ctx, args[0]); err != nil { // before a repository is made
+				return err
+			}
+			repo, err := openRepo(ctx, args[1], true)
+			if err != nil {
+				return err
+			}
+			return withLock(ctx, repo, args[0], breakLock, func(ctx context.Context) error {
+				return s.backupVolume(ctx, repo, args[0], full)
+			})
 		})
 	}
 	cmd := &cobra.Command{
@@ -62,18 +72,34 @@ object is named by its SHA-256.` + repoHelp,
 		Example: "  cairn volume backup create db /mnt/backup"}
 	for _, x := range []*cobra.Command{cmd, sub} {
 		x.Flags().BoolVar(&full, "full", false, "read all of the volume, not only what has changed")
+		breakLockFlag(x, &breakLock)
 	}
 	cmd.AddCommand(sub, backupList(), backupShow(), backupVerify(), backupRemove())
 	return cmd
 }
 
-// backupVolume makes a backup, or goes on with the one that was cut short.
-func (s *session) backupVolume(ctx context.Context, name, where string, full bool) error {
-	v, err := s.volume(ctx, name)
+func breakLockFlag(cmd *cobra.Command, to *bool) {
+	cmd.Flags().BoolVar(to, "break-lock", false, "begin although another command says it is writing there: when that is known to be dead")
+}
+
+// withLock runs f while the backups of a volume, or of all, are locked.
+func withLock(ctx context.Context, repo *backup.Repo, volume string, force bool, f func(context.Context) error) error {
+	locked, l, err := repo.Lock(ctx, volume, who(), force)
 	if err != nil {
 		return err
 	}
-	repo, err := openRepo(ctx, where, true)
+	for _, b := range l.Broken {
+		say("the lock of %s is removed", b)
+	}
+	if err = f(locked); err != nil && locked.Err() != nil && ctx.Err() == nil {
+		err = context.Cause(locked)
+	}
+	return errors.Join(err, l.Unlock())
+}
+
+// backupVolume makes a backup, or goes on with the one that was cut short.
+func (s *session) backupVolume(ctx context.Context, repo *backup.Repo, name string, full bool) error {
+	v, err := s.volume(ctx, name)
 	if err != nil {
 		return err
 	}
@@ -117,7 +143,7 @@ func (s *session) backupVolume(ctx context.Context, name, where string, full boo
 	err = s.withDevice(ctx, name+"@"+x.Snapshot, func(dev *nbdclient.Client) error {
 		return repo.Create(ctx, x, base, dirty, dev, bar.add)
 	})
-	bar.finish()
+	bar.finish(err)
 	if err != nil {
 		return err
 	}
@@ -166,7 +192,7 @@ func (s *session) beginBackup(ctx context.Context, repo *backup.Repo, v *pb.Volu
 			x.Base = o.ID
 		}
 	}
-	if _, _, err := s.takeSnapshot(ctx, x.Snapshot, []string{v.Name}); err != nil {
+	if _, err := s.takeSnapshot(ctx, x.Snapshot, []string{v.Name}); err != nil {
 		return nil, err
 	}
 	v, err := s.volume(ctx, v.Name)
@@ -208,7 +234,8 @@ func volumeRestore(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "restore REPO VOLUME[@BACKUP] NEW", Short: "Make a new volume of a backup", Args: cobra.ExactArgs(3),
 		Long: `Make a new volume of a backup: of the last one, or the one that is named. What a damaged
-object holds is never written: the command fails, naming it, and leaves no volume.` + repoHelp,
+object holds is never written: the command fails, naming it, and leaves no volume. Until
+all is there its name is NEW.part; cut short, by kill -9 too, the same command goes on.` + repoHelp,
 		Example: "  cairn volume restore /mnt/backup db db-restored\n  cairn volume restore s3://disks/cluster-1 db@20260102-030405-678 db-then",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), imageWait, func(ctx context.Context, s *session) error {
@@ -230,23 +257,17 @@ object holds is never written: the command fails, naming it, and leaves no volum
 }
 
 func (s *session) restoreVolume(ctx context.Context, repo *backup.Repo, x *backup.Index, name string, replicas uint32) error {
-	op := &pb.CreateVolume{Name: name, SizeBytes: x.SizeBytes, Replicas: replicas}
-	if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: op}}); err != nil {
-		return err
-	}
-	err := s.withDevice(ctx, name, func(dev *nbdclient.Client) error {
-		bar := newBar("restoring "+x.Name(), x.Bytes())
-		err := repo.Restore(ctx, x, dev, bar.add)
-		bar.finish()
-		if err == nil {
-			err = dev.Flush()
+	op := &pb.CreateVolume{Name: name, SizeBytes: x.SizeBytes, Replicas: replicas, Tags: map[string]string{"restored-from": x.Name()}}
+	return s.fillVolume(ctx, op, func(dev *nbdclient.Client, again bool) error {
+		var there io.ReaderAt
+		if again {
+			there = dev
 		}
+		bar := newBar("restoring "+x.Name(), x.Bytes())
+		err := repo.Restore(ctx, x, there, failing{dev}, bar.add)
+		bar.finish(err)
 		return err
 	})
-	if err != nil {
-		return errors.Join(err, s.discardVolume(name))
-	}
-	return nil
 }
 
 // noCompletion is for arguments only the person knows.
@@ -379,7 +400,7 @@ func verifyBackups(ctx context.Context, repo *backup.Repo, xs []*backup.Index, o
 	}
 	bar := newBar("verifying", total)
 	bad, objects, err := repo.Verify(ctx, xs, bar.add)
-	bar.finish()
+	bar.finish(err)
 	if err != nil {
 		return err
 	}
@@ -403,7 +424,8 @@ func verifyBackups(ctx context.Context, repo *backup.Repo, xs []*backup.Index, o
 }
 
 func backupRemove() *cobra.Command {
-	return &cobra.Command{
+	var breakLock bool
+	cmd := &cobra.Command{
 		Use: "rm REPO [VOLUME@BACKUP…]", Short: "Remove backups, and what no other one needs", Args: cobra.MinimumNArgs(1),
 		Long: `Remove backups, in any order, and all objects that no other backup needs. With none named
 only those: what was cut short has left them. Refused while a backup is being made.` + repoHelp,
@@ -418,12 +440,16 @@ only those: what was cut short has left them. Refused while a backup is being ma
 			if err != nil {
 				return err
 			}
-			freed, err := repo.Remove(cmd.Context(), args[1:], who())
-			if err != nil {
-				return err
-			}
-			say("%d objects removed", freed)
-			return nil
+			return withLock(cmd.Context(), repo, "", breakLock, func(ctx context.Context) error {
+				freed, err := repo.Remove(ctx, args[1:])
+				if err != nil {
+					return err
+				}
+				say("%d objects removed", freed)
+				return nil
+			})
 		},
 	}
+	breakLockFlag(cmd, &breakLock)
+	return cmd
 }

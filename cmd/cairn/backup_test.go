@@ -138,32 +138,63 @@ func TestBackupAndRestore(t *testing.T) {
 	n.fails("refuses these keys", "volume", "backup", "ls", "s3://disks/cluster/1")
 }
 
-// damage flips a bit of an object, which must be named, and flips it back.
+// damage spoils an object in several ways, each of which must be named in one
+// sentence, and mends it.
 func (n *node) damage(repo, file string) {
 	n.t.Helper()
-	flip := func() {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			n.t.Fatal(err)
-		}
-		b[len(b)/2] ^= 1
+	good, err := os.ReadFile(file)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	flipped := bytes.Clone(good)
+	flipped[len(good)/2] ^= 1
+	put := func(b []byte) {
+		n.t.Helper()
 		if err := os.WriteFile(file, b, 0o600); err != nil {
 			n.t.Fatal(err)
 		}
 	}
-	flip()
 	object := filepath.Base(file)
-	n.fails(object, "volume", "restore", repo, "v", "r")
-	n.fails("no volume", "volume", "show", "r")
-	if r := n.cairn("volume", "backup", "verify", repo); r.status != exitFailed || !strings.Contains(r.out, object) {
-		n.t.Fatalf("verify of a flipped bit: status %d, %s, %s", r.status, r.out, r.err)
+	for _, bad := range [][]byte{flipped, good[:len(good)/2], {}, append(bytes.Clone(good), "garbage"...)} {
+		put(bad)
+		if r := n.cairn("volume", "restore", repo, "v", "r"); r.status != exitFailed || !strings.Contains(r.err, object) || strings.Contains(r.err, "\n") {
+			n.t.Fatalf("restore of a bad object: status %d, %s", r.status, r.err)
+		}
+		n.fails("no volume", "volume", "show", "r")
+		n.fails("no volume", "volume", "show", "r.part")
+		if r := n.cairn("volume", "backup", "verify", repo); r.status != exitFailed || !strings.Contains(r.out, object) {
+			n.t.Fatalf("verify of a bad object: status %d, %s, %s", r.status, r.out, r.err)
+		}
 	}
-	flip()
+	put(good)
 	n.ok("volume", "backup", "verify", repo)
 }
 
+// begun starts a command of the cluster beside the test.
+func (n *node) begun(args ...string) *exec.Cmd {
+	n.t.Helper()
+	cmd := exec.Command(bin(n.t), append(args, "--dir", n.dir)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	return cmd
+}
+
+// killed ends what begun has started in the middle, with -9.
+func (n *node) killed(cmd *exec.Cmd) {
+	n.t.Helper()
+	if err := cmd.Process.Kill(); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		n.t.Fatalf("%v was done before it was killed", cmd.Args)
+	}
+}
+
 // A backup whose command is killed with -9 goes on where it was, of the same
-// moment, when it is given again.
+// moment, when it is given again, and so does a restore; while one runs there is no
+// other of the same volume.
 func TestKilledBackupGoesOn(t *testing.T) {
 	n := startUp(t, dir(t), "--hosts", "1")
 	base := filepath.Dir(n.dir)
@@ -176,17 +207,14 @@ func TestKilledBackupGoesOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.ok("volume", "import", "v", filepath.Join(base, "img"))
-	cmd := exec.Command(bin(t), "volume", "backup", "v", repo, "--dir", n.dir)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	cmd := n.begun("volume", "backup", "v", repo)
 	until(t, "some of the backup is there", func() bool { return len(dataObjects(t, repo)) > 5 })
-	if err := cmd.Process.Kill(); err != nil {
+	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Wait(); err == nil {
-		t.Fatal("the backup was complete before it was killed")
-	}
+	n.fails("volume v is being backed up in "+repo+" by "+who()+", process "+fmt.Sprint(cmd.Process.Pid), "volume", "backup", "v", repo)
+	n.fails("volume v is being backed up", "volume", "backup", "rm", repo)
+	n.killed(cmd)
 	cut := decodeJSON[[]backupView](t, n.ok("volume", "backup", "ls", repo, "-o", "json"))
 	if len(cut) != 1 || cut[0].Complete {
 		t.Fatalf("after the kill: %+v", cut)
@@ -200,17 +228,38 @@ func TestKilledBackupGoesOn(t *testing.T) {
 	if w.Written >= uint64(len(img)) {
 		t.Fatalf("everything was written again: %+v", w)
 	}
-	n.ok("volume", "restore", repo, "v", "r")
+	for _, what := range []string{".tmp", "locks"} {
+		left, err := os.ReadDir(filepath.Join(repo, what))
+		if err != nil || len(left) > 0 {
+			t.Fatalf("%s after a backup: %v, %v", what, left, err)
+		}
+	}
+	cmd = n.begun("volume", "restore", repo, "v", "r")
+	until(t, "some of it is restored", func() bool {
+		r := n.cairn("volume", "show", "r.part", "-o", "json")
+		return r.status == 0 && decodeJSON[volumeView](t, r.out).Allocated > 0
+	})
+	n.killed(cmd)
+	n.fails("no volume", "volume", "show", "r")
+	n.fails("volume r.part is there", "volume", "import", "r", filepath.Join(base, "img"))
+	if r := n.cairn("volume", "restore", repo, "v", "r"); r.status != 0 || !strings.Contains(r.err, "going on with volume r.part") {
+		t.Fatalf("the restore is not gone on with: %d, %s", r.status, r.err)
+	}
 	if !bytes.Equal(n.image("r"), img) {
 		t.Fatal("what was restored is not what was backed up")
 	}
+	if v := decodeJSON[volumeView](t, n.ok("volume", "show", "r", "-o", "json")); v.Tags["restored-from"] != "v@"+w.ID || v.Holder != "" {
+		t.Fatalf("the restored volume is %+v", v)
+	}
+	n.fails("no volume", "volume", "show", "r.part")
 	for _, c := range []struct {
 		args   []string
 		status int
 		say    string
 	}{
 		{[]string{"volume", "backup", "v"}, exitUsage, "where its backups are to lie"},
-		{[]string{"volume", "backup", "nope", repo}, exitFailed, "no volume"},
+		{[]string{"volume", "backup", "nope", filepath.Join(base, "new")}, exitFailed, "no volume"},
+		{[]string{"volume", "backup", "ls", filepath.Join(base, "new")}, exitFailed, "no directory"}, // it was not made for nothing
 		{[]string{"volume", "backup", "ls", "/nonexistent"}, exitFailed, "no directory"},
 		{[]string{"volume", "backup", "ls", base}, exitFailed, "no backups in"},
 		{[]string{"volume", "backup", "v", base}, exitFailed, "holds something else"},

@@ -231,6 +231,100 @@ func TestImportAndExport(t *testing.T) {
 	}
 }
 
+// An image that is not whole, or stands on another, is refused; one whose end is no
+// block's is filled up with zeros; where there is no room nothing is left.
+func TestBadImages(t *testing.T) {
+	d := dir(t)
+	n := startUp(t, d, "--hosts", "1")
+	base := filepath.Dir(d)
+	at := func(name string) string { return filepath.Join(base, name) }
+	data := bytes.Repeat([]byte("cairn"), 1<<20)
+	write := func(name string, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(at(name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("odd", data[:3<<20+1])
+	n.ok("volume", "import", "odd", at("odd"))
+	if v := decodeJSON[volumeView](t, n.ok("volume", "show", "odd", "-o", "json")); v.SizeBytes != 3<<20+4096 {
+		t.Fatalf("3 MiB and a byte became %d bytes", v.SizeBytes)
+	}
+	if got := n.image("odd"); !bytes.Equal(got[:3<<20+1], data[:3<<20+1]) || !isZero(got[3<<20+1:][:4095]) {
+		t.Fatal("the odd image shows something else")
+	}
+	for _, format := range []string{"qcow2", "vmdk"} {
+		whole, cut := at("whole."+format), "cut."+format
+		tool(t, "qemu-img", "convert", "-f", "raw", "-O", format, at("odd"), whole)
+		b, err := os.ReadFile(whole)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(cut, b[:len(b)/2])
+		n.refuses("is damaged or cut short", "volume", "import", "x", at(cut))
+	}
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", at("odd"), "-F", "raw", at("over.qcow2"))
+	n.refuses("is only a part of an image, over "+at("odd"), "volume", "import", "x", at("over.qcow2"))
+	write("empty", nil)
+	n.refuses("is empty", "volume", "import", "x", at("empty"))
+	n.refuses("cannot read the image", "volume", "import", "x", at("none"))
+	n.refuses("exists already", "volume", "import", "odd", at("odd"))
+	n.refuses("exists: name a new file", "volume", "export", "odd", at("odd"))
+	if err := os.Mkdir(at("small"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("cairn", at("small"), "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(at("small"), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	n.refuses("no space left on device", "volume", "export", "odd", filepath.Join(at("small"), "x"))
+	n.refuses("no space left on device", "volume", "backup", "odd", filepath.Join(at("small"), "repo"))
+	left, err := filepath.Glob(filepath.Join(at("small"), "[^r]*"))
+	if err != nil || len(left) > 0 {
+		t.Fatalf("left on the full disk: %v, %v", left, err)
+	}
+	left, err = filepath.Glob(filepath.Join(at("small"), "repo", ".tmp", "*"))
+	if err != nil || len(left) > 0 {
+		t.Fatalf("left of the backup: %v, %v", left, err)
+	}
+	for _, v := range decodeJSON[[]volumeView](t, n.ok("volume", "ls", "-o", "json")) {
+		if v.Name != "odd" || v.Holder != "" {
+			t.Fatalf("left behind: %+v", v)
+		}
+	}
+}
+
+// An import for which there is no room ends, and gives back what it had taken.
+func TestImportIntoAFullPool(t *testing.T) {
+	d := dir(t)
+	n := startUp(t, d, "--store-size", "1G")
+	img := filepath.Join(filepath.Dir(d), "img")
+	data := make([]byte, 500<<20)
+	if _, err := rand.NewChaCha8([32]byte{4}).Read(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(img, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.ok("volume", "import", "a", img)
+	n.refuses("no space", "volume", "import", "b", img)
+	if vs := decodeJSON[[]volumeView](t, n.ok("volume", "ls", "-o", "json")); len(vs) != 1 || vs[0].Name != "a" {
+		t.Fatalf("volumes after it: %+v", vs)
+	}
+}
+
+// refuses runs a command that must fail with one sentence, saying something.
+func (n *node) refuses(says string, args ...string) {
+	n.t.Helper()
+	if r := n.cairn(args...); r.status != exitFailed && r.status != exitUsage || !strings.Contains(r.err, says) || strings.Contains(r.err, "\n") {
+		n.t.Fatalf("cairn %v: status %d, %q: want one sentence saying %q", args, r.status, r.err, says)
+	}
+}
+
 // Every bad input gets one sentence and the right exit status.
 func TestBadInput(t *testing.T) {
 	d := dir(t)

@@ -44,7 +44,7 @@ func benchCommand() *cobra.Command {
 		},
 	}
 	out.register(cmd)
-	cmd.AddCommand(benchNBDCommand(), benchMetaCommand(), benchOutageCommand(), netBenchCommand(), benchStoreCommand(), benchPlaceCommand(), benchVictimCommand())
+	cmd.AddCommand(benchNBDCommand(), benchMetaCommand(), benchOutageCommand(), netBenchCommand(), benchStoreCommand(), benchPlaceCommand(), benchSnapshotCommand(), benchVictimCommand())
 	return cmd
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"strings"
 	"sync"
@@ -55,8 +56,7 @@ func volumeImport(c *cli) *cobra.Command {
 	return cmd
 }
 
-// importImage creates the volume, copies, flushes and lets it go. A failure
-// leaves no half-filled volume behind.
+// importImage makes a volume of a raw image.
 func (s *session) importImage(ctx context.Context, name, path string, size uint64, replicas uint32) (err error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -76,43 +76,135 @@ func (s *session) importImage(ctx context.Context, name, path string, size uint6
 	if uint64(end) > size {
 		return usagef("--size %d is smaller than the image, %d bytes", size, end)
 	}
-	_, err = s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: name, SizeBytes: size, Replicas: replicas}}})
-	if err != nil {
-		return err
-	}
-	err = s.withDevice(ctx, name, func(dev *nbdclient.Client) error {
+	return s.fillVolume(ctx, &pb.CreateVolume{Name: name, SizeBytes: size, Replicas: replicas}, func(dev *nbdclient.Client, _ bool) error {
 		bar := newBar("importing "+name, end)
 		err := copyPieces(ctx, end, bar, func(buf []byte, off int64) error {
-			if _, err := f.ReadAt(buf, off); err != nil && !errors.Is(err, io.EOF) {
-				return fmt.Errorf("cannot read the image: %w", err)
+			if n, err := f.ReadAt(buf, off); n < len(buf) {
+				return fmt.Errorf("cannot read the image at byte %d: %w", off+int64(n), err)
 			}
-			return writePiece(dev, buf, off)
+			return writePiece(failing{dev}, buf, off)
 		})
-		bar.finish()
-		if err == nil {
-			err = dev.Flush()
-		}
+		bar.finish(err)
 		return err
 	})
-	if err != nil {
-		err = errors.Join(err, s.discardVolume(name))
-	}
-	return err
 }
 
-// discardVolume removes a volume whose import failed; the command's own
+// failing is a device whose first failed write ends all others: on a full pool one
+// may wait for room for as long as there is none.
+type failing struct{ dev *nbdclient.Client }
+
+func (f failing) WriteAt(p []byte, off int64) (int, error) {
+	n, err := f.dev.WriteAt(p, off)
+	if err != nil {
+		go func() { _ = f.dev.Close() }() // err says more; whoever opened it asks again
+	}
+	return n, err
+}
+
+// partSuffix ends the name of a volume, or a file, that is being filled: under its
+// own name there is only what is whole.
+const partSuffix = ".part"
+
+// fillVolume makes a volume and has f fill it; until that is done its name ends with
+// partSuffix. A failure leaves nothing behind, but for one that lets tags tell what it
+// is filled from: what was cut short, again, is gone on with.
+func (s *session) fillVolume(ctx context.Context, op *pb.CreateVolume, f func(dev *nbdclient.Client, again bool) error) error {
+	name, again := op.Name, false
+	if _, err := s.volume(ctx, name); err == nil {
+		return status.Errorf(status.Exists, "volume %s exists already: choose another name", name)
+	} else if status.Of(err) != status.NotFound {
+		return err
+	}
+	op.Name = name + partSuffix
+	drop := fmt.Sprintf("`cairn volume detach %s`, if it is attached, and `cairn volume rm %s --now` drop it", op.Name, op.Name)
+	_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: op}})
+	if status.Of(err) == status.Exists {
+		v, verr := s.volume(ctx, op.Name)
+		if verr != nil {
+			return errors.Join(err, verr)
+		}
+		if len(op.Tags) == 0 || !maps.Equal(v.Tags, op.Tags) || v.SizeBytes != op.SizeBytes {
+			return status.Errorf(status.Exists, "volume %s is there: it is being filled with something else, or that was cut short; %s", op.Name, drop)
+		}
+		again, err = true, nil
+		say("going on with volume %s", op.Name)
+	}
+	if err != nil {
+		return err
+	}
+	uri, host, _, err := s.open(ctx, op.Name)
+	if err == nil {
+		err = s.onDevice(ctx, host, uri, func(dev *nbdclient.Client) error {
+			if err := f(dev, again); err != nil {
+				return err
+			}
+			return dev.Flush()
+		})
+	}
+	switch k := status.Of(err); {
+	case err == nil:
+		return s.nameFilled(ctx, op.Name, name)
+	case len(op.Tags) > 0 && (ctx.Err() != nil || k == status.Unavailable || k == status.Timeout):
+		return fmt.Errorf("%w; what is there stays as volume %s, and the same command goes on with it; %s", err, op.Name, drop)
+	}
+	return errors.Join(err, s.discardVolume(op.Name))
+}
+
+// nameFilled lets go of a volume that is whole and gives it its name.
+func (s *session) nameFilled(ctx context.Context, part, name string) error {
+	v, err := s.volume(ctx, part)
+	if err == nil && v.HolderHost != "" {
+		err = s.detach(ctx, part)
+	}
+	if err == nil {
+		_, err = s.meta.Do(ctx, &pb.Command{Op: &pb.Command_RenameVolume{RenameVolume: &pb.RenameVolume{Volume: part, Name: name}}})
+	}
+	if err != nil {
+		return fmt.Errorf("volume %s is complete, but has not got the name %s: %w", part, name, err)
+	}
+	return nil
+}
+
+// discardVolume removes a volume that could not be filled; the command's own
 // context may be over.
 func (s *session) discardVolume(name string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), cliWait)
 	defer cancel()
-	if err := s.detach(ctx, name); err != nil {
-		return fmt.Errorf("the half-filled volume %s is still there: %w", name, err)
+	v, err := s.volume(ctx, name)
+	if err == nil && v.HolderHost != "" {
+		err = s.letGo(ctx, v)
 	}
-	_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: name}}})
+	if err == nil {
+		_, err = s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: name}}})
+	}
 	if err != nil {
 		return fmt.Errorf("the half-filled volume %s is still there: %w", name, err)
 	}
 	return nil
+}
+
+// letGo detaches a volume. On a full pool a write may wait for room that only the
+// volume's removal makes, and the detach for the write: then the volume is taken over
+// by another host, where nothing was written.
+func (s *session) letGo(ctx context.Context, v *pb.Volume) error {
+	dctx, cancel := context.WithTimeout(ctx, cliWait/6)
+	defer cancel()
+	err := s.detach(dctx, v.Name)
+	if err == nil || dctx.Err() == nil {
+		return err
+	}
+	hosts, herr := s.hosts(ctx)
+	if herr != nil {
+		return errors.Join(err, herr)
+	}
+	for _, h := range hosts {
+		if h.Up && h.Host.Name != v.HolderHost {
+			if _, err = s.attach(ctx, v.Name, h.Host.Name, true); err == nil {
+				return s.detach(ctx, v.Name)
+			}
+		}
+	}
+	return err
 }
 
 // writePiece writes the runs of blocks in buf that are not all zeros.
@@ -140,7 +232,8 @@ var zeroBlock [ids.BlockSize]byte
 
 func isZero(b []byte) bool { return bytes.Equal(b, zeroBlock[:len(b)]) }
 
-// copyPieces runs move over [0, end) in pieces, several at a time.
+// copyPieces runs move over [0, end) in pieces, several at a time; the first error
+// ends it.
 func copyPieces(ctx context.Context, end int64, bar *bar, move func(buf []byte, off int64) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -189,10 +282,17 @@ func (s *session) withDevice(ctx context.Context, name string, f func(*nbdclient
 			err = errors.Join(err, s.detach(ctx, name))
 		}()
 	}
+	return s.onDevice(ctx, host, uri, f)
+}
+
+// onDevice opens an export and runs f, whose requests end with ctx.
+func (s *session) onDevice(ctx context.Context, host, uri string, f func(*nbdclient.Client) error) error {
 	dev, err := nbdclient.Dial(ctx, uri, nil)
 	if err != nil {
 		return fmt.Errorf("cannot open %s (its socket is on host %s: run this there): %w", uri, host, err)
 	}
+	end := context.AfterFunc(ctx, func() { _ = dev.Close() }) // what it says is said again below
+	defer end()
 	return errors.Join(f(dev), dev.Close())
 }
 
@@ -221,18 +321,25 @@ func volumeExport(c *cli) *cobra.Command {
 	}
 }
 
+// exportImage writes a file beside path, and gives it that name when it is whole.
 func (s *session) exportImage(ctx context.Context, name, path string) (err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if errors.Is(err, os.ErrExist) {
+	if _, err := os.Lstat(path); err == nil {
 		return status.Errorf(status.Exists, "%s exists: name a new file", path)
+	}
+	part := path + partSuffix
+	f, err := os.OpenFile(part, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return status.Errorf(status.Exists, "%s exists: another export writes it, or was killed: remove it then", part)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot make the image: %w", err)
 	}
 	defer func() {
-		if err = errors.Join(err, f.Close()); err != nil {
-			err = errors.Join(err, os.Remove(path))
+		err = errors.Join(err, f.Close())
+		if err == nil { // unlike a rename, this replaces nothing
+			err = os.Link(part, path)
 		}
+		err = errors.Join(err, os.Remove(part))
 	}()
 	return s.withDevice(ctx, name, func(dev *nbdclient.Client) error {
 		end := int64(dev.Size())
@@ -246,11 +353,13 @@ func (s *session) exportImage(ctx context.Context, name, path string) (err error
 			}
 			return writePiece(f, buf, off)
 		})
-		bar.finish()
-		if err != nil {
-			return err
+		if err == nil {
+			err = f.Sync()
 		}
-		return f.Sync()
+		if bar.finish(err); err != nil {
+			return fmt.Errorf("no image of %s: %w", name, err)
+		}
+		return nil
 	})
 }
 
@@ -280,13 +389,18 @@ func (b *bar) add(n int64) {
 	}
 }
 
-func (b *bar) finish() {
+// finish ends the bar; what failed has no last line.
+func (b *bar) finish(err error) {
 	if b.b != nil {
-		if !b.b.Completed() {
+		if err == nil {
+			b.b.SetTotal(-1, true) // holes and what was there already are not counted
+		} else {
 			b.b.Abort(false)
 		}
 		b.p.Wait()
 		return
 	}
-	say("%s: %s in %.1f s", b.what, formatSize(uint64(b.total)), time.Since(b.began).Seconds())
+	if err == nil {
+		say("%s: %s in %.1f s", b.what, formatSize(uint64(b.total)), time.Since(b.began).Seconds())
+	}
 }

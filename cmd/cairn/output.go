@@ -30,7 +30,15 @@ func (o *outputFlag) show(v any, header []string, rows [][]string) error {
 	case "table":
 		return printTable(header, rows)
 	}
-	return usagef("-o %s is not a format: table or json", o.format)
+	return o.check()
+}
+
+// check refuses an unknown format, before a command that changes something.
+func (o *outputFlag) check() error {
+	if o.format != "json" && o.format != "table" {
+		return usagef("-o %s is not a format: table or json", o.format)
+	}
+	return nil
 }
 
 func printTable(header []string, rows [][]string) error {

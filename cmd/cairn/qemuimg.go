@@ -25,7 +25,13 @@ func (s *session) importAny(ctx context.Context, name, path string, size uint64,
 	if format == "raw" {
 		return s.importImage(ctx, name, path, size, replicas)
 	}
+	if err := checkImage(ctx, path, format); err != nil {
+		return err
+	}
 	dir, err := os.MkdirTemp(filepath.Dir(path), ".cairn-import-")
+	if err != nil { // beside it would be on a disk that has room for such things
+		dir, err = os.MkdirTemp("", "cairn-import-")
+	}
 	if err != nil {
 		return fmt.Errorf("no room to convert the image: %w", err)
 	}
@@ -73,6 +79,21 @@ func imageFormat(ctx context.Context, path string) (string, error) {
 	return info.Format, nil
 }
 
+// checkImage refuses a damaged image: where one is cut short, qemu-img's conversion
+// has zeros and says nothing.
+func checkImage(ctx context.Context, path, format string) error {
+	const leaks, cannot = 3, 63 // exit statuses: only space is lost; no check for this format
+	err := qemuImg(ctx, nil, "check", "-q", "-f", format, path)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() != leaks && exit.ExitCode() != cannot {
+		return status.Errorf(status.Corrupt, "image %s is damaged or cut short: get it again; `qemu-img check %s` says more", path, path)
+	}
+	if exit == nil {
+		return err
+	}
+	return nil
+}
+
 // qemuImg runs qemu-img; out, if not nil, takes its JSON.
 func qemuImg(ctx context.Context, out any, args ...string) error {
 	cmd := exec.CommandContext(ctx, "qemu-img", args...)
@@ -83,7 +104,8 @@ func qemuImg(ctx context.Context, out any, args ...string) error {
 		return status.Errorf(status.Unsupported, "an image that is not raw needs qemu-img: install qemu-utils, or convert it elsewhere")
 	}
 	if err != nil {
-		return fmt.Errorf("qemu-img %s failed: %w: %s", args[0], err, strings.TrimSpace(stderr.String()))
+		said, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n")
+		return fmt.Errorf("qemu-img %s failed: %w: %s", args[0], err, said)
 	}
 	if out == nil {
 		return nil

@@ -24,15 +24,19 @@ const (
 
 func volumeSnapshot(c *cli) *cobra.Command {
 	var name string
+	var out outputFlag
 	create := func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {
 			return usagef("name the volumes to take a snapshot of: see `%s --help`", cmd.CommandPath())
+		}
+		if err := out.check(); err != nil {
+			return err
 		}
 		return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 			if name == "" {
 				name = time.Now().UTC().Format("s-20060102-150405")
 			}
-			return s.snapshot(ctx, name, args)
+			return s.snapshot(ctx, name, args, &out)
 		})
 	}
 	cmd := &cobra.Command{
@@ -49,6 +53,7 @@ be read (cairn volume attach VOLUME@NAME), cloned, rolled back to, exported and 
 		Example: "  cairn volume snapshot create db --name monday"}
 	for _, x := range []*cobra.Command{cmd, sub} {
 		x.Flags().StringVar(&name, "name", "", "name of the snapshot (default: the time)")
+		out.register(x)
 	}
 	cmd.AddCommand(sub, snapshotList(c), snapshotRemove(c))
 	return cmd
@@ -75,61 +80,80 @@ type groupMember struct {
 	cut          *pb.Cut
 }
 
-// snapshot cuts volumes and names the cuts in one entry. Volumes nobody has
-// attached are attached for it.
-func (s *session) snapshot(ctx context.Context, name string, volumes []string) error {
-	group, longest, err := s.takeSnapshot(ctx, name, volumes)
+// takenView is a snapshot that was taken, as `-o json` shows it.
+type takenView struct {
+	Snapshots []string `json:"snapshots"` // VOLUME@NAME each
+	FlushedMs float64  `json:"flushedMs"` // before the cut, while writes went on
+	CutMs     float64  `json:"cutMs"`     // from there until the snapshot had its name
+	HeldMs    float64  `json:"heldMs"`    // of this a write waited at most
+}
+
+func (s *session) snapshot(ctx context.Context, name string, volumes []string, out *outputFlag) error {
+	v, err := s.takeSnapshot(ctx, name, volumes)
 	if err != nil {
 		return err
 	}
-	for _, m := range group {
-		fmt.Printf("%s@%s\n", m.volume, name)
+	if out.format != "table" {
+		return out.show(v, nil, nil)
 	}
-	say("writes were held for %.1f ms at most", float64(longest.Microseconds())/1000)
+	for _, taken := range v.Snapshots {
+		fmt.Println(taken)
+	}
+	say("flushed for %.1f ms while writes went on, cut in %.1f ms; writes were held for %.1f ms at most", v.FlushedMs, v.CutMs, v.HeldMs)
 	return nil
 }
 
-func (s *session) takeSnapshot(ctx context.Context, name string, volumes []string) (_ []*groupMember, longest time.Duration, err error) {
+// takeSnapshot cuts volumes and names the cuts in one entry. Volumes nobody has
+// attached are attached for it.
+func (s *session) takeSnapshot(ctx context.Context, name string, volumes []string) (taken *takenView, err error) {
 	if slices.Sort(volumes); len(slices.Compact(slices.Clone(volumes))) != len(volumes) {
-		return nil, 0, usagef("a volume is named twice")
+		return nil, usagef("a volume is named twice")
 	}
 	var group []*groupMember
 	defer func() {
 		for _, m := range group {
-			if m.attached {
-				err = errors.Join(err, s.detach(context.WithoutCancel(ctx), m.volume))
+			if !m.attached {
+				continue
+			}
+			if derr := s.detach(context.WithoutCancel(ctx), m.volume); derr != nil {
+				err = errors.Join(err, fmt.Errorf("volume %s was attached for its snapshot and still is: %w", m.volume, derr))
 			}
 		}
 	}()
+	taken = &takenView{}
 	for _, n := range volumes {
 		m := &groupMember{volume: n}
 		v, err := s.volume(ctx, n)
 		if err != nil {
-			return nil, 0, err
+			return nil, err
 		}
 		if v.HolderHost == "" {
 			if _, err := s.attach(ctx, n, "", false); err != nil {
-				return nil, 0, err
+				return nil, err
 			}
 			if v, err = s.volume(ctx, n); err != nil {
-				return nil, 0, err
+				return nil, err
 			}
 			m.attached = true
 		}
 		m.host = v.HolderHost
 		group = append(group, m)
-	}
-	if longest, err = s.cutGroup(ctx, group); err != nil {
-		return nil, 0, errors.Join(err, s.giveUp(ctx, group))
+		taken.Snapshots = append(taken.Snapshots, n+"@"+name)
 	}
 	op := &pb.NameSnapshots{Name: name}
+	began, cut, held, err := s.cutGroup(ctx, group)
 	for _, m := range group {
 		op.Cuts = append(op.Cuts, m.cut)
 	}
-	if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_NameSnapshots{NameSnapshots: op}}); err != nil {
-		return nil, 0, errors.Join(err, s.giveUp(ctx, group))
+	if err == nil {
+		_, err = s.meta.Do(ctx, &pb.Command{Op: &pb.Command_NameSnapshots{NameSnapshots: op}})
 	}
-	return group, longest, nil
+	if err != nil {
+		return nil, errors.Join(err, s.giveUp(ctx, group))
+	}
+	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	taken.FlushedMs, taken.CutMs, taken.HeldMs = ms(cut.Sub(began)), ms(time.Since(cut)), ms(held)
+	return taken, nil
 }
 
 // giveUp lets go of what was cut for nothing.
@@ -149,11 +173,12 @@ func (s *session) giveUp(ctx context.Context, group []*groupMember) error {
 	return err
 }
 
-// cutGroup prepares, holds and releases; it returns the longest hold.
-func (s *session) cutGroup(ctx context.Context, group []*groupMember) (longest time.Duration, err error) {
+// cutGroup prepares, holds and releases; it returns when it began to prepare and
+// to hold, and the longest hold.
+func (s *session) cutGroup(ctx context.Context, group []*groupMember) (began, cut time.Time, longest time.Duration, err error) {
 	hosts, err := s.hosts(ctx)
 	if err != nil {
-		return 0, err
+		return began, cut, 0, err
 	}
 	addr := map[string]*pb.Host{}
 	for _, h := range hosts {
@@ -170,6 +195,7 @@ func (s *session) cutGroup(ctx context.Context, group []*groupMember) (longest t
 		}
 		return rep, status.New(status.Kind(rep.Status), rep.Detail)
 	}
+	began = time.Now()
 	err = together(group, func(m *groupMember) error {
 		_, err := call(m, func(ctx context.Context, hc pb.HostControlClient) (*pb.CutReply, error) {
 			return hc.PrepareCut(ctx, &pb.CutRequest{Volume: m.volume})
@@ -177,8 +203,9 @@ func (s *session) cutGroup(ctx context.Context, group []*groupMember) (longest t
 		return err
 	})
 	if err != nil {
-		return 0, err
+		return began, cut, 0, err
 	}
+	cut = time.Now()
 	hold := uint32(0) // one alone is let go at once
 	if len(group) > 1 {
 		hold = uint32(groupHold.Milliseconds())
@@ -200,9 +227,9 @@ func (s *session) cutGroup(ctx context.Context, group []*groupMember) (longest t
 		return err
 	})
 	if hold == 0 {
-		return longest, err
+		return began, cut, longest, err
 	}
-	return longest, errors.Join(err, together(group, func(m *groupMember) error {
+	return began, cut, longest, errors.Join(err, together(group, func(m *groupMember) error {
 		rep, err := call(m, func(ctx context.Context, hc pb.HostControlClient) (*pb.CutReply, error) {
 			return hc.ReleaseCut(ctx, &pb.CutRequest{Volume: m.volume})
 		})

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -20,10 +22,11 @@ import (
 // block of one disk after the other, each when the one before is answered: at any
 // moment the numbers fall at most once, by one, in that order.
 type ticker struct {
-	t    *testing.T
-	disk []*nbdclient.Client
-	stop chan struct{}
-	done chan error
+	t       *testing.T
+	disk    []*nbdclient.Patient // outlive their servers
+	stop    chan struct{}
+	done    chan error
+	written atomic.Int64
 }
 
 const (
@@ -35,7 +38,7 @@ func startTicker(t *testing.T, uris ...string) *ticker {
 	t.Helper()
 	k := &ticker{t: t, stop: make(chan struct{}), done: make(chan error, 1)}
 	for _, u := range uris {
-		d, err := nbdclient.Dial(context.Background(), u, nil)
+		d, err := nbdclient.DialPatient(context.Background(), u, nil, commandWait)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -59,9 +62,17 @@ func (k *ticker) run() error {
 				if _, err := d.WriteAt(b, tickAt+i*4096); err != nil {
 					return fmt.Errorf("write %d of block %d: %w", gen, i, err)
 				}
+				k.written.Add(1)
 			}
 		}
 	}
+}
+
+// goesOn returns when all blocks were written once more.
+func (k *ticker) goesOn() {
+	k.t.Helper()
+	want := k.written.Load() + int64(2*tickBlocks*len(k.disk))
+	until(k.t, "the disks are written again", func() bool { return k.written.Load() >= want })
 }
 
 func (k *ticker) end() {
@@ -158,15 +169,7 @@ func TestSnapshotsUnderLoadAndKills(t *testing.T) {
 		}
 	}
 	n.fails("v has a snapshot", "volume", "snapshot", "v", "--name", "g1")
-	until(t, "all replicas in sync", func() bool {
-		v := decodeJSON[volumeView](t, n.ok("volume", "show", "v", "-o", "json"))
-		for _, m := range v.Members {
-			if m.State != "in-sync" {
-				return false
-			}
-		}
-		return true
-	})
+	n.inSync("v")
 	for _, s := range []string{"v@g1", "v@s3", "v@g0", "v@s1", "w@g2"} {
 		n.ok("volume", "snapshot", "rm", s, "--wait")
 		delete(shown, s)
@@ -187,6 +190,105 @@ func TestSnapshotsUnderLoadAndKills(t *testing.T) {
 		}
 		return len(v.Snapshots) == 0 && v.Merging == 0
 	})
+}
+
+// inSync waits until all replicas of a volume are.
+func (n *node) inSync(name string) {
+	n.t.Helper()
+	until(n.t, "all replicas of "+name+" are in sync", func() bool {
+		r := n.cairn("volume", "show", name, "-o", "json")
+		if r.status != 0 {
+			return false
+		}
+		v := decodeJSON[volumeView](n.t, r.out)
+		ok := len(v.Members) == int(v.Replicas)
+		for _, m := range v.Members {
+			ok = ok && m.State == "in-sync"
+		}
+		return ok
+	})
+}
+
+// leader is the metadata node that leads.
+func (n *node) leader() (id string) {
+	n.t.Helper()
+	until(n.t, "a metadata node leads", func() bool {
+		r := n.cairn("meta", "ls", "-o", "json")
+		if r.status != 0 {
+			return false
+		}
+		for _, m := range decodeJSON[[]struct {
+			ID     string
+			Leader bool
+		}](n.t, r.out) {
+			if m.Leader {
+				id = m.ID
+			}
+		}
+		return id != ""
+	})
+	return id
+}
+
+// Two volumes attached on two hosts are cut at one moment while one of the hosts, the
+// metadata's leader or the command itself is killed somewhere in it: both have the
+// snapshot, and it is one moment, or neither has it; and writes go on.
+func TestGroupSnapshotsWhileAllDie(t *testing.T) {
+	n := startUp(t, dir(t), "--processes")
+	var uris []string
+	for i, v := range []string{"v", "w"} {
+		n.ok("volume", "create", v, "--size", "64M")
+		uris = append(uris, n.ok("volume", "attach", v, "--host", fmt.Sprint("host-", i+1)))
+	}
+	k := startTicker(t, uris...)
+	k.goesOn()
+	has := func(volume, name string) bool {
+		v := decodeJSON[volumeView](t, n.ok("volume", "show", volume, "-o", "json"))
+		return slices.Contains(v.Snapshots, name)
+	}
+	taken := 0
+	const rounds, kinds = 24, 4
+	for i := range rounds {
+		name := fmt.Sprint("g", i)
+		victim := []string{"host-1", "host-2", "leader", "command"}[i%kinds]
+		pid := 0
+		switch victim {
+		case "leader":
+			pid = n.pid(n.leader())
+		case "command":
+		default:
+			pid = n.pid(victim)
+		}
+		cmd := n.begun("volume", "snapshot", "v", "w", "--name", name)
+		if victim == "command" {
+			pid = cmd.Process.Pid
+		}
+		time.Sleep(time.Duration(4+5*(i/kinds)) * time.Millisecond) // somewhere in it
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		failed := cmd.Wait()
+		k.goesOn()
+		v, w := has("v", name), has("w", name)
+		switch {
+		case v != w:
+			t.Fatalf("%s, %s killed: v has it: %v, w: %v", name, victim, v, w)
+		case failed == nil && !v:
+			t.Fatalf("%s, %s killed: the command ended well and there is no snapshot", name, victim)
+		case v:
+			taken++
+			oneMoment(t, name, n.image("v@"+name), n.image("w@"+name))
+		}
+		n.inSync("v")
+		n.inSync("w")
+	}
+	t.Logf("%d of %d snapshots were taken", taken, rounds)
+	took := decodeJSON[takenView](t, n.ok("volume", "snapshot", "v", "w", "--name", "last", "-o", "json"))
+	if took.HeldMs > float64(groupHold.Milliseconds()) {
+		t.Fatalf("writes were held for longer than they may: %+v", took)
+	}
+	oneMoment(t, "last", n.image("v@last"), n.image("w@last"))
+	k.end()
 }
 
 // A golden image, a clone of it, a clone of that: each shows what it began as and

@@ -232,7 +232,7 @@ func storeShowCommand(c *cli) *cobra.Command {
 }
 
 // scrub begins a pass and, if it is to, waits for its end.
-func (s *session) scrub(ctx context.Context, name string, pace uint64, wait bool) (*storeDetail, error) {
+func (s *session) scrub(ctx context.Context, name string, pace uint64, wait bool) (_ *storeDetail, err error) {
 	st, err := s.findStore(ctx, name)
 	if err != nil {
 		return nil, err
@@ -248,7 +248,7 @@ func (s *session) scrub(ctx context.Context, name string, pace uint64, wait bool
 		return nil, err
 	}
 	b := newBar("verifying", int64(rep.Usage.GetUsedBytes()))
-	defer b.finish()
+	defer func() { b.finish(err) }()
 	t := time.NewTicker(storePoll)
 	defer t.Stop()
 	for read := uint64(0); ; {
@@ -421,7 +421,7 @@ func inspectPath(path string) (rep *store.Report, err error) {
 		last = done
 	})
 	if b != nil {
-		b.finish()
+		b.finish(err)
 	}
 	return rep, err
 }
