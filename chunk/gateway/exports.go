@@ -52,12 +52,12 @@ func (x exports) Open(name string) (nbdserver.Volume, error) {
 		defer cancel()
 		return asExport(x.g.Show(ctx, name))
 	}
-	v, err := x.g.Volume(name)
+	o, err := x.g.open(name)
 	if err != nil {
 		return nil, err
 	}
-	if v.State() == volume.Ended {
+	if v, is := o.(*Volume); is && v.State() == volume.Ended {
 		return nil, status.Errorf(status.Fenced, "volume %s is no longer attached on host %s: %s", name, x.g.cfg.Host, v.Info().Why)
 	}
-	return v, nil
+	return o, nil
 }

@@ -82,6 +82,7 @@ type Gateway struct {
 
 	mu        sync.Mutex // guards the fields below
 	volumes   map[string]*Volume
+	expected  map[string]*arrival         // that other hosts' gateways are to hand over
 	shown     map[string]*Volume          // snapshots that are looked at, by VOLUME@SNAPSHOT; ≤ maxShown
 	care      map[string]*Volume          // under repair, not exported; nil: being attached
 	wishes    map[uint64]*pb.VolumeWishes // by volume: the last answer's, for sessions that begin
@@ -101,7 +102,7 @@ func New(cfg Config) *Gateway {
 	var id [8]byte
 	_, _ = rand.Read(id[:]) // never fails
 	g := &Gateway{cfg: cfg, session: hex.EncodeToString(id[:]), log: cfg.Log, kick: make(chan struct{}, 1),
-		volumes: map[string]*Volume{}, care: map[string]*Volume{}, shown: map[string]*Volume{}, attaching: map[string]chan struct{}{}, recovered: make(chan struct{})}
+		volumes: map[string]*Volume{}, expected: map[string]*arrival{}, care: map[string]*Volume{}, shown: map[string]*Volume{}, attaching: map[string]chan struct{}{}, recovered: make(chan struct{})}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
 	if cfg.Copies == 0 {
 		cfg.Copies = defaultCopyBudget
@@ -208,7 +209,7 @@ func (g *Gateway) attach(ctx context.Context, name string, takeover bool) (*Volu
 	if old != nil {
 		old.close()
 	}
-	g.renewNow()
+	g.RenewNow()
 	g.log.Info("volume attached", "volume", name, "epoch", res.Volume.Epoch, "members", len(res.Volume.Members))
 	return v, nil
 }

@@ -14,8 +14,8 @@ const (
 	renewTimeout = 2 * time.Second // of one renewal; the next follows at once
 )
 
-// renewNow asks for a renewal without waiting for its turn.
-func (g *Gateway) renewNow() {
+// RenewNow asks for a heartbeat without waiting for its turn.
+func (g *Gateway) RenewNow() {
 	select {
 	case g.kick <- struct{}{}:
 	default:

@@ -38,9 +38,9 @@ type Volume struct {
 
 	mu     sync.Mutex // guards the engine and the fields below
 	engine *volume.Engine
-	peers  []*peer    // by replica; nil until its link was first asked for
-	letGo  error      // why metadata did not let go of it
-	hand   chan error // hears of the hand-over under way; nil: none
+	peers  []*peer // by replica; nil until its link was first asked for
+	letGo  error   // why metadata did not let go of it
+	hand   *party  // the hand-over under way; nil: none
 
 	// Of snapshots (snapshot.go).
 	snapshot string // shown read-only; "": this is the volume itself
@@ -190,8 +190,15 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 	case c.Move != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_MoveChunks{MoveChunks: c.Move}})
 	case c.HandOver != nil:
-		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_HandOver{HandOver: c.HandOver}})
-		defer v.handed(err)
+		v.mu.Lock()
+		p := v.hand
+		v.mu.Unlock()
+		if p == nil {
+			err = status.Errorf(status.Invalid, "the hand-over of volume %s was given up", v.name)
+			break
+		}
+		defer p.told.Done()
+		err = p.ask(v, c.HandOver)
 	case c.Allocate != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_Allocate{Allocate: c.Allocate}})
 	default:

@@ -159,12 +159,18 @@ func (c *control) ShowVM(ctx context.Context, r *pb.VMRef) (*pb.VMReply, error) 
 	if err != nil {
 		return &pb.VMReply{Status: uint32(status.Of(err)), Detail: err.Error(), Name: r.Vm}, nil
 	}
-	return &pb.VMReply{Name: r.Vm, State: s.State, Accel: s.Accel, Pid: int64(s.PID), Console: s.Console, Log: s.Log, Qmp: s.QMP}, nil
+	rep := &pb.VMReply{Name: r.Vm, State: s.State, Accel: s.Accel, Pid: int64(s.PID), Console: s.Console, Log: s.Log, Qmp: s.QMP, Migration: c.h.moves.last(r.Vm)}
+	if _, away := c.h.moves.get(r.Vm); away {
+		if g, _, err := c.h.vms.Migration(ctx, r.Vm); err == nil {
+			rep.Migration = &pb.VMMigration{State: g.State, SentBytes: g.Sent, TotalBytes: g.Total, RemainingBytes: g.Remaining}
+		}
+	}
+	return rep, nil
 }
 
 // HostStatus implements pb.HostControlServer.
 func (c *control) HostStatus(context.Context, *pb.HostStatusRequest) (*pb.HostStatusReply, error) {
-	rep := &pb.HostStatusReply{Host: c.h.cfg.Name, Stores: c.h.usage()}
+	rep := &pb.HostStatusReply{Host: c.h.cfg.Name, Stores: c.h.usage(), Session: c.h.gw.Session()}
 	for _, v := range c.h.gw.Volumes() {
 		rep.Attachments = append(rep.Attachments, c.attachment(v.Name()))
 	}
@@ -218,4 +224,7 @@ func (d vmVolumes) Attach(ctx context.Context, name string) (string, error) {
 }
 
 // Detach implements agent.Volumes.
-func (d vmVolumes) Detach(ctx context.Context, name string) error { return d.h.gw.Detach(ctx, name) }
+func (d vmVolumes) Detach(ctx context.Context, name string) error {
+	d.h.gw.Unexpect(name)
+	return d.h.gw.Detach(ctx, name)
+}

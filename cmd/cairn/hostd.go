@@ -53,6 +53,7 @@ type hostd struct {
 	nbd     *nbdserver.Server
 	vms     *agent.Agent
 	keeper  *driver.Keeper
+	moves   *moves
 	grpc    *grpc.Server
 	gone    chan struct{}  // sweep has something to do
 	adopted chan struct{}  // closed when VMs of the last process are known again
@@ -68,7 +69,7 @@ const gcPercent = 400
 // serves; volumes it held before are attached again in the background.
 func startHost(ctx context.Context, cfg *hostConfig, log *slog.Logger) (h *hostd, err error) {
 	debug.SetGCPercent(gcPercent)
-	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name), adopted: make(chan struct{}), gone: make(chan struct{}, 1)}
+	h = &hostd{cfg: cfg, log: log.With("host", cfg.Name), adopted: make(chan struct{}), gone: make(chan struct{}, 1), moves: newMoves()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.close())
@@ -187,7 +188,7 @@ func (h *hostd) startGateway() error {
 	for _, s := range h.stores {
 		local[s.ID()] = s
 	}
-	h.keeper = driver.NewKeeper(driver.KeeperConfig{Host: h.cfg.Name, Machines: keptVMs{h}, Meta: h.meta, Log: h.log})
+	h.keeper = driver.NewKeeper(driver.KeeperConfig{Host: h.cfg.Name, Machines: keptVMs{h}, Mover: mover{h}, Meta: h.meta, Log: h.log})
 	h.gw = gateway.New(gateway.Config{Host: h.cfg.Name, Cluster: h.cfg.Cluster, Meta: h.meta, Local: local, Usage: h.usage, Resized: h.resized, Say: h.say, Heard: h.keeper.Heard, Dialer: link.Dialer{Paths: h.paths, DSCP: h.cfg.Network.DSCP},
 		Gone: func(name string) { h.nbd.Drop(name) }, Grace: h.cfg.replaceAfter, Alone: true, Log: h.log})
 	return h.serveNBD()
@@ -208,7 +209,7 @@ func (h *hostd) serveControl(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	h.vms = agent.New(agent.Config{Dir: filepath.Join(h.cfg.Dir, "vm"), Volumes: vmVolumes{h}, Log: h.log, OnExit: h.vmEnded})
+	h.vms = agent.New(agent.Config{Dir: filepath.Join(h.cfg.Dir, "vm"), Volumes: vmVolumes{h}, Log: h.log, OnExit: h.vmEnded, Listen: h.listenMemory, Dial: h.dialMemory})
 	h.grpc = grpc.NewServer()
 	pb.RegisterHostControlServer(h.grpc, &control{h: h})
 	h.undo = append(h.undo, func() error { h.vms.Close(); return nil }, func() error { h.grpc.Stop(); return nil })

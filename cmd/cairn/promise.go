@@ -92,6 +92,7 @@ func (k keptVMs) Resume(ctx context.Context, name string) error {
 
 // vmEnded hears of a machine's end.
 func (h *hostd) vmEnded(name, why string) {
+	h.moves.ended(name)
 	if why == agent.Rebooted {
 		h.keeper.Rebooted(context.Background(), name)
 		return

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -27,7 +28,7 @@ type vmView struct {
 	Console string   `json:"console,omitempty"`
 	Log     string   `json:"log,omitempty"`
 
-	Step     string `json:"step,omitempty"`   // on its way: queued, starting, evicting
+	Step     string `json:"step,omitempty"`   // on its way: queued, starting, evicting, migrating, switched, landed, returning
 	Reason   string `json:"reason,omitempty"` // why it is there, or not yet
 	Class    string `json:"class,omitempty"`  // service or batch
 	Tenant   string `json:"tenant,omitempty"`
@@ -37,7 +38,7 @@ type vmView struct {
 
 func vmCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "vm", Short: "Virtual machines whose disks are volumes"}
-	cmd.AddCommand(vmCreate(c), vmList(c), vmShow(c), vmStart(c), vmStop(c), vmRemove(c), vmConsole(c),
+	cmd.AddCommand(vmCreate(c), vmList(c), vmShow(c), vmStart(c), vmStop(c), vmRemove(c), vmConsole(c), vmMigrate(c),
 		vmSimple(c, "pause", "Halt a VM's processors; its memory stays", "paused", pb.HostControlClient.PauseVM),
 		vmSimple(c, "resume", "Let a paused VM go on", "running", pb.HostControlClient.ResumeVM))
 	return cmd
@@ -130,10 +131,31 @@ func (s *session) stopVM(ctx context.Context, name string, force bool) error {
 	err = hostDone(onHost(ctx, s, vm.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
 		return hc.StopVM(ctx, &pb.VMRef{Vm: name, Force: force})
 	}))
-	if err != nil && status.Of(err) != status.NotFound {
-		return err
+	switch status.Of(err) {
+	case status.OK, status.NotFound:
+		return s.want(ctx, name, "stopped", "", nil)
+	case status.Unavailable:
+		if up, uerr := s.isUp(ctx, vm.Host); uerr != nil || up {
+			return errors.Join(err, uerr) // it may only be starting again
+		}
+		if werr := s.want(ctx, name, "stopped", "", nil); werr != nil {
+			return errors.Join(err, werr)
+		}
+		say("VM %s is noted as stopped, but its host %s is down: if the machine still runs there, it is ended when the host is back. Until then its volumes are held there: `cairn volume attach --takeover` fences that host", name, vm.Host)
+		return nil
 	}
-	return s.want(ctx, name, "stopped", "", nil)
+	return err
+}
+
+// isUp says whether metadata hears of a host.
+func (s *session) isUp(ctx context.Context, host string) (bool, error) {
+	hosts, err := s.hosts(ctx)
+	for _, h := range hosts {
+		if h.Host.Name == host {
+			return h.Up, nil
+		}
+	}
+	return false, err
 }
 
 type vmCall func(pb.HostControlClient, context.Context, *pb.VMRef, ...grpc.CallOption) (*pb.HostReply, error)

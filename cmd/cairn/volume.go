@@ -336,7 +336,7 @@ func volumeRename(c *cli) *cobra.Command {
 
 func volumeAttach(c *cli) *cobra.Command {
 	var host string
-	var takeover, device bool
+	var takeover, handOver, device bool
 	var kc kernel.Config
 	cmd := &cobra.Command{
 		Use:   "attach NAME",
@@ -350,6 +350,14 @@ printed instead. A process of its own keeps it connected and lets it grow with t
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				if handOver {
+					if host == "" {
+						return usagef("--hand-over needs --host: where the volume is to go")
+					}
+					if err := s.handOver(ctx, args[0], host); err != nil {
+						return err
+					}
+				}
 				uri, err := s.attach(ctx, args[0], host, takeover)
 				if err == nil && device {
 					kc.URI, kc.Index = uri, -1
@@ -363,6 +371,7 @@ printed instead. A process of its own keeps it connected and lets it grow with t
 		},
 	}
 	cmd.Flags().StringVar(&host, "host", "", "host (default: where it is attached, else where most of it is)")
+	cmd.Flags().BoolVar(&handOver, "hand-over", false, "when another host holds it, have that one flush it and give it up: nobody waits for a lease")
 	cmd.Flags().BoolVar(&takeover, "takeover", false, "even when another host holds it: that host is fenced")
 	cmd.Flags().BoolVar(&device, "device", false, "make it a block device of this machine, and print that")
 	deviceFlags(cmd, &kc)

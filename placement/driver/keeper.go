@@ -35,6 +35,7 @@ type Meta interface {
 type KeeperConfig struct {
 	Host     string
 	Machines Machines
+	Mover    Mover // nil: VMs move by stop and start only
 	Meta     Meta
 	Log      *slog.Logger     // nil: slog.Default()
 	Now      func() time.Time // nil: time.Now
@@ -120,11 +121,7 @@ func (k *Keeper) act(ctx context.Context, rep *pb.RenewReply) {
 		}
 		k.wg.Go(func() {
 			defer k.end(vm.Name)
-			if vm.Queue.Step == state.StepStarting {
-				k.start(ctx, vm)
-			} else {
-				k.evict(ctx, vm)
-			}
+			k.step(ctx, vm)
 		})
 	}
 	for _, name := range rep.NotHere {
@@ -136,6 +133,33 @@ func (k *Keeper) act(ctx context.Context, rep *pb.RenewReply) {
 		}
 	}
 	k.turns(ctx, rep)
+}
+
+// step does what the VM's step asks of this host.
+func (k *Keeper) step(ctx context.Context, vm *pb.VM) {
+	switch {
+	case vm.Queue.Step == state.StepStarting:
+		k.start(ctx, vm)
+	case vm.Queue.Step == state.StepEvicting && k.live(vm):
+		k.bind(ctx, vm, vm.Host, "running", &pb.VMQueue{Step: state.StepMigrating, NextHost: vm.Queue.NextHost, Cold: true, Reason: vm.Queue.Reason})
+	case vm.Queue.Step == state.StepEvicting:
+		k.evict(ctx, vm)
+	case k.cfg.Mover == nil:
+	case vm.Queue.Step == state.StepMigrating:
+		k.migrate(ctx, vm)
+	case vm.Queue.Step == state.StepSwitched && vm.Host != k.cfg.Host:
+		k.settle(ctx, vm)
+	case vm.Queue.Step == state.StepReturning:
+		k.comeBack(ctx, vm)
+	case vm.Queue.Step == state.StepLanded:
+		_ = k.land(ctx, vm) // it has logged why not
+	}
+}
+
+// live reports whether a VM that has to leave is to be moved with its memory: the
+// host it goes to is known, and that was not tried in vain.
+func (k *Keeper) live(vm *pb.VM) bool {
+	return k.cfg.Mover != nil && vm.Queue.NextHost != "" && !vm.Queue.Cold && !vm.Queue.Sliced
 }
 
 func (k *Keeper) begin(vm string) bool {
@@ -208,7 +232,7 @@ func (k *Keeper) unwanted(ctx context.Context, name string) {
 	if !gone && (err != nil || len(rep.Vms) != 1) {
 		return // still starting, as far as is known: the next heartbeat tries again
 	}
-	if !gone && rep.Vms[0].Host == k.cfg.Host && rep.Vms[0].Desired != "stopped" {
+	if !gone && state.HasMachine(rep.Vms[0], k.cfg.Host) && rep.Vms[0].Desired != "stopped" {
 		return
 	}
 	k.cfg.Log.Warn("a VM that is no longer this host's is ended", "vm", name)

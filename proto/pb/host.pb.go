@@ -823,6 +823,7 @@ type VMReply struct {
 	Console       string                 `protobuf:"bytes,7,opt,name=console,proto3" json:"console,omitempty"` // unix socket of the serial console
 	Log           string                 `protobuf:"bytes,8,opt,name=log,proto3" json:"log,omitempty"`         // file with all console output
 	Qmp           string                 `protobuf:"bytes,9,opt,name=qmp,proto3" json:"qmp,omitempty"`
+	Migration     *VMMigration           `protobuf:"bytes,10,opt,name=migration,proto3" json:"migration,omitempty"` // none: it was not moved live since it was started
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -920,6 +921,483 @@ func (x *VMReply) GetQmp() string {
 	return ""
 }
 
+func (x *VMReply) GetMigration() *VMMigration {
+	if x != nil {
+		return x.Migration
+	}
+	return nil
+}
+
+// VMMigration is how far a machine's way to another host is, or how its last one
+// here went.
+type VMMigration struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	State          string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"` // QEMU's word; landed: it is over and came here
+	SentBytes      uint64                 `protobuf:"varint,2,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"`
+	TotalBytes     uint64                 `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	RemainingBytes uint64                 `protobuf:"varint,4,opt,name=remaining_bytes,json=remainingBytes,proto3" json:"remaining_bytes,omitempty"`
+	TotalUs        uint64                 `protobuf:"varint,5,opt,name=total_us,json=totalUs,proto3" json:"total_us,omitempty"` // landed: from the first byte on
+	StillUs        uint64                 `protobuf:"varint,6,opt,name=still_us,json=stillUs,proto3" json:"still_us,omitempty"` // landed: how long its processors stood still
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *VMMigration) Reset() {
+	*x = VMMigration{}
+	mi := &file_proto_pb_host_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMMigration) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMMigration) ProtoMessage() {}
+
+func (x *VMMigration) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMMigration.ProtoReflect.Descriptor instead.
+func (*VMMigration) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *VMMigration) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *VMMigration) GetSentBytes() uint64 {
+	if x != nil {
+		return x.SentBytes
+	}
+	return 0
+}
+
+func (x *VMMigration) GetTotalBytes() uint64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *VMMigration) GetRemainingBytes() uint64 {
+	if x != nil {
+		return x.RemainingBytes
+	}
+	return 0
+}
+
+func (x *VMMigration) GetTotalUs() uint64 {
+	if x != nil {
+		return x.TotalUs
+	}
+	return 0
+}
+
+func (x *VMMigration) GetStillUs() uint64 {
+	if x != nil {
+		return x.StillUs
+	}
+	return 0
+}
+
+type ReceiveVMRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            *VM                    `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`               // as its machine was started
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`           // host
+	Features      string                 `protobuf:"bytes,3,opt,name=features,proto3" json:"features,omitempty"`   // of the machine there
+	Sizes         []uint64               `protobuf:"varint,4,rep,packed,name=sizes,proto3" json:"sizes,omitempty"` // bytes of each disk
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReceiveVMRequest) Reset() {
+	*x = ReceiveVMRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReceiveVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReceiveVMRequest) ProtoMessage() {}
+
+func (x *ReceiveVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReceiveVMRequest.ProtoReflect.Descriptor instead.
+func (*ReceiveVMRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ReceiveVMRequest) GetVm() *VM {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+func (x *ReceiveVMRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *ReceiveVMRequest) GetFeatures() string {
+	if x != nil {
+		return x.Features
+	}
+	return ""
+}
+
+func (x *ReceiveVMRequest) GetSizes() []uint64 {
+	if x != nil {
+		return x.Sizes
+	}
+	return nil
+}
+
+type ReceiveVMReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Addr          string                 `protobuf:"bytes,3,opt,name=addr,proto3" json:"addr,omitempty"`       // where the memory is to be sent
+	Token         []byte                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`     // that goes before it
+	Session       string                 `protobuf:"bytes,5,opt,name=session,proto3" json:"session,omitempty"` // of the gateway that is to hold the volumes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReceiveVMReply) Reset() {
+	*x = ReceiveVMReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReceiveVMReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReceiveVMReply) ProtoMessage() {}
+
+func (x *ReceiveVMReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReceiveVMReply.ProtoReflect.Descriptor instead.
+func (*ReceiveVMReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ReceiveVMReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *ReceiveVMReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *ReceiveVMReply) GetAddr() string {
+	if x != nil {
+		return x.Addr
+	}
+	return ""
+}
+
+func (x *ReceiveVMReply) GetToken() []byte {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *ReceiveVMReply) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+type LandVMRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            *VM                    `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	SoFar         *VMMigration           `protobuf:"bytes,2,opt,name=so_far,json=soFar,proto3" json:"so_far,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LandVMRequest) Reset() {
+	*x = LandVMRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LandVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LandVMRequest) ProtoMessage() {}
+
+func (x *LandVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LandVMRequest.ProtoReflect.Descriptor instead.
+func (*LandVMRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *LandVMRequest) GetVm() *VM {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+func (x *LandVMRequest) GetSoFar() *VMMigration {
+	if x != nil {
+		return x.SoFar
+	}
+	return nil
+}
+
+type ReadVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Host          string                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
+	Offset        uint64                 `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
+	Length        uint32                 `protobuf:"varint,4,opt,name=length,proto3" json:"length,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadVolumeRequest) Reset() {
+	*x = ReadVolumeRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadVolumeRequest) ProtoMessage() {}
+
+func (x *ReadVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadVolumeRequest.ProtoReflect.Descriptor instead.
+func (*ReadVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ReadVolumeRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *ReadVolumeRequest) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *ReadVolumeRequest) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *ReadVolumeRequest) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+type ReadVolumeReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        uint32                 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadVolumeReply) Reset() {
+	*x = ReadVolumeReply{}
+	mi := &file_proto_pb_host_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadVolumeReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadVolumeReply) ProtoMessage() {}
+
+func (x *ReadVolumeReply) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadVolumeReply.ProtoReflect.Descriptor instead.
+func (*ReadVolumeReply) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ReadVolumeReply) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *ReadVolumeReply) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *ReadVolumeReply) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type HandOverVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Host          string                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
+	Session       string                 `protobuf:"bytes,3,opt,name=session,proto3" json:"session,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HandOverVolumeRequest) Reset() {
+	*x = HandOverVolumeRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandOverVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandOverVolumeRequest) ProtoMessage() {}
+
+func (x *HandOverVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandOverVolumeRequest.ProtoReflect.Descriptor instead.
+func (*HandOverVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *HandOverVolumeRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *HandOverVolumeRequest) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *HandOverVolumeRequest) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
 type HostStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -928,7 +1406,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -940,7 +1418,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -953,7 +1431,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
 }
 
 type ReplicaStatus struct {
@@ -968,7 +1446,7 @@ type ReplicaStatus struct {
 
 func (x *ReplicaStatus) Reset() {
 	*x = ReplicaStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1458,7 @@ func (x *ReplicaStatus) String() string {
 func (*ReplicaStatus) ProtoMessage() {}
 
 func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1471,7 @@ func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaStatus.ProtoReflect.Descriptor instead.
 func (*ReplicaStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ReplicaStatus) GetStore() []byte {
@@ -1046,7 +1524,7 @@ type AttachmentStatus struct {
 
 func (x *AttachmentStatus) Reset() {
 	*x = AttachmentStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1058,7 +1536,7 @@ func (x *AttachmentStatus) String() string {
 func (*AttachmentStatus) ProtoMessage() {}
 
 func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1071,7 +1549,7 @@ func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachmentStatus.ProtoReflect.Descriptor instead.
 func (*AttachmentStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AttachmentStatus) GetVolumeId() uint64 {
@@ -1182,7 +1660,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1672,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1685,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *VolumeUsage) GetVolumeId() uint64 {
@@ -1232,13 +1710,14 @@ type HostStatusReply struct {
 	Attachments   []*AttachmentStatus    `protobuf:"bytes,4,rep,name=attachments,proto3" json:"attachments,omitempty"`
 	Stores        []*StoreUsage          `protobuf:"bytes,5,rep,name=stores,proto3" json:"stores,omitempty"`
 	Volumes       []*VolumeUsage         `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"` // live bytes of each volume on this host's stores
+	Session       string                 `protobuf:"bytes,7,opt,name=session,proto3" json:"session,omitempty"` // of its gateway
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HostStatusReply) Reset() {
 	*x = HostStatusReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1729,7 @@ func (x *HostStatusReply) String() string {
 func (*HostStatusReply) ProtoMessage() {}
 
 func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1742,7 @@ func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusReply.ProtoReflect.Descriptor instead.
 func (*HostStatusReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HostStatusReply) GetStatus() uint32 {
@@ -1308,6 +1787,13 @@ func (x *HostStatusReply) GetVolumes() []*VolumeUsage {
 	return nil
 }
 
+func (x *HostStatusReply) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
 type CutRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -1318,7 +1804,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1330,7 +1816,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1343,7 +1829,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CutRequest) GetVolume() string {
@@ -1375,7 +1861,7 @@ type CutReply struct {
 
 func (x *CutReply) Reset() {
 	*x = CutReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1387,7 +1873,7 @@ func (x *CutReply) String() string {
 func (*CutReply) ProtoMessage() {}
 
 func (x *CutReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1400,7 +1886,7 @@ func (x *CutReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutReply.ProtoReflect.Descriptor instead.
 func (*CutReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CutReply) GetStatus() uint32 {
@@ -1463,7 +1949,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1961,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1974,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DiffRequest) GetVolume() string {
@@ -1524,7 +2010,7 @@ type DiffReply struct {
 
 func (x *DiffReply) Reset() {
 	*x = DiffReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1536,7 +2022,7 @@ func (x *DiffReply) String() string {
 func (*DiffReply) ProtoMessage() {}
 
 func (x *DiffReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1549,7 +2035,7 @@ func (x *DiffReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffReply.ProtoReflect.Descriptor instead.
 func (*DiffReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DiffReply) GetStatus() uint32 {
@@ -1584,7 +2070,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1596,7 +2082,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1609,7 +2095,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Range) GetOffset() uint64 {
@@ -1644,7 +2130,7 @@ type LatencyBucket struct {
 
 func (x *LatencyBucket) Reset() {
 	*x = LatencyBucket{}
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +2142,7 @@ func (x *LatencyBucket) String() string {
 func (*LatencyBucket) ProtoMessage() {}
 
 func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +2155,7 @@ func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
 func (*LatencyBucket) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *LatencyBucket) GetMaxUs() uint64 {
@@ -1704,7 +2190,7 @@ type OpStats struct {
 
 func (x *OpStats) Reset() {
 	*x = OpStats{}
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1716,7 +2202,7 @@ func (x *OpStats) String() string {
 func (*OpStats) ProtoMessage() {}
 
 func (x *OpStats) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1729,7 +2215,7 @@ func (x *OpStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpStats.ProtoReflect.Descriptor instead.
 func (*OpStats) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *OpStats) GetOp() string {
@@ -1816,7 +2302,7 @@ type VolumeStatsReply struct {
 
 func (x *VolumeStatsReply) Reset() {
 	*x = VolumeStatsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1828,7 +2314,7 @@ func (x *VolumeStatsReply) String() string {
 func (*VolumeStatsReply) ProtoMessage() {}
 
 func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1841,7 +2327,7 @@ func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatsReply.ProtoReflect.Descriptor instead.
 func (*VolumeStatsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VolumeStatsReply) GetStatus() uint32 {
@@ -1900,7 +2386,7 @@ type SlowLeg struct {
 
 func (x *SlowLeg) Reset() {
 	*x = SlowLeg{}
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +2398,7 @@ func (x *SlowLeg) String() string {
 func (*SlowLeg) ProtoMessage() {}
 
 func (x *SlowLeg) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +2411,7 @@ func (x *SlowLeg) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowLeg.ProtoReflect.Descriptor instead.
 func (*SlowLeg) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SlowLeg) GetHost() string {
@@ -1983,7 +2469,7 @@ type SlowRequest struct {
 
 func (x *SlowRequest) Reset() {
 	*x = SlowRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1995,7 +2481,7 @@ func (x *SlowRequest) String() string {
 func (*SlowRequest) ProtoMessage() {}
 
 func (x *SlowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2008,7 +2494,7 @@ func (x *SlowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequest.ProtoReflect.Descriptor instead.
 func (*SlowRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SlowRequest) GetOp() string {
@@ -2099,7 +2585,7 @@ type SlowRequestsReply struct {
 
 func (x *SlowRequestsReply) Reset() {
 	*x = SlowRequestsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2111,7 +2597,7 @@ func (x *SlowRequestsReply) String() string {
 func (*SlowRequestsReply) ProtoMessage() {}
 
 func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2124,7 +2610,7 @@ func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequestsReply.ProtoReflect.Descriptor instead.
 func (*SlowRequestsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SlowRequestsReply) GetStatus() uint32 {
@@ -2157,7 +2643,7 @@ type NetRequest struct {
 
 func (x *NetRequest) Reset() {
 	*x = NetRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2655,7 @@ func (x *NetRequest) String() string {
 func (*NetRequest) ProtoMessage() {}
 
 func (x *NetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2668,7 @@ func (x *NetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetRequest.ProtoReflect.Descriptor instead.
 func (*NetRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NetRequest) GetAfter() uint64 {
@@ -2203,7 +2689,7 @@ type NetReply struct {
 
 func (x *NetReply) Reset() {
 	*x = NetReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2701,7 @@ func (x *NetReply) String() string {
 func (*NetReply) ProtoMessage() {}
 
 func (x *NetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2714,7 @@ func (x *NetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetReply.ProtoReflect.Descriptor instead.
 func (*NetReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetReply) GetStatus() uint32 {
@@ -2261,7 +2747,7 @@ type RouteRequest struct {
 
 func (x *RouteRequest) Reset() {
 	*x = RouteRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[30]
+	mi := &file_proto_pb_host_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2759,7 @@ func (x *RouteRequest) String() string {
 func (*RouteRequest) ProtoMessage() {}
 
 func (x *RouteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[30]
+	mi := &file_proto_pb_host_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2772,7 @@ func (x *RouteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteRequest.ProtoReflect.Descriptor instead.
 func (*RouteRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RouteRequest) GetRoute() string {
@@ -2368,7 +2854,7 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x10\n" +
 	"\x03uri\x18\x03 \x01(\tR\x03uri\x12\x14\n" +
 	"\x05epoch\x18\x04 \x01(\rR\x05epoch\x12\x14\n" +
-	"\x05fresh\x18\x05 \x01(\bR\x05fresh\"\xc9\x01\n" +
+	"\x05fresh\x18\x05 \x01(\bR\x05fresh\"\xfe\x01\n" +
 	"\aVMReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
@@ -2378,7 +2864,45 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x03pid\x18\x06 \x01(\x03R\x03pid\x12\x18\n" +
 	"\aconsole\x18\a \x01(\tR\aconsole\x12\x10\n" +
 	"\x03log\x18\b \x01(\tR\x03log\x12\x10\n" +
-	"\x03qmp\x18\t \x01(\tR\x03qmp\"\x13\n" +
+	"\x03qmp\x18\t \x01(\tR\x03qmp\x123\n" +
+	"\tmigration\x18\n" +
+	" \x01(\v2\x15.cairn.v1.VMMigrationR\tmigration\"\xc2\x01\n" +
+	"\vVMMigration\x12\x14\n" +
+	"\x05state\x18\x01 \x01(\tR\x05state\x12\x1d\n" +
+	"\n" +
+	"sent_bytes\x18\x02 \x01(\x04R\tsentBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x03 \x01(\x04R\n" +
+	"totalBytes\x12'\n" +
+	"\x0fremaining_bytes\x18\x04 \x01(\x04R\x0eremainingBytes\x12\x19\n" +
+	"\btotal_us\x18\x05 \x01(\x04R\atotalUs\x12\x19\n" +
+	"\bstill_us\x18\x06 \x01(\x04R\astillUs\"v\n" +
+	"\x10ReceiveVMRequest\x12\x1c\n" +
+	"\x02vm\x18\x01 \x01(\v2\f.cairn.v1.VMR\x02vm\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x1a\n" +
+	"\bfeatures\x18\x03 \x01(\tR\bfeatures\x12\x14\n" +
+	"\x05sizes\x18\x04 \x03(\x04R\x05sizes\"\x84\x01\n" +
+	"\x0eReceiveVMReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
+	"\x04addr\x18\x03 \x01(\tR\x04addr\x12\x14\n" +
+	"\x05token\x18\x04 \x01(\fR\x05token\x12\x18\n" +
+	"\asession\x18\x05 \x01(\tR\asession\"[\n" +
+	"\rLandVMRequest\x12\x1c\n" +
+	"\x02vm\x18\x01 \x01(\v2\f.cairn.v1.VMR\x02vm\x12,\n" +
+	"\x06so_far\x18\x02 \x01(\v2\x15.cairn.v1.VMMigrationR\x05soFar\"o\n" +
+	"\x11ReadVolumeRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04host\x18\x02 \x01(\tR\x04host\x12\x16\n" +
+	"\x06offset\x18\x03 \x01(\x04R\x06offset\x12\x16\n" +
+	"\x06length\x18\x04 \x01(\rR\x06length\"U\n" +
+	"\x0fReadVolumeReply\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"]\n" +
+	"\x15HandOverVolumeRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04host\x18\x02 \x01(\tR\x04host\x12\x18\n" +
+	"\asession\x18\x03 \x01(\tR\asession\"\x13\n" +
 	"\x11HostStatusRequest\"r\n" +
 	"\rReplicaStatus\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x12\n" +
@@ -2405,14 +2929,15 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\vVolumeUsage\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x1d\n" +
 	"\n" +
-	"live_bytes\x18\x02 \x01(\x04R\tliveBytes\"\xf2\x01\n" +
+	"live_bytes\x18\x02 \x01(\x04R\tliveBytes\"\x8c\x02\n" +
 	"\x0fHostStatusReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12<\n" +
 	"\vattachments\x18\x04 \x03(\v2\x1a.cairn.v1.AttachmentStatusR\vattachments\x12,\n" +
 	"\x06stores\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x06stores\x12/\n" +
-	"\avolumes\x18\x06 \x03(\v2\x15.cairn.v1.VolumeUsageR\avolumes\"=\n" +
+	"\avolumes\x18\x06 \x03(\v2\x15.cairn.v1.VolumeUsageR\avolumes\x12\x18\n" +
+	"\asession\x18\a \x01(\tR\asession\"=\n" +
 	"\n" +
 	"CutRequest\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x17\n" +
@@ -2491,8 +3016,7 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
 	"\x04json\x18\x03 \x01(\fR\x04json\"$\n" +
 	"\fRouteRequest\x12\x14\n" +
-	"\x05route\x18\x01 \x01(\tR\x05route2\xfd\n" +
-	"\n" +
+	"\x05route\x18\x01 \x01(\tR\x05route2\x9c\x0e\n" +
 	"\vHostControl\x12J\n" +
 	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x128\n" +
 	"\fDetachVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
@@ -2502,7 +3026,15 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06StopVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12/\n" +
 	"\aPauseVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x120\n" +
 	"\bResumeVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12,\n" +
-	"\x06ShowVM\x12\x0f.cairn.v1.VMRef\x1a\x11.cairn.v1.VMReply\x12D\n" +
+	"\x06ShowVM\x12\x0f.cairn.v1.VMRef\x1a\x11.cairn.v1.VMReply\x12A\n" +
+	"\tReceiveVM\x12\x1a.cairn.v1.ReceiveVMRequest\x1a\x18.cairn.v1.ReceiveVMReply\x120\n" +
+	"\bArriveVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x126\n" +
+	"\x06LandVM\x12\x17.cairn.v1.LandVMRequest\x1a\x13.cairn.v1.HostReply\x121\n" +
+	"\tAbandonVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12/\n" +
+	"\aLookNow\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12D\n" +
+	"\n" +
+	"ReadVolume\x12\x1b.cairn.v1.ReadVolumeRequest\x1a\x19.cairn.v1.ReadVolumeReply\x12F\n" +
+	"\x0eHandOverVolume\x12\x1f.cairn.v1.HandOverVolumeRequest\x1a\x13.cairn.v1.HostReply\x12D\n" +
 	"\n" +
 	"HostStatus\x12\x1b.cairn.v1.HostStatusRequest\x1a\x19.cairn.v1.HostStatusReply\x125\n" +
 	"\tNetReport\x12\x14.cairn.v1.NetRequest\x1a\x12.cairn.v1.NetReply\x125\n" +
@@ -2536,108 +3068,134 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_proto_pb_host_proto_goTypes = []any{
-	(*StoreRef)(nil),            // 0: cairn.v1.StoreRef
-	(*ScrubStoreRequest)(nil),   // 1: cairn.v1.ScrubStoreRequest
-	(*StoreReply)(nil),          // 2: cairn.v1.StoreReply
-	(*ScrubState)(nil),          // 3: cairn.v1.ScrubState
-	(*BadBlock)(nil),            // 4: cairn.v1.BadBlock
-	(*VolumeRef)(nil),           // 5: cairn.v1.VolumeRef
-	(*VMRef)(nil),               // 6: cairn.v1.VMRef
-	(*ShrinkVolumeRequest)(nil), // 7: cairn.v1.ShrinkVolumeRequest
-	(*HostReply)(nil),           // 8: cairn.v1.HostReply
-	(*AttachVolumeRequest)(nil), // 9: cairn.v1.AttachVolumeRequest
-	(*AttachVolumeReply)(nil),   // 10: cairn.v1.AttachVolumeReply
-	(*VMReply)(nil),             // 11: cairn.v1.VMReply
-	(*HostStatusRequest)(nil),   // 12: cairn.v1.HostStatusRequest
-	(*ReplicaStatus)(nil),       // 13: cairn.v1.ReplicaStatus
-	(*AttachmentStatus)(nil),    // 14: cairn.v1.AttachmentStatus
-	(*VolumeUsage)(nil),         // 15: cairn.v1.VolumeUsage
-	(*HostStatusReply)(nil),     // 16: cairn.v1.HostStatusReply
-	(*CutRequest)(nil),          // 17: cairn.v1.CutRequest
-	(*CutReply)(nil),            // 18: cairn.v1.CutReply
-	(*DiffRequest)(nil),         // 19: cairn.v1.DiffRequest
-	(*DiffReply)(nil),           // 20: cairn.v1.DiffReply
-	(*Range)(nil),               // 21: cairn.v1.Range
-	(*LatencyBucket)(nil),       // 22: cairn.v1.LatencyBucket
-	(*OpStats)(nil),             // 23: cairn.v1.OpStats
-	(*VolumeStatsReply)(nil),    // 24: cairn.v1.VolumeStatsReply
-	(*SlowLeg)(nil),             // 25: cairn.v1.SlowLeg
-	(*SlowRequest)(nil),         // 26: cairn.v1.SlowRequest
-	(*SlowRequestsReply)(nil),   // 27: cairn.v1.SlowRequestsReply
-	(*NetRequest)(nil),          // 28: cairn.v1.NetRequest
-	(*NetReply)(nil),            // 29: cairn.v1.NetReply
-	(*RouteRequest)(nil),        // 30: cairn.v1.RouteRequest
-	(*StoreUsage)(nil),          // 31: cairn.v1.StoreUsage
+	(*StoreRef)(nil),              // 0: cairn.v1.StoreRef
+	(*ScrubStoreRequest)(nil),     // 1: cairn.v1.ScrubStoreRequest
+	(*StoreReply)(nil),            // 2: cairn.v1.StoreReply
+	(*ScrubState)(nil),            // 3: cairn.v1.ScrubState
+	(*BadBlock)(nil),              // 4: cairn.v1.BadBlock
+	(*VolumeRef)(nil),             // 5: cairn.v1.VolumeRef
+	(*VMRef)(nil),                 // 6: cairn.v1.VMRef
+	(*ShrinkVolumeRequest)(nil),   // 7: cairn.v1.ShrinkVolumeRequest
+	(*HostReply)(nil),             // 8: cairn.v1.HostReply
+	(*AttachVolumeRequest)(nil),   // 9: cairn.v1.AttachVolumeRequest
+	(*AttachVolumeReply)(nil),     // 10: cairn.v1.AttachVolumeReply
+	(*VMReply)(nil),               // 11: cairn.v1.VMReply
+	(*VMMigration)(nil),           // 12: cairn.v1.VMMigration
+	(*ReceiveVMRequest)(nil),      // 13: cairn.v1.ReceiveVMRequest
+	(*ReceiveVMReply)(nil),        // 14: cairn.v1.ReceiveVMReply
+	(*LandVMRequest)(nil),         // 15: cairn.v1.LandVMRequest
+	(*ReadVolumeRequest)(nil),     // 16: cairn.v1.ReadVolumeRequest
+	(*ReadVolumeReply)(nil),       // 17: cairn.v1.ReadVolumeReply
+	(*HandOverVolumeRequest)(nil), // 18: cairn.v1.HandOverVolumeRequest
+	(*HostStatusRequest)(nil),     // 19: cairn.v1.HostStatusRequest
+	(*ReplicaStatus)(nil),         // 20: cairn.v1.ReplicaStatus
+	(*AttachmentStatus)(nil),      // 21: cairn.v1.AttachmentStatus
+	(*VolumeUsage)(nil),           // 22: cairn.v1.VolumeUsage
+	(*HostStatusReply)(nil),       // 23: cairn.v1.HostStatusReply
+	(*CutRequest)(nil),            // 24: cairn.v1.CutRequest
+	(*CutReply)(nil),              // 25: cairn.v1.CutReply
+	(*DiffRequest)(nil),           // 26: cairn.v1.DiffRequest
+	(*DiffReply)(nil),             // 27: cairn.v1.DiffReply
+	(*Range)(nil),                 // 28: cairn.v1.Range
+	(*LatencyBucket)(nil),         // 29: cairn.v1.LatencyBucket
+	(*OpStats)(nil),               // 30: cairn.v1.OpStats
+	(*VolumeStatsReply)(nil),      // 31: cairn.v1.VolumeStatsReply
+	(*SlowLeg)(nil),               // 32: cairn.v1.SlowLeg
+	(*SlowRequest)(nil),           // 33: cairn.v1.SlowRequest
+	(*SlowRequestsReply)(nil),     // 34: cairn.v1.SlowRequestsReply
+	(*NetRequest)(nil),            // 35: cairn.v1.NetRequest
+	(*NetReply)(nil),              // 36: cairn.v1.NetReply
+	(*RouteRequest)(nil),          // 37: cairn.v1.RouteRequest
+	(*StoreUsage)(nil),            // 38: cairn.v1.StoreUsage
+	(*VM)(nil),                    // 39: cairn.v1.VM
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
-	31, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
+	38, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
 	3,  // 1: cairn.v1.StoreReply.scrub:type_name -> cairn.v1.ScrubState
 	4,  // 2: cairn.v1.StoreReply.bad:type_name -> cairn.v1.BadBlock
-	15, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
-	13, // 4: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
-	14, // 5: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	31, // 6: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
-	15, // 7: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
-	21, // 8: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
-	22, // 9: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
-	23, // 10: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
-	25, // 11: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
-	26, // 12: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
-	9,  // 13: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
-	5,  // 14: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
-	5,  // 15: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
-	7,  // 16: cairn.v1.HostControl.ShrinkVolume:input_type -> cairn.v1.ShrinkVolumeRequest
-	6,  // 17: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
-	6,  // 18: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
-	6,  // 19: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
-	6,  // 20: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
-	6,  // 21: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
-	12, // 22: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	28, // 23: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
-	28, // 24: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
-	30, // 25: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
-	30, // 26: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
-	17, // 27: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
-	17, // 28: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
-	17, // 29: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
-	5,  // 30: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
-	5,  // 31: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
-	19, // 32: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
-	5,  // 33: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
-	5,  // 34: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
-	0,  // 35: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
-	1,  // 36: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
-	10, // 37: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	8,  // 38: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	8,  // 39: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	8,  // 40: cairn.v1.HostControl.ShrinkVolume:output_type -> cairn.v1.HostReply
-	8,  // 41: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	8,  // 42: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	8,  // 43: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	8,  // 44: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	11, // 45: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	16, // 46: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	29, // 47: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
-	29, // 48: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
-	8,  // 49: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
-	8,  // 50: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
-	18, // 51: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
-	18, // 52: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
-	18, // 53: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
-	8,  // 54: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
-	8,  // 55: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
-	20, // 56: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
-	24, // 57: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
-	27, // 58: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
-	2,  // 59: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
-	8,  // 60: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
-	37, // [37:61] is the sub-list for method output_type
-	13, // [13:37] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	22, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
+	12, // 4: cairn.v1.VMReply.migration:type_name -> cairn.v1.VMMigration
+	39, // 5: cairn.v1.ReceiveVMRequest.vm:type_name -> cairn.v1.VM
+	39, // 6: cairn.v1.LandVMRequest.vm:type_name -> cairn.v1.VM
+	12, // 7: cairn.v1.LandVMRequest.so_far:type_name -> cairn.v1.VMMigration
+	20, // 8: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
+	21, // 9: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
+	38, // 10: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	22, // 11: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
+	28, // 12: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
+	29, // 13: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
+	30, // 14: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
+	32, // 15: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
+	33, // 16: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
+	9,  // 17: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
+	5,  // 18: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
+	5,  // 19: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
+	7,  // 20: cairn.v1.HostControl.ShrinkVolume:input_type -> cairn.v1.ShrinkVolumeRequest
+	6,  // 21: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
+	6,  // 22: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
+	6,  // 23: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
+	6,  // 24: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
+	6,  // 25: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
+	13, // 26: cairn.v1.HostControl.ReceiveVM:input_type -> cairn.v1.ReceiveVMRequest
+	6,  // 27: cairn.v1.HostControl.ArriveVM:input_type -> cairn.v1.VMRef
+	15, // 28: cairn.v1.HostControl.LandVM:input_type -> cairn.v1.LandVMRequest
+	6,  // 29: cairn.v1.HostControl.AbandonVM:input_type -> cairn.v1.VMRef
+	6,  // 30: cairn.v1.HostControl.LookNow:input_type -> cairn.v1.VMRef
+	16, // 31: cairn.v1.HostControl.ReadVolume:input_type -> cairn.v1.ReadVolumeRequest
+	18, // 32: cairn.v1.HostControl.HandOverVolume:input_type -> cairn.v1.HandOverVolumeRequest
+	19, // 33: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
+	35, // 34: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
+	35, // 35: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
+	37, // 36: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
+	37, // 37: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
+	24, // 38: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	24, // 39: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	24, // 40: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	5,  // 41: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
+	5,  // 42: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
+	26, // 43: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	5,  // 44: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
+	5,  // 45: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
+	0,  // 46: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
+	1,  // 47: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
+	10, // 48: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	8,  // 49: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	8,  // 50: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	8,  // 51: cairn.v1.HostControl.ShrinkVolume:output_type -> cairn.v1.HostReply
+	8,  // 52: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	8,  // 53: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	8,  // 54: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	8,  // 55: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	11, // 56: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	14, // 57: cairn.v1.HostControl.ReceiveVM:output_type -> cairn.v1.ReceiveVMReply
+	8,  // 58: cairn.v1.HostControl.ArriveVM:output_type -> cairn.v1.HostReply
+	8,  // 59: cairn.v1.HostControl.LandVM:output_type -> cairn.v1.HostReply
+	8,  // 60: cairn.v1.HostControl.AbandonVM:output_type -> cairn.v1.HostReply
+	8,  // 61: cairn.v1.HostControl.LookNow:output_type -> cairn.v1.HostReply
+	17, // 62: cairn.v1.HostControl.ReadVolume:output_type -> cairn.v1.ReadVolumeReply
+	8,  // 63: cairn.v1.HostControl.HandOverVolume:output_type -> cairn.v1.HostReply
+	23, // 64: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	36, // 65: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
+	36, // 66: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
+	8,  // 67: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
+	8,  // 68: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
+	25, // 69: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	25, // 70: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	25, // 71: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	8,  // 72: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	8,  // 73: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	27, // 74: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	31, // 75: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
+	34, // 76: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
+	2,  // 77: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
+	8,  // 78: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
+	48, // [48:79] is the sub-list for method output_type
+	17, // [17:48] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_host_proto_init() }
@@ -2652,7 +3210,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,30 +21,37 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	HostControl_AttachVolume_FullMethodName  = "/cairn.v1.HostControl/AttachVolume"
-	HostControl_DetachVolume_FullMethodName  = "/cairn.v1.HostControl/DetachVolume"
-	HostControl_RefreshVolume_FullMethodName = "/cairn.v1.HostControl/RefreshVolume"
-	HostControl_ShrinkVolume_FullMethodName  = "/cairn.v1.HostControl/ShrinkVolume"
-	HostControl_StartVM_FullMethodName       = "/cairn.v1.HostControl/StartVM"
-	HostControl_StopVM_FullMethodName        = "/cairn.v1.HostControl/StopVM"
-	HostControl_PauseVM_FullMethodName       = "/cairn.v1.HostControl/PauseVM"
-	HostControl_ResumeVM_FullMethodName      = "/cairn.v1.HostControl/ResumeVM"
-	HostControl_ShowVM_FullMethodName        = "/cairn.v1.HostControl/ShowVM"
-	HostControl_HostStatus_FullMethodName    = "/cairn.v1.HostControl/HostStatus"
-	HostControl_NetReport_FullMethodName     = "/cairn.v1.HostControl/NetReport"
-	HostControl_NetEvents_FullMethodName     = "/cairn.v1.HostControl/NetEvents"
-	HostControl_AddRoute_FullMethodName      = "/cairn.v1.HostControl/AddRoute"
-	HostControl_RemoveRoute_FullMethodName   = "/cairn.v1.HostControl/RemoveRoute"
-	HostControl_PrepareCut_FullMethodName    = "/cairn.v1.HostControl/PrepareCut"
-	HostControl_HoldCut_FullMethodName       = "/cairn.v1.HostControl/HoldCut"
-	HostControl_ReleaseCut_FullMethodName    = "/cairn.v1.HostControl/ReleaseCut"
-	HostControl_FlattenVolume_FullMethodName = "/cairn.v1.HostControl/FlattenVolume"
-	HostControl_ReclaimVolume_FullMethodName = "/cairn.v1.HostControl/ReclaimVolume"
-	HostControl_DiffVolume_FullMethodName    = "/cairn.v1.HostControl/DiffVolume"
-	HostControl_VolumeStats_FullMethodName   = "/cairn.v1.HostControl/VolumeStats"
-	HostControl_SlowRequests_FullMethodName  = "/cairn.v1.HostControl/SlowRequests"
-	HostControl_ShowStore_FullMethodName     = "/cairn.v1.HostControl/ShowStore"
-	HostControl_ScrubStore_FullMethodName    = "/cairn.v1.HostControl/ScrubStore"
+	HostControl_AttachVolume_FullMethodName   = "/cairn.v1.HostControl/AttachVolume"
+	HostControl_DetachVolume_FullMethodName   = "/cairn.v1.HostControl/DetachVolume"
+	HostControl_RefreshVolume_FullMethodName  = "/cairn.v1.HostControl/RefreshVolume"
+	HostControl_ShrinkVolume_FullMethodName   = "/cairn.v1.HostControl/ShrinkVolume"
+	HostControl_StartVM_FullMethodName        = "/cairn.v1.HostControl/StartVM"
+	HostControl_StopVM_FullMethodName         = "/cairn.v1.HostControl/StopVM"
+	HostControl_PauseVM_FullMethodName        = "/cairn.v1.HostControl/PauseVM"
+	HostControl_ResumeVM_FullMethodName       = "/cairn.v1.HostControl/ResumeVM"
+	HostControl_ShowVM_FullMethodName         = "/cairn.v1.HostControl/ShowVM"
+	HostControl_ReceiveVM_FullMethodName      = "/cairn.v1.HostControl/ReceiveVM"
+	HostControl_ArriveVM_FullMethodName       = "/cairn.v1.HostControl/ArriveVM"
+	HostControl_LandVM_FullMethodName         = "/cairn.v1.HostControl/LandVM"
+	HostControl_AbandonVM_FullMethodName      = "/cairn.v1.HostControl/AbandonVM"
+	HostControl_LookNow_FullMethodName        = "/cairn.v1.HostControl/LookNow"
+	HostControl_ReadVolume_FullMethodName     = "/cairn.v1.HostControl/ReadVolume"
+	HostControl_HandOverVolume_FullMethodName = "/cairn.v1.HostControl/HandOverVolume"
+	HostControl_HostStatus_FullMethodName     = "/cairn.v1.HostControl/HostStatus"
+	HostControl_NetReport_FullMethodName      = "/cairn.v1.HostControl/NetReport"
+	HostControl_NetEvents_FullMethodName      = "/cairn.v1.HostControl/NetEvents"
+	HostControl_AddRoute_FullMethodName       = "/cairn.v1.HostControl/AddRoute"
+	HostControl_RemoveRoute_FullMethodName    = "/cairn.v1.HostControl/RemoveRoute"
+	HostControl_PrepareCut_FullMethodName     = "/cairn.v1.HostControl/PrepareCut"
+	HostControl_HoldCut_FullMethodName        = "/cairn.v1.HostControl/HoldCut"
+	HostControl_ReleaseCut_FullMethodName     = "/cairn.v1.HostControl/ReleaseCut"
+	HostControl_FlattenVolume_FullMethodName  = "/cairn.v1.HostControl/FlattenVolume"
+	HostControl_ReclaimVolume_FullMethodName  = "/cairn.v1.HostControl/ReclaimVolume"
+	HostControl_DiffVolume_FullMethodName     = "/cairn.v1.HostControl/DiffVolume"
+	HostControl_VolumeStats_FullMethodName    = "/cairn.v1.HostControl/VolumeStats"
+	HostControl_SlowRequests_FullMethodName   = "/cairn.v1.HostControl/SlowRequests"
+	HostControl_ShowStore_FullMethodName      = "/cairn.v1.HostControl/ShowStore"
+	HostControl_ScrubStore_FullMethodName     = "/cairn.v1.HostControl/ScrubStore"
 )
 
 // HostControlClient is the client API for HostControl service.
@@ -63,6 +70,20 @@ type HostControlClient interface {
 	PauseVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
 	ResumeVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
 	ShowVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*VMReply, error)
+	// A live migration, asked by the host a VM comes from: ReceiveVM starts a machine
+	// that waits for its memory, ArriveVM waits until all of it and its volumes are
+	// here, LandVM lets a VM run that metadata says has landed, AbandonVM ends a
+	// machine that waits. ReadVolume is asked the other way: it reads from a volume
+	// whose VM is on its way to the host that asks.
+	ReceiveVM(ctx context.Context, in *ReceiveVMRequest, opts ...grpc.CallOption) (*ReceiveVMReply, error)
+	ArriveVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
+	LandVM(ctx context.Context, in *LandVMRequest, opts ...grpc.CallOption) (*HostReply, error)
+	AbandonVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
+	// LookNow makes a host ask metadata at once what there is to do for its VMs.
+	LookNow(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error)
+	ReadVolume(ctx context.Context, in *ReadVolumeRequest, opts ...grpc.CallOption) (*ReadVolumeReply, error)
+	// HandOverVolume moves a volume that is attached here to another host's gateway.
+	HandOverVolume(ctx context.Context, in *HandOverVolumeRequest, opts ...grpc.CallOption) (*HostReply, error)
 	HostStatus(ctx context.Context, in *HostStatusRequest, opts ...grpc.CallOption) (*HostStatusReply, error)
 	// NetReport and NetEvents answer with the JSON that the command line shows.
 	NetReport(ctx context.Context, in *NetRequest, opts ...grpc.CallOption) (*NetReply, error)
@@ -186,6 +207,76 @@ func (c *hostControlClient) ShowVM(ctx context.Context, in *VMRef, opts ...grpc.
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(VMReply)
 	err := c.cc.Invoke(ctx, HostControl_ShowVM_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) ReceiveVM(ctx context.Context, in *ReceiveVMRequest, opts ...grpc.CallOption) (*ReceiveVMReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReceiveVMReply)
+	err := c.cc.Invoke(ctx, HostControl_ReceiveVM_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) ArriveVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_ArriveVM_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) LandVM(ctx context.Context, in *LandVMRequest, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_LandVM_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) AbandonVM(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_AbandonVM_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) LookNow(ctx context.Context, in *VMRef, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_LookNow_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) ReadVolume(ctx context.Context, in *ReadVolumeRequest, opts ...grpc.CallOption) (*ReadVolumeReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReadVolumeReply)
+	err := c.cc.Invoke(ctx, HostControl_ReadVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostControlClient) HandOverVolume(ctx context.Context, in *HandOverVolumeRequest, opts ...grpc.CallOption) (*HostReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HostReply)
+	err := c.cc.Invoke(ctx, HostControl_HandOverVolume_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -367,6 +458,20 @@ type HostControlServer interface {
 	PauseVM(context.Context, *VMRef) (*HostReply, error)
 	ResumeVM(context.Context, *VMRef) (*HostReply, error)
 	ShowVM(context.Context, *VMRef) (*VMReply, error)
+	// A live migration, asked by the host a VM comes from: ReceiveVM starts a machine
+	// that waits for its memory, ArriveVM waits until all of it and its volumes are
+	// here, LandVM lets a VM run that metadata says has landed, AbandonVM ends a
+	// machine that waits. ReadVolume is asked the other way: it reads from a volume
+	// whose VM is on its way to the host that asks.
+	ReceiveVM(context.Context, *ReceiveVMRequest) (*ReceiveVMReply, error)
+	ArriveVM(context.Context, *VMRef) (*HostReply, error)
+	LandVM(context.Context, *LandVMRequest) (*HostReply, error)
+	AbandonVM(context.Context, *VMRef) (*HostReply, error)
+	// LookNow makes a host ask metadata at once what there is to do for its VMs.
+	LookNow(context.Context, *VMRef) (*HostReply, error)
+	ReadVolume(context.Context, *ReadVolumeRequest) (*ReadVolumeReply, error)
+	// HandOverVolume moves a volume that is attached here to another host's gateway.
+	HandOverVolume(context.Context, *HandOverVolumeRequest) (*HostReply, error)
 	HostStatus(context.Context, *HostStatusRequest) (*HostStatusReply, error)
 	// NetReport and NetEvents answer with the JSON that the command line shows.
 	NetReport(context.Context, *NetRequest) (*NetReply, error)
@@ -432,6 +537,27 @@ func (UnimplementedHostControlServer) ResumeVM(context.Context, *VMRef) (*HostRe
 }
 func (UnimplementedHostControlServer) ShowVM(context.Context, *VMRef) (*VMReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method ShowVM not implemented")
+}
+func (UnimplementedHostControlServer) ReceiveVM(context.Context, *ReceiveVMRequest) (*ReceiveVMReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReceiveVM not implemented")
+}
+func (UnimplementedHostControlServer) ArriveVM(context.Context, *VMRef) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ArriveVM not implemented")
+}
+func (UnimplementedHostControlServer) LandVM(context.Context, *LandVMRequest) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method LandVM not implemented")
+}
+func (UnimplementedHostControlServer) AbandonVM(context.Context, *VMRef) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method AbandonVM not implemented")
+}
+func (UnimplementedHostControlServer) LookNow(context.Context, *VMRef) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method LookNow not implemented")
+}
+func (UnimplementedHostControlServer) ReadVolume(context.Context, *ReadVolumeRequest) (*ReadVolumeReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReadVolume not implemented")
+}
+func (UnimplementedHostControlServer) HandOverVolume(context.Context, *HandOverVolumeRequest) (*HostReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method HandOverVolume not implemented")
 }
 func (UnimplementedHostControlServer) HostStatus(context.Context, *HostStatusRequest) (*HostStatusReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method HostStatus not implemented")
@@ -657,6 +783,132 @@ func _HostControl_ShowVM_Handler(srv interface{}, ctx context.Context, dec func(
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostControlServer).ShowVM(ctx, req.(*VMRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_ReceiveVM_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReceiveVMRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ReceiveVM(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ReceiveVM_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ReceiveVM(ctx, req.(*ReceiveVMRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_ArriveVM_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VMRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ArriveVM(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ArriveVM_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ArriveVM(ctx, req.(*VMRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_LandVM_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LandVMRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).LandVM(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_LandVM_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).LandVM(ctx, req.(*LandVMRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_AbandonVM_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VMRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).AbandonVM(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_AbandonVM_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).AbandonVM(ctx, req.(*VMRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_LookNow_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VMRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).LookNow(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_LookNow_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).LookNow(ctx, req.(*VMRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_ReadVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReadVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).ReadVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_ReadVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).ReadVolume(ctx, req.(*ReadVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostControl_HandOverVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HandOverVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostControlServer).HandOverVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostControl_HandOverVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostControlServer).HandOverVolume(ctx, req.(*HandOverVolumeRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -966,6 +1218,34 @@ var HostControl_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ShowVM",
 			Handler:    _HostControl_ShowVM_Handler,
+		},
+		{
+			MethodName: "ReceiveVM",
+			Handler:    _HostControl_ReceiveVM_Handler,
+		},
+		{
+			MethodName: "ArriveVM",
+			Handler:    _HostControl_ArriveVM_Handler,
+		},
+		{
+			MethodName: "LandVM",
+			Handler:    _HostControl_LandVM_Handler,
+		},
+		{
+			MethodName: "AbandonVM",
+			Handler:    _HostControl_AbandonVM_Handler,
+		},
+		{
+			MethodName: "LookNow",
+			Handler:    _HostControl_LookNow_Handler,
+		},
+		{
+			MethodName: "ReadVolume",
+			Handler:    _HostControl_ReadVolume_Handler,
+		},
+		{
+			MethodName: "HandOverVolume",
+			Handler:    _HostControl_HandOverVolume_Handler,
 		},
 		{
 			MethodName: "HostStatus",

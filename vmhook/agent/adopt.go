@@ -39,7 +39,10 @@ func (a *Agent) Adopt(ctx context.Context) ([]string, error) {
 			failed = errors.Join(failed, fmt.Errorf("adopt VM %s: %w", name, err))
 		}
 		if e != nil {
-			adopted, waiting = append(adopted, name), append(waiting, e)
+			adopted = append(adopted, name)
+			if !e.m.Arriving() { // whether its volumes come here is not decided
+				waiting = append(waiting, e)
+			}
 		}
 	}
 	// All machines are known from here on; attaching may take its time.

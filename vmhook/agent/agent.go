@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sort"
 	"sync"
 	"time"
@@ -36,6 +37,11 @@ type Volumes interface {
 	Attach(ctx context.Context, name string) (uri string, err error)
 	// Detach gives a volume back; status.NotFound if it is not attached here.
 	Detach(ctx context.Context, name string) error
+	// Expect returns the URI at which a volume of sizeBytes can be opened that host
+	// from has attached and is to hand over; Detach ends that too.
+	Expect(name, from string, sizeBytes uint64) (uri string)
+	// TakeBack attaches a volume whoever has it.
+	TakeBack(ctx context.Context, name string) error
 }
 
 // Config is what an agent works with.
@@ -49,6 +55,11 @@ type Config struct {
 	OnExit func(vm, why string)
 	Accel  machine.Accel // zero: probe /dev/kvm once
 	QEMU   string        // program; "": qemu-system-x86_64
+
+	// For live migrations; nil: none. Listen opens ports of the storage network for
+	// one machine's memory and says how others reach them; Dial reaches them.
+	Listen func() (ls []net.Listener, addr string, err error)
+	Dial   func(ctx context.Context, addr string) (net.Conn, error)
 }
 
 // Agent is the keeper of one host's machines. All methods may be called at any
@@ -95,6 +106,10 @@ func New(cfg Config) *Agent {
 // Start attaches the machine's volumes and starts it. It returns when QEMU
 // runs; the guest is then booting. After a failure the volumes are detached.
 func (a *Agent) Start(ctx context.Context, v *pb.VM) error {
+	// A machine that waits for memory that will not come is in nobody's way.
+	if err := a.Abandon(ctx, v.GetName()); err != nil && !errors.Is(err, status.NotFound) && !errors.Is(err, status.Conflict) {
+		return err
+	}
 	e, err := a.reserve(v)
 	if err != nil {
 		return err
@@ -154,11 +169,7 @@ func (a *Agent) reserve(v *pb.VM) (*vm, error) {
 
 // start is Start after the reservation.
 func (a *Agent) start(ctx context.Context, v *pb.VM, e *vm) (*machine.Machine, error) {
-	spec := machine.Spec{
-		Name: v.GetName(), CPUs: int(v.GetCpus()), MemoryBytes: v.GetMemoryBytes(),
-		Kernel: v.GetKernel(), Initrd: v.GetInitrd(), Append: v.GetAppend(),
-		Dir: a.cfg.Dir, QEMU: a.cfg.QEMU, Paused: v.GetDesired() == "paused",
-	}
+	spec := a.spec(ctx, v)
 	attached := 0
 	fail := func(err error) (*machine.Machine, error) {
 		return nil, errors.Join(err, a.detach(e.volumes[:attached]))
@@ -171,12 +182,20 @@ func (a *Agent) start(ctx context.Context, v *pb.VM, e *vm) (*machine.Machine, e
 		attached++
 		spec.Disks = append(spec.Disks, machine.Disk{Name: name, URI: uri, Serial: serial(name)})
 	}
-	spec.Accel = a.accelerator(ctx)
 	m, err := machine.Start(ctx, spec)
 	if err != nil {
 		return fail(err)
 	}
 	return m, nil
+}
+
+// spec is a machine without its disks.
+func (a *Agent) spec(ctx context.Context, v *pb.VM) machine.Spec {
+	return machine.Spec{
+		Name: v.GetName(), CPUs: int(v.GetCpus()), MemoryBytes: v.GetMemoryBytes(),
+		Kernel: v.GetKernel(), Initrd: v.GetInitrd(), Append: v.GetAppend(),
+		Dir: a.cfg.Dir, QEMU: a.cfg.QEMU, Paused: v.GetDesired() == "paused", Accel: a.accelerator(ctx),
+	}
 }
 
 // serial is the beginning of a volume's name: virtio has 20 bytes for it.
@@ -283,6 +302,9 @@ func (a *Agent) Stop(ctx context.Context, name string, force bool) error {
 	e, err := a.find(ctx, name)
 	if err != nil {
 		return err
+	}
+	if !force && e.m.Arriving() {
+		return status.Errorf(status.Conflict, "VM %s is arriving from another host: ask again when it has", name)
 	}
 	if err := e.m.Stop(ctx, force); err != nil {
 		return err

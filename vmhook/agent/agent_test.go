@@ -48,6 +48,21 @@ func (x *exports) Detach(_ context.Context, name string) error {
 	return x.detach
 }
 
+func (x *exports) Expect(name, _ string, _ uint64) string {
+	return "nbd+unix:///" + name + "?socket=" + x.sock
+}
+
+func (x *exports) TakeBack(ctx context.Context, name string) error {
+	x.mu.Lock()
+	had := x.attached[name] > 0
+	x.mu.Unlock()
+	if had {
+		return nil
+	}
+	_, err := x.Attach(ctx, name)
+	return err
+}
+
 func (x *exports) set(refuse string, detach error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()

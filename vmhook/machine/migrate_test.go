@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"path/filepath"
 	"strconv"
 	"testing"
@@ -43,7 +44,7 @@ func (r *rig) receiver(dir string) (*Machine, string) {
 func (r *rig) count() {
 	r.t.Helper()
 	r.sh("mkfs.ext4 -q -F /dev/vda && mount /dev/vda /mnt")
-	r.sh("(i=0; while :; do i=$((i+1)); echo $i > /mnt/c.new && sync /mnt/c.new && mv /mnt/c.new /mnt/c && echo $i > /tmp/c; done) >/dev/null 2>/tmp/err &")
+	r.sh("(i=0; while :; do i=$((i+1)); echo $i > /mnt/c.new && sync /mnt/c.new && mv /mnt/c.new /mnt/c && echo $i > /tmp/n && mv /tmp/n /tmp/c; done) >/dev/null 2>/tmp/err &")
 	await(r.t, r.ctx, "it counts", func() bool { return r.counted() > 3 })
 }
 
@@ -251,5 +252,33 @@ func TestGoBack(t *testing.T) {
 		if s := r.m.Status(); s.State != "running" {
 			t.Errorf("%s: %+v", stage.name, s)
 		}
+	}
+}
+
+// TestMigrateAgain moves a guest from one QEMU to the next, several times. It shows
+// what docs/adr/0040-live-migration.md says of emulated guests, and so runs only
+// when it is asked for.
+func TestMigrateAgain(t *testing.T) {
+	if os.Getenv("CAIRN_MIGRATE_AGAIN") == "" {
+		t.Skip("CAIRN_MIGRATE_AGAIN is not set")
+	}
+	r := boot(t, gib)
+	t.Cleanup(func() {
+		if log, err := os.ReadFile(r.m.Status().Log); t.Failed() && err == nil {
+			t.Logf("its console: %s", log[max(0, len(log)-4000):])
+		}
+	})
+	r.count()
+	for n := range 6 {
+		before := r.counted()
+		b, socket := r.receiver("again-" + strconv.Itoa(n))
+		if err := errors.Join(r.m.Send(r.ctx, socket), r.m.Finish(r.ctx), b.Land(r.ctx)); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.m.Stop(r.ctx, true); err != nil {
+			t.Fatal(err)
+		}
+		r.dialConsole(b)
+		r.goesOn(before)
 	}
 }

@@ -156,7 +156,7 @@ func specFor(t *testing.T, ctx context.Context, dir string, nbd *export) Spec {
 // boot starts a guest and logs in; everything is gone at the test's end.
 func boot(t *testing.T, sizeBytes int64) *rig {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 80*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Second)
 	t.Cleanup(cancel)
 	dir := shortDir(t)
 	r := &rig{t: t, ctx: ctx, dir: dir, nbd: newExport(t, dir, sizeBytes)}
