@@ -51,7 +51,7 @@ $(VERSITYGW):
 
 test-int: build $(VERSITYGW)
 	@if [ -z "$(INT_PKGS)" ]; then echo "no integration tests found in $(INT_DIRS)" >&2; exit 1; fi
-	CAIRN_BIN=$(CURDIR)/$(CAIRN) CAIRN_VERSITYGW=$(CURDIR)/$(VERSITYGW) $(GO) test -p 1 -count=1 -timeout 10m $(INT_PKGS)
+	CAIRN_BIN=$(CURDIR)/$(CAIRN) CAIRN_VERSITYGW=$(CURDIR)/$(VERSITYGW) $(GO) test -p 1 -count=1 -timeout 15m $(INT_PKGS)
 
 # command-or-file:package; nothing is asked of apt when all are there.
 NEEDS := cbc:coinor-cbc qemu-system-x86_64:qemu-system-x86 qemu-nbd:qemu-utils nbdkit:nbdkit nbdinfo:libnbd-bin nbdsh:python3-libnbd \
