@@ -111,7 +111,7 @@ func TestHotDataComesToItsVM(t *testing.T) {
 		return strings.Join(out, ", ")
 	}
 	until(t, "the chunk on host-2", func() bool { return copies() == "host-2 true" })
-	if ev := m.ok("events"); !strings.Contains(ev, "placement moves 1 chunks of volume v from host host-1 to host host-2: VM web there reads and writes it") {
+	if ev := m.ok("events"); !strings.Contains(ev, "placement moves 1 chunks of volume v (move data) from host host-1 to host host-2: VM web there reads and writes it") {
 		t.Errorf("no event says what was moved and why:\n%s", ev)
 	}
 	tool(t, "qemu-io", "-f", "raw", "-c", "read -P 7 0 64M", uri)
