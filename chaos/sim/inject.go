@@ -155,8 +155,14 @@ func (in *injector) mayPoison() bool { return in.w.shape.rot }
 // echo reports whether a request to metadata arrives twice.
 func (in *injector) echo() bool { return in.echoUntil > in.w.now && in.w.chance(2) }
 
-// heal ends all faults that do not end by themselves.
-func (in *injector) heal() { in.healed = true }
+// heal ends all faults that do not end by themselves, also those that wait for
+// something to happen.
+func (in *injector) heal() {
+	in.healed = true
+	for _, n := range in.w.nodes {
+		n.disk.failNext = false
+	}
+}
 
 func (in *injector) do(f Fault) {
 	w := in.w

@@ -172,9 +172,12 @@ func (w *world) finish() {
 	}
 }
 
-// well reports whether the volume serves, every member is in sync and nothing
-// is unanswered.
+// well reports whether the volume serves, every member is in sync, nothing is
+// unanswered, and no process is yet to end because its disk failed.
 func (w *world) well() bool {
+	if w.now <= w.faults.failedUntil {
+		return false
+	}
 	for _, g := range w.gates {
 		if g.attaching { // the volume is about to move
 			return false
