@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -33,7 +34,7 @@ func TestHandOver(t *testing.T) {
 			}
 		}
 		if victim != "" {
-			time.Sleep(time.Duration(n) * time.Millisecond) // at another moment each time
+			time.Sleep(time.Duration(n) * time.Millisecond) // not a wait: which moment of the hand-over is hit, another each time
 			if err := c.Kill(victim); err != nil {
 				t.Fatal(err)
 			}
@@ -45,13 +46,14 @@ func TestHandOver(t *testing.T) {
 			moved++
 		}
 		var uri string
-		for end := time.Now().Add(testMaxWait); ; time.Sleep(askEvery) {
-			if uri, err = c.Cairn(t.Context(), "volume", "attach", volumeName, "--host", to, "--hand-over"); err == nil {
-				break
-			}
-			if time.Now().After(end) {
-				t.Fatal(err)
-			}
+		ctx, cancel := context.WithTimeout(t.Context(), testMaxWait)
+		err = c.Await(ctx, "the volume is on "+to, func(ctx context.Context) (_ bool, _ string, err error) {
+			uri, err = c.Cairn(ctx, "volume", "attach", volumeName, "--host", to, "--hand-over")
+			return true, "", err
+		})
+		cancel()
+		if err != nil {
+			t.Fatal(err)
 		}
 		l.SetDial(check.PatientNBD(uri[:len(uri)-1], testMaxWait))
 		readAll(t, l)

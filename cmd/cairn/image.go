@@ -96,7 +96,7 @@ type failing struct{ dev *nbdclient.Client }
 func (f failing) WriteAt(p []byte, off int64) (int, error) {
 	n, err := f.dev.WriteAt(p, off)
 	if err != nil {
-		go func() { _ = f.dev.Close() }() // err says more; whoever opened it asks again
+		go func() { _ = f.dev.Close() }() // onDevice's Close says the same
 	}
 	return n, err
 }
@@ -291,7 +291,7 @@ func (s *session) onDevice(ctx context.Context, host, uri string, f func(*nbdcli
 	if err != nil {
 		return fmt.Errorf("cannot open %s (its socket is on host %s: run this there): %w", uri, host, err)
 	}
-	end := context.AfterFunc(ctx, func() { _ = dev.Close() }) // what it says is said again below
+	end := context.AfterFunc(ctx, func() { _ = dev.Close() }) // the Close below says the same
 	defer end()
 	return errors.Join(f(dev), dev.Close())
 }

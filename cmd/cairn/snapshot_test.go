@@ -263,7 +263,7 @@ func TestGroupSnapshotsWhileAllDie(t *testing.T) {
 		if victim == "command" {
 			pid = cmd.Process.Pid
 		}
-		time.Sleep(time.Duration(4+5*(i/kinds)) * time.Millisecond) // somewhere in it
+		time.Sleep(time.Duration(4+5*(i/kinds)) * time.Millisecond) // not a wait: which moment of the cut is hit
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}

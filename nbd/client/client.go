@@ -68,6 +68,7 @@ type Client struct {
 	err     error // the connection is over
 
 	closing sync.Once
+	closed  error         // what closing said
 	done    chan struct{} // closed when the reader has ended
 }
 
@@ -206,9 +207,10 @@ func (c *Client) fail(err error) {
 	}
 }
 
-func (c *Client) hangUp() (err error) {
-	c.closing.Do(func() { err = c.nc.Close() })
-	return err
+// hangUp closes the connection, and says the same however often it is asked.
+func (c *Client) hangUp() error {
+	c.closing.Do(func() { c.closed = c.nc.Close() })
+	return c.closed
 }
 
 // reply reads one simple reply or one chunk.

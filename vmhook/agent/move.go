@@ -172,7 +172,7 @@ func (a *Agent) take(e *vm, ls []net.Listener, token []byte, socket string) erro
 	good := make(chan net.Conn)
 	var wg sync.WaitGroup
 	for _, l := range ls {
-		wg.Go(func() { admit(ctx, l, token, good) })
+		wg.Go(func() { a.admit(ctx, l, token, good) })
 	}
 	var conn net.Conn
 	select {
@@ -197,7 +197,7 @@ func (a *Agent) take(e *vm, ls []net.Listener, token []byte, socket string) erro
 }
 
 // admit gives the first connection that brings the token to good.
-func admit(ctx context.Context, l net.Listener, token []byte, good chan<- net.Conn) {
+func (a *Agent) admit(ctx context.Context, l net.Listener, token []byte, good chan<- net.Conn) {
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -218,7 +218,7 @@ func admit(ctx context.Context, l net.Listener, token []byte, good chan<- net.Co
 			case <-ctx.Done():
 			}
 		}
-		_ = c.Close() // nobody's: there is no one to tell
+		a.cfg.Log.Warn("a connection for a VM's memory is not the sender's, or came late", "from", c.RemoteAddr(), "err", errors.Join(err, c.Close()))
 	}
 }
 
@@ -270,9 +270,9 @@ func (a *Agent) Send(ctx context.Context, name string, to Incoming) error {
 	}
 	a.background(func() {
 		near, err := l.Accept()
-		err = errors.Join(err, l.Close()) // also removes the socket
+		err = errors.Join(unlessClosed(err), unlessClosed(l.Close())) // also removes the socket
 		if near == nil {
-			err = errors.Join(far.Close())
+			err = errors.Join(err, far.Close())
 		} else {
 			err = errors.Join(err, a.carry(e, near, far))
 		}
@@ -281,8 +281,16 @@ func (a *Agent) Send(ctx context.Context, name string, to Incoming) error {
 		}
 	})
 	err = e.m.Send(ctx, socket)
-	if err != nil {
-		_ = l.Close() // when QEMU never connected; else it is closed already
+	if err != nil { // QEMU may never have connected
+		err = errors.Join(err, unlessClosed(l.Close()))
+	}
+	return err
+}
+
+// unlessClosed leaves out that a listener was closed already, on purpose.
+func unlessClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
 	}
 	return err
 }
