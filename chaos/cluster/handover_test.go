@@ -8,13 +8,16 @@ import (
 	"github.com/cairnstore/cairn/chaos/check"
 )
 
+// handOverPatience is how long a client dials an export that may have gone for good.
+const handOverPatience = 3 * time.Second
+
 // TestHandOver moves a volume under a verified load from host to host, handed over
 // each time, with the old holder, the new one or the metadata leader killed in
 // between: nothing is lost or read stale, and each block's history is linearizable.
 // CAIRN_HANDOVERS says how often; 50 is what the promise is about.
 func TestHandOver(t *testing.T) {
 	c := startCluster(t)
-	l := check.NewLoad(check.Config{Dial: check.PatientNBD(startVolume(t, c), testMaxWait), Seed: 41, Base: areaBase, Blocks: areaBlocks, Conns: 2, Depth: 8, Log: t.Logf})
+	l := check.NewLoad(check.Config{Dial: check.PatientNBD(startVolume(t, c), handOverPatience), Seed: 41, Base: areaBase, Blocks: areaBlocks, Conns: 2, Depth: 8, Log: t.Logf})
 	hosts := c.Names("host")
 	moved := 0
 	for n := range int(fromEnv(t, "CAIRN_HANDOVERS", 8)) {
@@ -55,7 +58,7 @@ func TestHandOver(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.SetDial(check.PatientNBD(uri[:len(uri)-1], testMaxWait))
+		l.SetDial(check.PatientNBD(uri[:len(uri)-1], handOverPatience))
 		readAll(t, l)
 	}
 	if moved == 0 {

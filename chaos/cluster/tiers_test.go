@@ -231,7 +231,7 @@ func TestColdDataMovesAndComesBack(t *testing.T) {
 // middle, once as they cool and once as another host is drained: another session
 // ends it, and every byte is there.
 func TestMaintenanceIsKilledAsItMoves(t *testing.T) {
-	t.Setenv("CAIRN_DISK_RULES", "write slow 50ms") // so that a copy is on its way for long enough to be seen
+	t.Setenv("CAIRN_DISK_RULES", "write slow 15ms") // so that a copy is on its way for long enough to be seen
 	s := newShelf(t)
 	kill := func() {
 		t.Helper()
