@@ -31,7 +31,7 @@ lint:
 check: lint
 	$(GO) test -short $(UNIT_PKGS)
 
-# Everything CI runs: < 15 minutes on 2 cores. Integration tests take part from
+# Everything CI runs: < 30 minutes on 2 cores. Integration tests take part from
 # the first one that exists.
 test: deps lint proto-check test-unit $(if $(strip $(INT_PKGS)),test-int)
 
