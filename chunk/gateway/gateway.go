@@ -214,14 +214,15 @@ func (g *Gateway) attach(ctx context.Context, name string, takeover bool) (*Volu
 	return v, nil
 }
 
-// Detach drains and flushes a volume and lets it go. Not attached here:
-// status.NotFound.
-func (g *Gateway) Detach(ctx context.Context, name string) error {
+// Detach drains and flushes a volume and lets it go, or says within detachWait
+// what is in the way; it is served on then. With force it is let go whatever
+// waits. Not attached here: status.NotFound.
+func (g *Gateway) Detach(ctx context.Context, name string, force bool) error {
 	v, err := g.Volume(name)
 	if err != nil {
 		return err
 	}
-	if err := v.detach(ctx); err != nil {
+	if err := v.detach(ctx, force); err != nil {
 		return err
 	}
 	g.forget(v)

@@ -3,8 +3,10 @@ package gateway
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cairnstore/cairn/chunk/client"
 	"github.com/cairnstore/cairn/chunk/volume"
@@ -311,17 +313,36 @@ func (v *Volume) settle(ctx context.Context) error {
 	}
 }
 
+// detachWait bounds how long a detach waits for what is in flight, and
+// forceFlush how long a forced one tries to make durable what was acknowledged.
+const (
+	detachWait = 10 * time.Second
+	forceFlush = 2 * time.Second
+)
+
 // detach drains, flushes and waits until metadata has let go.
-func (v *Volume) detach(ctx context.Context) error {
+func (v *Volume) detach(ctx context.Context, force bool) error {
 	if v.g.cfg.Gone != nil {
 		v.g.cfg.Gone(v.name)
 	}
-	v.step(&volume.Detach{})
+	if force {
+		fctx, cancel := context.WithTimeout(ctx, forceFlush)
+		if err := v.settle(fctx); err != nil { // the next attach does it
+			v.g.log.Warn("volume is let go by force without its last flush", "volume", v.name, "err", err)
+		}
+		cancel()
+	}
+	v.step(&volume.Detach{Force: force})
+	wait, cancel := context.WithTimeout(ctx, detachWait)
+	defer cancel()
 	select {
 	case <-v.ended:
-	case <-ctx.Done():
-		in := v.Info()
-		return status.Errorf(status.Timeout, "volume %s cannot let go yet: %d operations in flight (%s)", v.name, in.InFlight, in.Why)
+	case <-wait.Done():
+		why := v.undetached()
+		v.step(&volume.Stay{})
+		if v.State() != volume.Ended {
+			return why
+		}
 	}
 	done := make(chan struct{})
 	go func() { v.wg.Wait(); close(done) }()
@@ -331,6 +352,18 @@ func (v *Volume) detach(ctx context.Context) error {
 	case <-ctx.Done():
 		return status.Errorf(status.Unknown, "volume %s is flushed, but metadata has not answered whether it is free: ask again", v.name)
 	}
+}
+
+// undetached says what a detach waits for and what to do.
+func (v *Volume) undetached() error {
+	in := v.Info()
+	const force = "`cairn volume detach %s --force` lets it go now: of its writes only those are lost that nobody was told are done"
+	if in.Full > 0 {
+		return status.Errorf(status.NoSpace, "volume %s is still attached: %d of its writes wait for room on %s; remove or trim data, add a store, or "+force,
+			v.name, in.Full, strings.Join(in.FullOn, ", "), v.name)
+	}
+	return status.Errorf(status.Timeout, "volume %s is still attached: %d of its writes are not done, or not flushed, after %v (`cairn volume show %s` has the state of its copies); try again, or "+force,
+		v.name, in.InFlight, detachWait, v.name, v.name)
 }
 
 // detached notes how letting go went. Fenced is fine: somebody else has it.

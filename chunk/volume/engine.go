@@ -299,7 +299,11 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 	case *Tick:
 		e.tick()
 	case *Detach:
-		e.detach()
+		e.detach(ev.Force)
+	case *Stay:
+		if e.state == Draining && e.hand == nil {
+			e.stay()
+		}
 	case *HandOver:
 		e.beginHandOver(ev)
 	case *Fence:
@@ -491,13 +495,16 @@ func (e *Engine) unfinished() []*Op {
 	return ops
 }
 
-// detach starts to let go: operations in flight finish first.
-func (e *Engine) detach() {
-	switch e.state {
-	case Attaching:
+// detach starts to let go: operations in flight finish first, unless it is forced.
+func (e *Engine) detach(force bool) {
+	switch {
+	case e.state == Attaching:
 		e.end("detached before it served")
 		e.out.Meta = append(e.out.Meta, e.detachCall())
-	case Serving:
+	case force && e.hand == nil && e.state != Ended:
+		e.end("detached by force")
+		e.out.Meta = append(e.out.Meta, e.detachCall())
+	case e.state == Serving:
 		e.state, e.why = Draining, "detaching"
 		e.flush.wanted = true
 	}

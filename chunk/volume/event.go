@@ -162,8 +162,13 @@ type (
 	}
 	// Tick lets time pass; at least every 100 ms.
 	Tick struct{}
-	// Detach asks to drain, flush and let go.
-	Detach struct{}
+	// Detach asks to drain, flush and let go. With Force it lets go at once, as a
+	// gateway's death does: operations without an answer are answered Shutdown, what
+	// was acknowledged is with every in-sync member, and the next attach makes them
+	// equal and durable.
+	Detach struct{ Force bool }
+	// Stay gives up a Detach that has not let go yet: the volume serves on.
+	Stay struct{}
 	// HandOver asks to drain, flush and give the volume to another host's
 	// gateway session. With no Host it is given up, if it still can be: the
 	// volume then serves on.
@@ -185,5 +190,6 @@ func (*Lease) event()    {}
 func (*Refresh) event()  {}
 func (*Tick) event()     {}
 func (*Detach) event()   {}
+func (*Stay) event()     {}
 func (*HandOver) event() {}
 func (*Fence) event()    {}

@@ -34,7 +34,7 @@ func (e *Engine) beginHandOver(ev *HandOver) {
 	}
 }
 
-// stay serves on: the hand-over did not happen, and cannot any more.
+// stay serves on: the hand-over, or the detach, did not happen and cannot any more.
 func (e *Engine) stay() {
 	e.hand, e.state, e.why = nil, Serving, ""
 	e.admitAll(e.waiting.takeAll())

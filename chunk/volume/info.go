@@ -13,6 +13,8 @@ type Info struct {
 	Size     uint64
 	Floor    ids.Version
 	InFlight int
+	Full     int      // writes in flight that wait for room
+	FullOn   []string // hosts whose stores have none
 	Stats    Stats
 	Layers   int    // of the volume; 1: it has no snapshots
 	Merging  bool   // a deleted layer waits to be merged, or is
@@ -37,6 +39,7 @@ func (e *Engine) Info() Info {
 	in := Info{State: e.state, Why: e.why, Epoch: e.epoch, Revision: e.revision, Size: e.size, Floor: e.floor,
 		InFlight: e.inFlight.len, Stats: e.stats, Layers: max(1, len(e.layers.all)), Merging: e.reclaiming(), MergeWhy: e.reclaimWhy,
 		Caring: e.caring(), Filling: len(e.moves.fills), Share: e.throttle.share}
+	in.Full, in.FullOn = len(e.full.jobs), e.fullOn()
 	for _, r := range e.replicas {
 		in.Replicas = append(in.Replicas, ReplicaInfo{Index: r.index, Store: r.store, Host: r.host, Addr: r.addr,
 			State: r.stateName(), JoinedBytes: r.joinedBytes})

@@ -372,6 +372,59 @@ func TestAFullStore(t *testing.T) {
 	}
 }
 
+// A detach cannot end while a write waits for room. It can be given up, and the
+// volume serves on; forced, it answers that write with a failure and lets go, and
+// what was acknowledged is there for the next writer.
+// Guards: Stay; detach by force.
+func TestADetachOnAFullStore(t *testing.T) {
+	for seed := range uint64(50) {
+		w := filled(t, seed, 4)
+		for _, s := range w.stores {
+			s.full = true
+		}
+		var got status.Kind
+		sent := w.write(2, 50)
+		waits := w.done[sent]
+		w.done[sent] = func(k status.Kind) { got = k; waits(k) }
+		w.until("found full", func() bool { return len(w.e.full.jobs) > 0 })
+		w.step(&Detach{})
+		w.settleFor(2 * spacePatience)
+		if in := w.e.Info(); in.State != Draining || in.Full != 1 || len(in.FullOn) == 0 {
+			w.fail("with a write that waits for room, a detach is %v", in.State)
+		}
+		if seed%2 == 0 {
+			w.step(&Stay{})
+			w.readAll()
+			w.until("read", func() bool { return len(w.done) == 1 })
+			if w.e.State() != Serving || got != status.OK {
+				w.fail("after a detach that was given up it is %v", w.e.State())
+			}
+			zero := w.write(3, 0)
+			w.until("zeroed", func() bool { return w.done[zero] == nil })
+		}
+		lets := 0
+		w.hold = func(m *MetaCall) bool {
+			if m.Detach != nil {
+				lets++
+			}
+			return false
+		}
+		w.step(&Detach{Force: true})
+		if w.e.State() != Ended || got != status.Shutdown || lets != 1 {
+			w.fail("detached by force it is %v, its write was answered %v, and metadata told %d times", w.e.State(), got, lets)
+		}
+		for _, s := range w.stores {
+			s.full = false
+		}
+		w.serving()
+		w.readAll()
+		w.until("read", w.idle)
+		w.write(1, 51)
+		w.until("written", w.idle)
+		w.same()
+	}
+}
+
 // A store that alone is full is excluded after a while, and is back when it has
 // room.
 // Guard: retryFull excludes it.

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"math/bits"
+	"slices"
 	"time"
 
 	"github.com/cairnstore/cairn/proto/ids"
@@ -365,6 +366,19 @@ func (e *Engine) notFull(j *job) {
 			return
 		}
 	}
+}
+
+// fullOn names the hosts whose stores the waiting writes lack.
+func (e *Engine) fullOn() (hosts []string) {
+	for _, j := range e.full.jobs {
+		for pos, r := range j.c.replicas {
+			if (j.need&^j.have)&(1<<pos) != 0 && !slices.Contains(hosts, r.host) {
+				hosts = append(hosts, r.host)
+			}
+		}
+	}
+	slices.Sort(hosts)
+	return hosts
 }
 
 // retryFull asks again whether there is room. A store that alone has none for

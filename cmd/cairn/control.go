@@ -42,14 +42,14 @@ func (c *control) AttachVolume(ctx context.Context, r *pb.AttachVolumeRequest) (
 }
 
 // DetachVolume implements pb.HostControlServer.
-func (c *control) DetachVolume(ctx context.Context, r *pb.VolumeRef) (*pb.HostReply, error) {
+func (c *control) DetachVolume(ctx context.Context, r *pb.DetachVolumeRequest) (*pb.HostReply, error) {
 	if strings.Contains(r.Volume, "@") {
 		return reply(c.h.gw.Hide(r.Volume)), nil
 	}
 	if err := c.unused(ctx, r.Volume); err != nil {
 		return reply(err), nil
 	}
-	return reply(c.h.gw.Detach(ctx, r.Volume)), nil
+	return reply(c.h.gw.Detach(ctx, r.Volume, r.Force)), nil
 }
 
 // unused refuses a volume that a VM running here has as a disk.
@@ -226,5 +226,5 @@ func (d vmVolumes) Attach(ctx context.Context, name string) (string, error) {
 // Detach implements agent.Volumes.
 func (d vmVolumes) Detach(ctx context.Context, name string) error {
 	d.h.gw.Unexpect(name)
-	return d.h.gw.Detach(ctx, name)
+	return d.h.gw.Detach(ctx, name, false)
 }

@@ -172,7 +172,7 @@ func (s *session) discardVolume(name string) error {
 	defer cancel()
 	v, err := s.volume(ctx, name)
 	if err == nil && v.HolderHost != "" {
-		err = s.letGo(ctx, v)
+		err = s.detachBy(ctx, v.Name, true) // on a full pool a write may wait for the room it has taken itself
 	}
 	if err == nil {
 		_, err = s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: name}}})
@@ -181,30 +181,6 @@ func (s *session) discardVolume(name string) error {
 		return fmt.Errorf("the half-filled volume %s is still there: %w", name, err)
 	}
 	return nil
-}
-
-// letGo detaches a volume. On a full pool a write may wait for room that only the
-// volume's removal makes, and the detach for the write: then the volume is taken over
-// by another host, where nothing was written.
-func (s *session) letGo(ctx context.Context, v *pb.Volume) error {
-	dctx, cancel := context.WithTimeout(ctx, cliWait/6)
-	defer cancel()
-	err := s.detach(dctx, v.Name)
-	if err == nil || dctx.Err() == nil {
-		return err
-	}
-	hosts, herr := s.hosts(ctx)
-	if herr != nil {
-		return errors.Join(err, herr)
-	}
-	for _, h := range hosts {
-		if h.Up && h.Host.Name != v.HolderHost {
-			if _, err = s.attach(ctx, v.Name, h.Host.Name, true); err == nil {
-				return s.detach(ctx, v.Name)
-			}
-		}
-	}
-	return err
 }
 
 // writePiece writes the runs of blocks in buf that are not all zeros.

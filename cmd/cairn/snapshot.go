@@ -481,7 +481,7 @@ func (s *session) closeSnapshot(ctx context.Context, name string) error {
 	for _, h := range hosts {
 		if h.Up {
 			err := hostDone(callHost(ctx, h.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
-				return hc.DetachVolume(ctx, &pb.VolumeRef{Volume: name})
+				return hc.DetachVolume(ctx, &pb.DetachVolumeRequest{Volume: name})
 			}))
 			switch status.Of(err) {
 			case status.NotFound, status.Unavailable: // what is down shows nothing

@@ -432,15 +432,27 @@ func (s *session) chooseHost(ctx context.Context, v *pb.Volume, takeover bool) (
 }
 
 func volumeDetach(c *cli) *cobra.Command {
-	return &cobra.Command{
-		Use: "detach NAME", Short: "Flush a volume and let it go", Args: cobra.ExactArgs(1),
+	var force bool
+	cmd := &cobra.Command{
+		Use: "detach NAME", Short: "Flush a volume and let it go",
+		Long: `Flush a volume and let it go. What cannot be flushed within 10 seconds, because its stores
+are full or away, stays attached, and the command says why.
+
+With --force it is let go whatever waits: writes that nobody was told are done may be lost,
+all others are on every copy that is in sync, and the next attach makes them durable.`,
+		Example: "  cairn volume detach db\n  cairn volume detach db --force",
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { return s.detach(ctx, args[0]) })
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { return s.detachBy(ctx, args[0], force) })
 		},
 	}
+	cmd.Flags().BoolVar(&force, "force", false, "let it go even if writes wait, for room or for stores that are away")
+	return cmd
 }
 
-func (s *session) detach(ctx context.Context, name string) error {
+func (s *session) detach(ctx context.Context, name string) error { return s.detachBy(ctx, name, false) }
+
+func (s *session) detachBy(ctx context.Context, name string, force bool) error {
 	if strings.Contains(name, "@") {
 		return s.closeSnapshot(ctx, name)
 	}
@@ -456,6 +468,6 @@ func (s *session) detach(ctx context.Context, name string) error {
 		return err
 	}
 	return hostDone(onHost(ctx, s, v.HolderHost, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
-		return hc.DetachVolume(ctx, &pb.VolumeRef{Volume: name})
+		return hc.DetachVolume(ctx, &pb.DetachVolumeRequest{Volume: name, Force: force})
 	}))
 }

@@ -512,6 +512,58 @@ func (x *VolumeRef) GetVolume() string {
 	return ""
 }
 
+type DetachVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachVolumeRequest) Reset() {
+	*x = DetachVolumeRequest{}
+	mi := &file_proto_pb_host_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachVolumeRequest) ProtoMessage() {}
+
+func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachVolumeRequest.ProtoReflect.Descriptor instead.
+func (*DetachVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DetachVolumeRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *DetachVolumeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 type VMRef struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -522,7 +574,7 @@ type VMRef struct {
 
 func (x *VMRef) Reset() {
 	*x = VMRef{}
-	mi := &file_proto_pb_host_proto_msgTypes[6]
+	mi := &file_proto_pb_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -534,7 +586,7 @@ func (x *VMRef) String() string {
 func (*VMRef) ProtoMessage() {}
 
 func (x *VMRef) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[6]
+	mi := &file_proto_pb_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -547,7 +599,7 @@ func (x *VMRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMRef.ProtoReflect.Descriptor instead.
 func (*VMRef) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{6}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *VMRef) GetVm() string {
@@ -576,7 +628,7 @@ type ShrinkVolumeRequest struct {
 
 func (x *ShrinkVolumeRequest) Reset() {
 	*x = ShrinkVolumeRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[7]
+	mi := &file_proto_pb_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -588,7 +640,7 @@ func (x *ShrinkVolumeRequest) String() string {
 func (*ShrinkVolumeRequest) ProtoMessage() {}
 
 func (x *ShrinkVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[7]
+	mi := &file_proto_pb_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -601,7 +653,7 @@ func (x *ShrinkVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShrinkVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ShrinkVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{7}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ShrinkVolumeRequest) GetVolume() string {
@@ -642,7 +694,7 @@ type HostReply struct {
 
 func (x *HostReply) Reset() {
 	*x = HostReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[8]
+	mi := &file_proto_pb_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -654,7 +706,7 @@ func (x *HostReply) String() string {
 func (*HostReply) ProtoMessage() {}
 
 func (x *HostReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[8]
+	mi := &file_proto_pb_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -667,7 +719,7 @@ func (x *HostReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostReply.ProtoReflect.Descriptor instead.
 func (*HostReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{8}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HostReply) GetStatus() uint32 {
@@ -694,7 +746,7 @@ type AttachVolumeRequest struct {
 
 func (x *AttachVolumeRequest) Reset() {
 	*x = AttachVolumeRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[9]
+	mi := &file_proto_pb_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +758,7 @@ func (x *AttachVolumeRequest) String() string {
 func (*AttachVolumeRequest) ProtoMessage() {}
 
 func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[9]
+	mi := &file_proto_pb_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +771,7 @@ func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*AttachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{9}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AttachVolumeRequest) GetVolume() string {
@@ -749,7 +801,7 @@ type AttachVolumeReply struct {
 
 func (x *AttachVolumeReply) Reset() {
 	*x = AttachVolumeReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[10]
+	mi := &file_proto_pb_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -761,7 +813,7 @@ func (x *AttachVolumeReply) String() string {
 func (*AttachVolumeReply) ProtoMessage() {}
 
 func (x *AttachVolumeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[10]
+	mi := &file_proto_pb_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -774,7 +826,7 @@ func (x *AttachVolumeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeReply.ProtoReflect.Descriptor instead.
 func (*AttachVolumeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{10}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *AttachVolumeReply) GetStatus() uint32 {
@@ -830,7 +882,7 @@ type VMReply struct {
 
 func (x *VMReply) Reset() {
 	*x = VMReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[11]
+	mi := &file_proto_pb_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -842,7 +894,7 @@ func (x *VMReply) String() string {
 func (*VMReply) ProtoMessage() {}
 
 func (x *VMReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[11]
+	mi := &file_proto_pb_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -855,7 +907,7 @@ func (x *VMReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMReply.ProtoReflect.Descriptor instead.
 func (*VMReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{11}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *VMReply) GetStatus() uint32 {
@@ -944,7 +996,7 @@ type VMMigration struct {
 
 func (x *VMMigration) Reset() {
 	*x = VMMigration{}
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -956,7 +1008,7 @@ func (x *VMMigration) String() string {
 func (*VMMigration) ProtoMessage() {}
 
 func (x *VMMigration) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[12]
+	mi := &file_proto_pb_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -969,7 +1021,7 @@ func (x *VMMigration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMMigration.ProtoReflect.Descriptor instead.
 func (*VMMigration) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{12}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *VMMigration) GetState() string {
@@ -1026,7 +1078,7 @@ type ReceiveVMRequest struct {
 
 func (x *ReceiveVMRequest) Reset() {
 	*x = ReceiveVMRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1038,7 +1090,7 @@ func (x *ReceiveVMRequest) String() string {
 func (*ReceiveVMRequest) ProtoMessage() {}
 
 func (x *ReceiveVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[13]
+	mi := &file_proto_pb_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1051,7 +1103,7 @@ func (x *ReceiveVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReceiveVMRequest.ProtoReflect.Descriptor instead.
 func (*ReceiveVMRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{13}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReceiveVMRequest) GetVm() *VM {
@@ -1095,7 +1147,7 @@ type ReceiveVMReply struct {
 
 func (x *ReceiveVMReply) Reset() {
 	*x = ReceiveVMReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1159,7 @@ func (x *ReceiveVMReply) String() string {
 func (*ReceiveVMReply) ProtoMessage() {}
 
 func (x *ReceiveVMReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[14]
+	mi := &file_proto_pb_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1172,7 @@ func (x *ReceiveVMReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReceiveVMReply.ProtoReflect.Descriptor instead.
 func (*ReceiveVMReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReceiveVMReply) GetStatus() uint32 {
@@ -1168,7 +1220,7 @@ type LandVMRequest struct {
 
 func (x *LandVMRequest) Reset() {
 	*x = LandVMRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1180,7 +1232,7 @@ func (x *LandVMRequest) String() string {
 func (*LandVMRequest) ProtoMessage() {}
 
 func (x *LandVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[15]
+	mi := &file_proto_pb_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1193,7 +1245,7 @@ func (x *LandVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LandVMRequest.ProtoReflect.Descriptor instead.
 func (*LandVMRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *LandVMRequest) GetVm() *VM {
@@ -1222,7 +1274,7 @@ type ReadVolumeRequest struct {
 
 func (x *ReadVolumeRequest) Reset() {
 	*x = ReadVolumeRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1234,7 +1286,7 @@ func (x *ReadVolumeRequest) String() string {
 func (*ReadVolumeRequest) ProtoMessage() {}
 
 func (x *ReadVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[16]
+	mi := &file_proto_pb_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1247,7 +1299,7 @@ func (x *ReadVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ReadVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ReadVolumeRequest) GetVolume() string {
@@ -1289,7 +1341,7 @@ type ReadVolumeReply struct {
 
 func (x *ReadVolumeReply) Reset() {
 	*x = ReadVolumeReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1353,7 @@ func (x *ReadVolumeReply) String() string {
 func (*ReadVolumeReply) ProtoMessage() {}
 
 func (x *ReadVolumeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[17]
+	mi := &file_proto_pb_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1366,7 @@ func (x *ReadVolumeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadVolumeReply.ProtoReflect.Descriptor instead.
 func (*ReadVolumeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReadVolumeReply) GetStatus() uint32 {
@@ -1349,7 +1401,7 @@ type HandOverVolumeRequest struct {
 
 func (x *HandOverVolumeRequest) Reset() {
 	*x = HandOverVolumeRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1361,7 +1413,7 @@ func (x *HandOverVolumeRequest) String() string {
 func (*HandOverVolumeRequest) ProtoMessage() {}
 
 func (x *HandOverVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[18]
+	mi := &file_proto_pb_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1374,7 +1426,7 @@ func (x *HandOverVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverVolumeRequest.ProtoReflect.Descriptor instead.
 func (*HandOverVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *HandOverVolumeRequest) GetVolume() string {
@@ -1406,7 +1458,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1418,7 +1470,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[19]
+	mi := &file_proto_pb_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1431,7 +1483,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
 }
 
 type ReplicaStatus struct {
@@ -1446,7 +1498,7 @@ type ReplicaStatus struct {
 
 func (x *ReplicaStatus) Reset() {
 	*x = ReplicaStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1510,7 @@ func (x *ReplicaStatus) String() string {
 func (*ReplicaStatus) ProtoMessage() {}
 
 func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[20]
+	mi := &file_proto_pb_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1523,7 @@ func (x *ReplicaStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaStatus.ProtoReflect.Descriptor instead.
 func (*ReplicaStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ReplicaStatus) GetStore() []byte {
@@ -1524,7 +1576,7 @@ type AttachmentStatus struct {
 
 func (x *AttachmentStatus) Reset() {
 	*x = AttachmentStatus{}
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1536,7 +1588,7 @@ func (x *AttachmentStatus) String() string {
 func (*AttachmentStatus) ProtoMessage() {}
 
 func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[21]
+	mi := &file_proto_pb_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1549,7 +1601,7 @@ func (x *AttachmentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachmentStatus.ProtoReflect.Descriptor instead.
 func (*AttachmentStatus) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AttachmentStatus) GetVolumeId() uint64 {
@@ -1660,7 +1712,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1672,7 +1724,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[22]
+	mi := &file_proto_pb_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1685,7 +1737,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *VolumeUsage) GetVolumeId() uint64 {
@@ -1717,7 +1769,7 @@ type HostStatusReply struct {
 
 func (x *HostStatusReply) Reset() {
 	*x = HostStatusReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +1781,7 @@ func (x *HostStatusReply) String() string {
 func (*HostStatusReply) ProtoMessage() {}
 
 func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[23]
+	mi := &file_proto_pb_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +1794,7 @@ func (x *HostStatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusReply.ProtoReflect.Descriptor instead.
 func (*HostStatusReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HostStatusReply) GetStatus() uint32 {
@@ -1804,7 +1856,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1816,7 +1868,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[24]
+	mi := &file_proto_pb_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1829,7 +1881,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CutRequest) GetVolume() string {
@@ -1861,7 +1913,7 @@ type CutReply struct {
 
 func (x *CutReply) Reset() {
 	*x = CutReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +1925,7 @@ func (x *CutReply) String() string {
 func (*CutReply) ProtoMessage() {}
 
 func (x *CutReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +1938,7 @@ func (x *CutReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutReply.ProtoReflect.Descriptor instead.
 func (*CutReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CutReply) GetStatus() uint32 {
@@ -1949,7 +2001,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2013,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2026,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DiffRequest) GetVolume() string {
@@ -2010,7 +2062,7 @@ type DiffReply struct {
 
 func (x *DiffReply) Reset() {
 	*x = DiffReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2022,7 +2074,7 @@ func (x *DiffReply) String() string {
 func (*DiffReply) ProtoMessage() {}
 
 func (x *DiffReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2035,7 +2087,7 @@ func (x *DiffReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffReply.ProtoReflect.Descriptor instead.
 func (*DiffReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DiffReply) GetStatus() uint32 {
@@ -2070,7 +2122,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2082,7 +2134,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2095,7 +2147,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Range) GetOffset() uint64 {
@@ -2130,7 +2182,7 @@ type LatencyBucket struct {
 
 func (x *LatencyBucket) Reset() {
 	*x = LatencyBucket{}
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2142,7 +2194,7 @@ func (x *LatencyBucket) String() string {
 func (*LatencyBucket) ProtoMessage() {}
 
 func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2155,7 +2207,7 @@ func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
 func (*LatencyBucket) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LatencyBucket) GetMaxUs() uint64 {
@@ -2190,7 +2242,7 @@ type OpStats struct {
 
 func (x *OpStats) Reset() {
 	*x = OpStats{}
-	mi := &file_proto_pb_host_proto_msgTypes[30]
+	mi := &file_proto_pb_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2202,7 +2254,7 @@ func (x *OpStats) String() string {
 func (*OpStats) ProtoMessage() {}
 
 func (x *OpStats) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[30]
+	mi := &file_proto_pb_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2215,7 +2267,7 @@ func (x *OpStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpStats.ProtoReflect.Descriptor instead.
 func (*OpStats) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *OpStats) GetOp() string {
@@ -2302,7 +2354,7 @@ type VolumeStatsReply struct {
 
 func (x *VolumeStatsReply) Reset() {
 	*x = VolumeStatsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[31]
+	mi := &file_proto_pb_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2314,7 +2366,7 @@ func (x *VolumeStatsReply) String() string {
 func (*VolumeStatsReply) ProtoMessage() {}
 
 func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[31]
+	mi := &file_proto_pb_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2327,7 +2379,7 @@ func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatsReply.ProtoReflect.Descriptor instead.
 func (*VolumeStatsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{31}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VolumeStatsReply) GetStatus() uint32 {
@@ -2386,7 +2438,7 @@ type SlowLeg struct {
 
 func (x *SlowLeg) Reset() {
 	*x = SlowLeg{}
-	mi := &file_proto_pb_host_proto_msgTypes[32]
+	mi := &file_proto_pb_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +2450,7 @@ func (x *SlowLeg) String() string {
 func (*SlowLeg) ProtoMessage() {}
 
 func (x *SlowLeg) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[32]
+	mi := &file_proto_pb_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2463,7 @@ func (x *SlowLeg) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowLeg.ProtoReflect.Descriptor instead.
 func (*SlowLeg) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{32}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SlowLeg) GetHost() string {
@@ -2469,7 +2521,7 @@ type SlowRequest struct {
 
 func (x *SlowRequest) Reset() {
 	*x = SlowRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[33]
+	mi := &file_proto_pb_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2481,7 +2533,7 @@ func (x *SlowRequest) String() string {
 func (*SlowRequest) ProtoMessage() {}
 
 func (x *SlowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[33]
+	mi := &file_proto_pb_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2494,7 +2546,7 @@ func (x *SlowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequest.ProtoReflect.Descriptor instead.
 func (*SlowRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{33}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SlowRequest) GetOp() string {
@@ -2585,7 +2637,7 @@ type SlowRequestsReply struct {
 
 func (x *SlowRequestsReply) Reset() {
 	*x = SlowRequestsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[34]
+	mi := &file_proto_pb_host_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2597,7 +2649,7 @@ func (x *SlowRequestsReply) String() string {
 func (*SlowRequestsReply) ProtoMessage() {}
 
 func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[34]
+	mi := &file_proto_pb_host_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2610,7 +2662,7 @@ func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequestsReply.ProtoReflect.Descriptor instead.
 func (*SlowRequestsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{34}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SlowRequestsReply) GetStatus() uint32 {
@@ -2643,7 +2695,7 @@ type NetRequest struct {
 
 func (x *NetRequest) Reset() {
 	*x = NetRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[35]
+	mi := &file_proto_pb_host_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2655,7 +2707,7 @@ func (x *NetRequest) String() string {
 func (*NetRequest) ProtoMessage() {}
 
 func (x *NetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[35]
+	mi := &file_proto_pb_host_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2668,7 +2720,7 @@ func (x *NetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetRequest.ProtoReflect.Descriptor instead.
 func (*NetRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetRequest) GetAfter() uint64 {
@@ -2689,7 +2741,7 @@ type NetReply struct {
 
 func (x *NetReply) Reset() {
 	*x = NetReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[36]
+	mi := &file_proto_pb_host_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2701,7 +2753,7 @@ func (x *NetReply) String() string {
 func (*NetReply) ProtoMessage() {}
 
 func (x *NetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[36]
+	mi := &file_proto_pb_host_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2714,7 +2766,7 @@ func (x *NetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetReply.ProtoReflect.Descriptor instead.
 func (*NetReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetReply) GetStatus() uint32 {
@@ -2747,7 +2799,7 @@ type RouteRequest struct {
 
 func (x *RouteRequest) Reset() {
 	*x = RouteRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[37]
+	mi := &file_proto_pb_host_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2759,7 +2811,7 @@ func (x *RouteRequest) String() string {
 func (*RouteRequest) ProtoMessage() {}
 
 func (x *RouteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[37]
+	mi := &file_proto_pb_host_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2772,7 +2824,7 @@ func (x *RouteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteRequest.ProtoReflect.Descriptor instead.
 func (*RouteRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RouteRequest) GetRoute() string {
@@ -2833,7 +2885,10 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x05block\x18\x04 \x01(\rR\x05block\x12\x18\n" +
 	"\aversion\x18\x05 \x01(\x04R\aversion\"#\n" +
 	"\tVolumeRef\x12\x16\n" +
-	"\x06volume\x18\x01 \x01(\tR\x06volume\"-\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\"C\n" +
+	"\x13DetachVolumeRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"-\n" +
 	"\x05VMRef\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x92\x01\n" +
@@ -3016,10 +3071,10 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
 	"\x04json\x18\x03 \x01(\fR\x04json\"$\n" +
 	"\fRouteRequest\x12\x14\n" +
-	"\x05route\x18\x01 \x01(\tR\x05route2\x9c\x0e\n" +
+	"\x05route\x18\x01 \x01(\tR\x05route2\xa6\x0e\n" +
 	"\vHostControl\x12J\n" +
-	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x128\n" +
-	"\fDetachVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x129\n" +
+	"\fAttachVolume\x12\x1d.cairn.v1.AttachVolumeRequest\x1a\x1b.cairn.v1.AttachVolumeReply\x12B\n" +
+	"\fDetachVolume\x12\x1d.cairn.v1.DetachVolumeRequest\x1a\x13.cairn.v1.HostReply\x129\n" +
 	"\rRefreshVolume\x12\x13.cairn.v1.VolumeRef\x1a\x13.cairn.v1.HostReply\x12B\n" +
 	"\fShrinkVolume\x12\x1d.cairn.v1.ShrinkVolumeRequest\x1a\x13.cairn.v1.HostReply\x12/\n" +
 	"\aStartVM\x12\x0f.cairn.v1.VMRef\x1a\x13.cairn.v1.HostReply\x12.\n" +
@@ -3068,7 +3123,7 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_proto_pb_host_proto_goTypes = []any{
 	(*StoreRef)(nil),              // 0: cairn.v1.StoreRef
 	(*ScrubStoreRequest)(nil),     // 1: cairn.v1.ScrubStoreRequest
@@ -3076,121 +3131,122 @@ var file_proto_pb_host_proto_goTypes = []any{
 	(*ScrubState)(nil),            // 3: cairn.v1.ScrubState
 	(*BadBlock)(nil),              // 4: cairn.v1.BadBlock
 	(*VolumeRef)(nil),             // 5: cairn.v1.VolumeRef
-	(*VMRef)(nil),                 // 6: cairn.v1.VMRef
-	(*ShrinkVolumeRequest)(nil),   // 7: cairn.v1.ShrinkVolumeRequest
-	(*HostReply)(nil),             // 8: cairn.v1.HostReply
-	(*AttachVolumeRequest)(nil),   // 9: cairn.v1.AttachVolumeRequest
-	(*AttachVolumeReply)(nil),     // 10: cairn.v1.AttachVolumeReply
-	(*VMReply)(nil),               // 11: cairn.v1.VMReply
-	(*VMMigration)(nil),           // 12: cairn.v1.VMMigration
-	(*ReceiveVMRequest)(nil),      // 13: cairn.v1.ReceiveVMRequest
-	(*ReceiveVMReply)(nil),        // 14: cairn.v1.ReceiveVMReply
-	(*LandVMRequest)(nil),         // 15: cairn.v1.LandVMRequest
-	(*ReadVolumeRequest)(nil),     // 16: cairn.v1.ReadVolumeRequest
-	(*ReadVolumeReply)(nil),       // 17: cairn.v1.ReadVolumeReply
-	(*HandOverVolumeRequest)(nil), // 18: cairn.v1.HandOverVolumeRequest
-	(*HostStatusRequest)(nil),     // 19: cairn.v1.HostStatusRequest
-	(*ReplicaStatus)(nil),         // 20: cairn.v1.ReplicaStatus
-	(*AttachmentStatus)(nil),      // 21: cairn.v1.AttachmentStatus
-	(*VolumeUsage)(nil),           // 22: cairn.v1.VolumeUsage
-	(*HostStatusReply)(nil),       // 23: cairn.v1.HostStatusReply
-	(*CutRequest)(nil),            // 24: cairn.v1.CutRequest
-	(*CutReply)(nil),              // 25: cairn.v1.CutReply
-	(*DiffRequest)(nil),           // 26: cairn.v1.DiffRequest
-	(*DiffReply)(nil),             // 27: cairn.v1.DiffReply
-	(*Range)(nil),                 // 28: cairn.v1.Range
-	(*LatencyBucket)(nil),         // 29: cairn.v1.LatencyBucket
-	(*OpStats)(nil),               // 30: cairn.v1.OpStats
-	(*VolumeStatsReply)(nil),      // 31: cairn.v1.VolumeStatsReply
-	(*SlowLeg)(nil),               // 32: cairn.v1.SlowLeg
-	(*SlowRequest)(nil),           // 33: cairn.v1.SlowRequest
-	(*SlowRequestsReply)(nil),     // 34: cairn.v1.SlowRequestsReply
-	(*NetRequest)(nil),            // 35: cairn.v1.NetRequest
-	(*NetReply)(nil),              // 36: cairn.v1.NetReply
-	(*RouteRequest)(nil),          // 37: cairn.v1.RouteRequest
-	(*StoreUsage)(nil),            // 38: cairn.v1.StoreUsage
-	(*VM)(nil),                    // 39: cairn.v1.VM
+	(*DetachVolumeRequest)(nil),   // 6: cairn.v1.DetachVolumeRequest
+	(*VMRef)(nil),                 // 7: cairn.v1.VMRef
+	(*ShrinkVolumeRequest)(nil),   // 8: cairn.v1.ShrinkVolumeRequest
+	(*HostReply)(nil),             // 9: cairn.v1.HostReply
+	(*AttachVolumeRequest)(nil),   // 10: cairn.v1.AttachVolumeRequest
+	(*AttachVolumeReply)(nil),     // 11: cairn.v1.AttachVolumeReply
+	(*VMReply)(nil),               // 12: cairn.v1.VMReply
+	(*VMMigration)(nil),           // 13: cairn.v1.VMMigration
+	(*ReceiveVMRequest)(nil),      // 14: cairn.v1.ReceiveVMRequest
+	(*ReceiveVMReply)(nil),        // 15: cairn.v1.ReceiveVMReply
+	(*LandVMRequest)(nil),         // 16: cairn.v1.LandVMRequest
+	(*ReadVolumeRequest)(nil),     // 17: cairn.v1.ReadVolumeRequest
+	(*ReadVolumeReply)(nil),       // 18: cairn.v1.ReadVolumeReply
+	(*HandOverVolumeRequest)(nil), // 19: cairn.v1.HandOverVolumeRequest
+	(*HostStatusRequest)(nil),     // 20: cairn.v1.HostStatusRequest
+	(*ReplicaStatus)(nil),         // 21: cairn.v1.ReplicaStatus
+	(*AttachmentStatus)(nil),      // 22: cairn.v1.AttachmentStatus
+	(*VolumeUsage)(nil),           // 23: cairn.v1.VolumeUsage
+	(*HostStatusReply)(nil),       // 24: cairn.v1.HostStatusReply
+	(*CutRequest)(nil),            // 25: cairn.v1.CutRequest
+	(*CutReply)(nil),              // 26: cairn.v1.CutReply
+	(*DiffRequest)(nil),           // 27: cairn.v1.DiffRequest
+	(*DiffReply)(nil),             // 28: cairn.v1.DiffReply
+	(*Range)(nil),                 // 29: cairn.v1.Range
+	(*LatencyBucket)(nil),         // 30: cairn.v1.LatencyBucket
+	(*OpStats)(nil),               // 31: cairn.v1.OpStats
+	(*VolumeStatsReply)(nil),      // 32: cairn.v1.VolumeStatsReply
+	(*SlowLeg)(nil),               // 33: cairn.v1.SlowLeg
+	(*SlowRequest)(nil),           // 34: cairn.v1.SlowRequest
+	(*SlowRequestsReply)(nil),     // 35: cairn.v1.SlowRequestsReply
+	(*NetRequest)(nil),            // 36: cairn.v1.NetRequest
+	(*NetReply)(nil),              // 37: cairn.v1.NetReply
+	(*RouteRequest)(nil),          // 38: cairn.v1.RouteRequest
+	(*StoreUsage)(nil),            // 39: cairn.v1.StoreUsage
+	(*VM)(nil),                    // 40: cairn.v1.VM
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
-	38, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
+	39, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
 	3,  // 1: cairn.v1.StoreReply.scrub:type_name -> cairn.v1.ScrubState
 	4,  // 2: cairn.v1.StoreReply.bad:type_name -> cairn.v1.BadBlock
-	22, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
-	12, // 4: cairn.v1.VMReply.migration:type_name -> cairn.v1.VMMigration
-	39, // 5: cairn.v1.ReceiveVMRequest.vm:type_name -> cairn.v1.VM
-	39, // 6: cairn.v1.LandVMRequest.vm:type_name -> cairn.v1.VM
-	12, // 7: cairn.v1.LandVMRequest.so_far:type_name -> cairn.v1.VMMigration
-	20, // 8: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
-	21, // 9: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	38, // 10: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
-	22, // 11: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
-	28, // 12: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
-	29, // 13: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
-	30, // 14: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
-	32, // 15: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
-	33, // 16: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
-	9,  // 17: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
-	5,  // 18: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.VolumeRef
+	23, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
+	13, // 4: cairn.v1.VMReply.migration:type_name -> cairn.v1.VMMigration
+	40, // 5: cairn.v1.ReceiveVMRequest.vm:type_name -> cairn.v1.VM
+	40, // 6: cairn.v1.LandVMRequest.vm:type_name -> cairn.v1.VM
+	13, // 7: cairn.v1.LandVMRequest.so_far:type_name -> cairn.v1.VMMigration
+	21, // 8: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
+	22, // 9: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
+	39, // 10: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	23, // 11: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
+	29, // 12: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
+	30, // 13: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
+	31, // 14: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
+	33, // 15: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
+	34, // 16: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
+	10, // 17: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
+	6,  // 18: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.DetachVolumeRequest
 	5,  // 19: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
-	7,  // 20: cairn.v1.HostControl.ShrinkVolume:input_type -> cairn.v1.ShrinkVolumeRequest
-	6,  // 21: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
-	6,  // 22: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
-	6,  // 23: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
-	6,  // 24: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
-	6,  // 25: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
-	13, // 26: cairn.v1.HostControl.ReceiveVM:input_type -> cairn.v1.ReceiveVMRequest
-	6,  // 27: cairn.v1.HostControl.ArriveVM:input_type -> cairn.v1.VMRef
-	15, // 28: cairn.v1.HostControl.LandVM:input_type -> cairn.v1.LandVMRequest
-	6,  // 29: cairn.v1.HostControl.AbandonVM:input_type -> cairn.v1.VMRef
-	6,  // 30: cairn.v1.HostControl.LookNow:input_type -> cairn.v1.VMRef
-	16, // 31: cairn.v1.HostControl.ReadVolume:input_type -> cairn.v1.ReadVolumeRequest
-	18, // 32: cairn.v1.HostControl.HandOverVolume:input_type -> cairn.v1.HandOverVolumeRequest
-	19, // 33: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	35, // 34: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
-	35, // 35: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
-	37, // 36: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
-	37, // 37: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
-	24, // 38: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
-	24, // 39: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
-	24, // 40: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	8,  // 20: cairn.v1.HostControl.ShrinkVolume:input_type -> cairn.v1.ShrinkVolumeRequest
+	7,  // 21: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
+	7,  // 22: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
+	7,  // 23: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
+	7,  // 24: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
+	7,  // 25: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
+	14, // 26: cairn.v1.HostControl.ReceiveVM:input_type -> cairn.v1.ReceiveVMRequest
+	7,  // 27: cairn.v1.HostControl.ArriveVM:input_type -> cairn.v1.VMRef
+	16, // 28: cairn.v1.HostControl.LandVM:input_type -> cairn.v1.LandVMRequest
+	7,  // 29: cairn.v1.HostControl.AbandonVM:input_type -> cairn.v1.VMRef
+	7,  // 30: cairn.v1.HostControl.LookNow:input_type -> cairn.v1.VMRef
+	17, // 31: cairn.v1.HostControl.ReadVolume:input_type -> cairn.v1.ReadVolumeRequest
+	19, // 32: cairn.v1.HostControl.HandOverVolume:input_type -> cairn.v1.HandOverVolumeRequest
+	20, // 33: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
+	36, // 34: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
+	36, // 35: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
+	38, // 36: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
+	38, // 37: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
+	25, // 38: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	25, // 39: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	25, // 40: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
 	5,  // 41: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
 	5,  // 42: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
-	26, // 43: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	27, // 43: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
 	5,  // 44: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
 	5,  // 45: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
 	0,  // 46: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
 	1,  // 47: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
-	10, // 48: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	8,  // 49: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	8,  // 50: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	8,  // 51: cairn.v1.HostControl.ShrinkVolume:output_type -> cairn.v1.HostReply
-	8,  // 52: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	8,  // 53: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	8,  // 54: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	8,  // 55: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	11, // 56: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	14, // 57: cairn.v1.HostControl.ReceiveVM:output_type -> cairn.v1.ReceiveVMReply
-	8,  // 58: cairn.v1.HostControl.ArriveVM:output_type -> cairn.v1.HostReply
-	8,  // 59: cairn.v1.HostControl.LandVM:output_type -> cairn.v1.HostReply
-	8,  // 60: cairn.v1.HostControl.AbandonVM:output_type -> cairn.v1.HostReply
-	8,  // 61: cairn.v1.HostControl.LookNow:output_type -> cairn.v1.HostReply
-	17, // 62: cairn.v1.HostControl.ReadVolume:output_type -> cairn.v1.ReadVolumeReply
-	8,  // 63: cairn.v1.HostControl.HandOverVolume:output_type -> cairn.v1.HostReply
-	23, // 64: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	36, // 65: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
-	36, // 66: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
-	8,  // 67: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
-	8,  // 68: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
-	25, // 69: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
-	25, // 70: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
-	25, // 71: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
-	8,  // 72: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
-	8,  // 73: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
-	27, // 74: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
-	31, // 75: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
-	34, // 76: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
+	11, // 48: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	9,  // 49: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	9,  // 50: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	9,  // 51: cairn.v1.HostControl.ShrinkVolume:output_type -> cairn.v1.HostReply
+	9,  // 52: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	9,  // 53: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	9,  // 54: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	9,  // 55: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	12, // 56: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	15, // 57: cairn.v1.HostControl.ReceiveVM:output_type -> cairn.v1.ReceiveVMReply
+	9,  // 58: cairn.v1.HostControl.ArriveVM:output_type -> cairn.v1.HostReply
+	9,  // 59: cairn.v1.HostControl.LandVM:output_type -> cairn.v1.HostReply
+	9,  // 60: cairn.v1.HostControl.AbandonVM:output_type -> cairn.v1.HostReply
+	9,  // 61: cairn.v1.HostControl.LookNow:output_type -> cairn.v1.HostReply
+	18, // 62: cairn.v1.HostControl.ReadVolume:output_type -> cairn.v1.ReadVolumeReply
+	9,  // 63: cairn.v1.HostControl.HandOverVolume:output_type -> cairn.v1.HostReply
+	24, // 64: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	37, // 65: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
+	37, // 66: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
+	9,  // 67: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
+	9,  // 68: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
+	26, // 69: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	26, // 70: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	26, // 71: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	9,  // 72: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	9,  // 73: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	28, // 74: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	32, // 75: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
+	35, // 76: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
 	2,  // 77: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
-	8,  // 78: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
+	9,  // 78: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
 	48, // [48:79] is the sub-list for method output_type
 	17, // [17:48] is the sub-list for method input_type
 	17, // [17:17] is the sub-list for extension type_name
@@ -3210,7 +3266,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -59,7 +59,7 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 type HostControlClient interface {
 	AttachVolume(ctx context.Context, in *AttachVolumeRequest, opts ...grpc.CallOption) (*AttachVolumeReply, error)
-	DetachVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error)
+	DetachVolume(ctx context.Context, in *DetachVolumeRequest, opts ...grpc.CallOption) (*HostReply, error)
 	// RefreshVolume makes the gateway, and a running VM, learn a new size now.
 	RefreshVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error)
 	// ShrinkVolume makes a volume that is attached here smaller, or names what is
@@ -133,7 +133,7 @@ func (c *hostControlClient) AttachVolume(ctx context.Context, in *AttachVolumeRe
 	return out, nil
 }
 
-func (c *hostControlClient) DetachVolume(ctx context.Context, in *VolumeRef, opts ...grpc.CallOption) (*HostReply, error) {
+func (c *hostControlClient) DetachVolume(ctx context.Context, in *DetachVolumeRequest, opts ...grpc.CallOption) (*HostReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(HostReply)
 	err := c.cc.Invoke(ctx, HostControl_DetachVolume_FullMethodName, in, out, cOpts...)
@@ -447,7 +447,7 @@ func (c *hostControlClient) ScrubStore(ctx context.Context, in *ScrubStoreReques
 // for forward compatibility.
 type HostControlServer interface {
 	AttachVolume(context.Context, *AttachVolumeRequest) (*AttachVolumeReply, error)
-	DetachVolume(context.Context, *VolumeRef) (*HostReply, error)
+	DetachVolume(context.Context, *DetachVolumeRequest) (*HostReply, error)
 	// RefreshVolume makes the gateway, and a running VM, learn a new size now.
 	RefreshVolume(context.Context, *VolumeRef) (*HostReply, error)
 	// ShrinkVolume makes a volume that is attached here smaller, or names what is
@@ -514,7 +514,7 @@ type UnimplementedHostControlServer struct{}
 func (UnimplementedHostControlServer) AttachVolume(context.Context, *AttachVolumeRequest) (*AttachVolumeReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method AttachVolume not implemented")
 }
-func (UnimplementedHostControlServer) DetachVolume(context.Context, *VolumeRef) (*HostReply, error) {
+func (UnimplementedHostControlServer) DetachVolume(context.Context, *DetachVolumeRequest) (*HostReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method DetachVolume not implemented")
 }
 func (UnimplementedHostControlServer) RefreshVolume(context.Context, *VolumeRef) (*HostReply, error) {
@@ -644,7 +644,7 @@ func _HostControl_AttachVolume_Handler(srv interface{}, ctx context.Context, dec
 }
 
 func _HostControl_DetachVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(VolumeRef)
+	in := new(DetachVolumeRequest)
 	if err := dec(in); err != nil {
 		return nil, err
 	}
@@ -656,7 +656,7 @@ func _HostControl_DetachVolume_Handler(srv interface{}, ctx context.Context, dec
 		FullMethod: HostControl_DetachVolume_FullMethodName,
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(HostControlServer).DetachVolume(ctx, req.(*VolumeRef))
+		return srv.(HostControlServer).DetachVolume(ctx, req.(*DetachVolumeRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
