@@ -317,7 +317,7 @@ func (a *attachment) look(c *volume.MetaCall) {
 	a.refresh()
 	query(a.g.agent, func(kv state.KV) []*pb.OriginState { return state.Origins(kv, state.VolumeByID(kv, uint64(a.id))) }, func(states []*pb.OriginState) {
 		if len(states) > 0 {
-			a.step(&volume.Origins{States: states})
+			a.step(&volume.Origins{States: states, Call: c})
 		}
 		a.step(&volume.MetaDone{Call: c})
 	})

@@ -238,7 +238,7 @@ func (v *view) lookAgain(c *volume.MetaCall) {
 		if states == nil {
 			v.a.step(&volume.Fence{Why: "the snapshot is gone"})
 		} else {
-			v.a.step(&volume.Origins{States: states})
+			v.a.step(&volume.Origins{States: states, Call: c})
 		}
 		v.a.step(&volume.MetaDone{Call: c})
 	})

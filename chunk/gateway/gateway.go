@@ -267,7 +267,7 @@ func (g *Gateway) Changed(ctx context.Context, id ids.VolumeID) {
 	}
 	for _, v := range g.Shown() {
 		if id == 0 || v.id == id {
-			if err := v.lookAgain(ctx); err != nil {
+			if err := v.lookAgain(ctx, nil); err != nil {
 				g.log.Warn("snapshot not read again after a change", "snapshot", v.name, "err", err)
 			}
 		}

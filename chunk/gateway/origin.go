@@ -32,22 +32,22 @@ func (g *Gateway) origins(ctx context.Context, v *pb.Volume) ([]*pb.OriginState,
 }
 
 // lookAgain brings an engine everything it may ask for: the volume, what it is a
-// clone of, or where the snapshot it shows lies now.
-func (v *Volume) lookAgain(ctx context.Context) error {
+// clone of, or where the snapshot it shows lies now; call asks, nil: a change.
+func (v *Volume) lookAgain(ctx context.Context, call *volume.MetaCall) error {
 	if v.snapshot == "" {
 		if err := v.refresh(ctx); err != nil {
 			return err
 		}
 		rep, err := v.g.cfg.Meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volume{Volume: fmt.Sprintf("id:%d", v.id)}, WithOrigins: true})
 		if err == nil && len(rep.Origins) > 0 {
-			v.step(&volume.Origins{States: rep.Origins})
+			v.step(&volume.Origins{States: rep.Origins, Call: call})
 		}
 		return err
 	}
 	_, states, err := v.g.snapshotState(ctx, fmt.Sprintf("id:%d", v.id), v.snapshot)
 	switch status.Of(err) {
 	case status.OK:
-		v.step(&volume.Origins{States: states})
+		v.step(&volume.Origins{States: states, Call: call})
 	case status.NotFound:
 		v.step(&volume.Fence{Why: err.Error()})
 		return nil

@@ -188,7 +188,7 @@ func (v *Volume) callMeta(c *volume.MetaCall) {
 	case c.Prune != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_PruneLayer{PruneLayer: c.Prune}})
 	case c.Look:
-		err = v.lookAgain(ctx)
+		err = v.lookAgain(ctx, c)
 	case c.Move != nil:
 		res, err = v.g.cfg.Meta.Do(ctx, &pb.Command{Op: &pb.Command_MoveChunks{MoveChunks: c.Move}})
 	case c.HandOver != nil:

@@ -4,6 +4,7 @@ import (
 	"slices"
 
 	"github.com/cairnstore/cairn/chunk/disk"
+	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
 )
@@ -153,6 +154,20 @@ func (s *Store) applyDrop(k dropKey, lsn uint64) {
 	if k.chunk == 0 {
 		delete(s.vols, k.volume)
 	}
+	delete(v.lives, k.chunk)
+}
+
+// lifeOf names one life of a chunk: from its first block, or the store's opening, to
+// its drop. Never 0, and never the same again while the store is open.
+func (s *Store) lifeOf(v *vol, c ids.ChunkID) uint64 {
+	if v.lives == nil {
+		v.lives = map[ids.ChunkID]uint64{}
+	}
+	if v.lives[c] == 0 {
+		s.births++
+		v.lives[c] = s.births
+	}
+	return v.lives[c]
 }
 
 // returns reports whether a request may name a chunk that was dropped: its

@@ -69,10 +69,11 @@ type vol struct {
 	high   ids.Version // ≥ every version ever held
 	live   uint64      // data blocks
 	chunks map[chunkKey]*chunk
-	order  []*chunk  // sorted by (id, layer)
-	last   *chunk    // the last one asked for
-	sealer wire.Sink // the connection that sealed it last; nil: none since the store was opened
-	sealed uint32    // its number among those of epoch's writer
+	order  []*chunk               // sorted by (id, layer)
+	last   *chunk                 // the last one asked for
+	lives  map[ids.ChunkID]uint64 // of those that a frozen request has asked for (Store.lifeOf)
+	sealer wire.Sink              // the connection that sealed it last; nil: none since the store was opened
+	sealed uint32                 // its number among those of epoch's writer
 
 	lastLayer ids.LayerID // highest id ever told
 	marks     []layerMark // the layers that live, of those up to lastLayer; none: not told

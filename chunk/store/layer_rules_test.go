@@ -281,3 +281,42 @@ func TestAMergeIsDurableWhenItIsAnswered(t *testing.T) {
 		}
 	}
 }
+
+// A frozen read tells which life of the chunk's copy it is of: another one after a
+// drop, however the chunk came back.
+func TestACopyHasAnotherLifeAfterADrop(t *testing.T) {
+	s := open(t, formatMem(t), testBoot)
+	threeLayers(t, s)
+	frozen := func(c ids.ChunkID) uint64 {
+		q := wire.Request{Kind: wire.Read, Flags: wire.FlagEntries | wire.FlagFrozen, Volume: 1, Chunk: c, Layer: 2, Count: 1}
+		plain := q
+		plain.Flags &^= wire.FlagEntries
+		r, p := mustOK(t, ask(s, q)), mustOK(t, ask(s, plain))
+		list := mustOK(t, ask(s, wire.Request{Kind: wire.List, Flags: wire.FlagFrozen, Volume: 1}))
+		lives := map[uint64]uint64{}
+		for i := 0; i < len(list.Digests); i += 2 {
+			lives[list.Digests[i]] = list.Digests[i+1]
+		}
+		if r.Count64 == 0 || p.Count64 != r.Count64 || lives[uint64(c)] != r.Count64 {
+			t.Fatalf("chunk %d: a read with entries tells life %d, one without %d, the list %v", c, r.Count64, p.Count64, list.Digests)
+		}
+		return r.Count64
+	}
+	mustOK(t, ask(s, layerPut(7, 2, 0, 1, ids.MakeVersion(1, 8), 5)))
+	other, first := frozen(7), frozen(1)
+	mustOK(t, ask(s, layerPut(1, 2, 3, 1, ids.MakeVersion(1, 9), 5)))
+	if again := frozen(1); again != first {
+		t.Errorf("life %d became %d without a drop", first, again)
+	}
+	mustOK(t, ask(s, wire.Request{Kind: wire.Drop, Volume: 1, Chunk: 1, Epoch: ids.MaxEpoch}))
+	for s.Step(0); len(s.leaving) > 0; {
+		s.Step(0)
+	}
+	mustOK(t, ask(s, layerPut(1, 2, 3, 1, ids.MakeVersion(1, 10), 6))) // sent before, and late
+	if again := frozen(1); again == first {
+		t.Errorf("life %d goes on after the drop", first)
+	}
+	if again := frozen(7); again != other {
+		t.Errorf("life %d of another chunk became %d", other, again)
+	}
+}

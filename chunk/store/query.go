@@ -23,6 +23,8 @@ func (s *Store) query(c *caller, v *vol, q *wire.Request, out *outbox) error {
 		err = s.newer(v, q, rep)
 	case q.Kind == wire.Damaged:
 		s.damaged(q, rep)
+	case q.Kind == wire.List && q.Chunk == 0:
+		s.listLives(v, rep)
 	case q.Kind == wire.List:
 		err = s.list(v, q, rep)
 	default:
@@ -116,6 +118,18 @@ func (s *Store) list(v *vol, q *wire.Request, rep *wire.Reply) error {
 		}
 	}
 	return nil
+}
+
+// listLives tells the life of each chunk of a volume, as many as fit.
+func (s *Store) listLives(v *vol, rep *wire.Reply) {
+	for i, c := range v.order {
+		if i > 0 && v.order[i-1].id == c.id {
+			continue // another layer of it
+		}
+		if rep.Digests = append(rep.Digests, uint64(c.id), s.lifeOf(v, c.id)); len(rep.Digests) >= wire.MaxLives {
+			return
+		}
+	}
 }
 
 // digests sums up a chunk's entries below a version, range by range.

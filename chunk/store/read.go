@@ -37,6 +37,7 @@ type read struct {
 	left   atomic.Int32
 	failed atomic.Pointer[error]
 	s      *Store
+	life   uint64 // of the chunk, for a frozen read
 }
 
 // read finds the blocks of a read.
@@ -72,6 +73,9 @@ func (s *Store) look(v *vol, r *read, out *outbox) error {
 		why := status.Errorf(status.NotFound, "nothing of chunk %d of volume %d is here", r.chunk, r.vol)
 		out.reply(r.c, &wire.Reply{Kind: wire.Read, ID: r.id, Status: status.NotFound, Count64: 1, Incarnation: s.incarnation, Detail: why.Error()})
 		return nil
+	}
+	if r.flags&wire.FlagFrozen != 0 {
+		r.life = s.lifeOf(v, r.chunk)
 	}
 	if err := s.resolve(v, r); err != nil {
 		return err
@@ -274,7 +278,7 @@ func (s *Store) finishRead(r *read, out *outbox) {
 	if rep.Status == status.OK && r.flags&wire.FlagEntries != 0 {
 		r.withEntries(rep)
 	} else if r.flags&wire.FlagFrozen != 0 {
-		rep.Incarnation = s.incarnation
+		rep.Incarnation, rep.Count64 = s.incarnation, r.life
 	}
 	out.reply(r.c, rep)
 }
@@ -286,7 +290,7 @@ func (r *read) withEntries(rep *wire.Reply) *wire.Reply {
 		rep.Entries[i] = wire.Entry{Chunk: r.chunk, Layer: r.layerOf(i), Block: r.block + ids.Block(i), Version: e.version, Sum: e.sum, Kind: wire.EntryKind(e.kind)}
 	}
 	if r.flags&wire.FlagFrozen != 0 {
-		rep.Incarnation = r.s.incarnation
+		rep.Incarnation, rep.Count64 = r.s.incarnation, r.life
 	}
 	return rep
 }

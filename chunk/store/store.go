@@ -93,6 +93,7 @@ type Store struct {
 
 	mu      sync.Mutex  // guards everything below; never held over a disk call or a sink
 	cond    *sync.Cond  // a disk call has ended
+	births  uint64      // lives of chunks named since it was opened
 	failed  error       // the store has stopped for good
 	halted  atomic.Bool // failed is set
 	closed  bool        // no request is taken any more

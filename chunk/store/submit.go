@@ -203,7 +203,7 @@ func (s *Store) check(q *wire.Request) error {
 	}
 	switch q.Kind {
 	case wire.Write, wire.Zero, wire.Read, wire.Digest, wire.List, wire.Install, wire.Merge:
-		if q.Chunk == 0 || uint64(q.Block)+uint64(q.Count) > maxChunkBlocks {
+		if q.Chunk == 0 && (q.Kind != wire.List || q.Flags&wire.FlagFrozen == 0) || uint64(q.Block)+uint64(q.Count) > maxChunkBlocks {
 			return status.Errorf(status.Invalid, "%s request for blocks beyond any chunk", q.Kind)
 		}
 	}

@@ -133,6 +133,7 @@ type Engine struct {
 	originNews int       // times they were brought
 	viewing    []*read   // that go on in origins; bounded by the operations in flight
 	stuckViews []stuckView
+	told       []*testimony // of sources, that metadata is yet to confirm
 
 	flush     flushState
 	member    memberState
@@ -248,7 +249,7 @@ func New(now time.Duration, cfg Config, out *Out) (*Engine, error) {
 	}
 	e.cuts, e.sizeRevision = v.Cuts, v.Revision
 	e.setQos(v.Qos)
-	if err := e.takeOrigins(cfg.Origins); err != nil {
+	if err := e.takeOrigins(cfg.Origins, nil); err != nil {
 		return nil, err
 	}
 	if e.cfg.Origins = nil; cfg.ReadOnly {
@@ -313,7 +314,7 @@ func (e *Engine) Step(now time.Duration, ev Event, out *Out) {
 			e.end(ev.Why)
 		}
 	case *Origins:
-		if err := e.takeOrigins(ev.States); err != nil {
+		if err := e.takeOrigins(ev.States, ev.Call); err != nil {
 			e.end(err.Error())
 		}
 	case *Cut:

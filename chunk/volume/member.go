@@ -206,6 +206,7 @@ func (e *Engine) metaDone(ev *MetaDone) {
 		e.handedOver(ev)
 	case ev.Call == e.look:
 		e.look = nil
+		e.looked(ev.Call)
 	case e.reclaim != nil && ev.Call == e.reclaim.call:
 		e.prunedLayer(ev)
 	}

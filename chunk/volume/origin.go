@@ -25,6 +25,15 @@ import (
 // metadata lets them go, and then answers so. A store that cannot serve makes the
 // engine ask metadata again where the layers are.
 //
+// A copy of a chunk that moved away is dropped, and may come back: by a late write
+// of the origin's writer, or as a copy that is being made. Then it is not whole, and
+// what it lacks is no hole. So a store tells with each answer which life of its copy
+// the answer is from, and a life is believed once metadata, asked after it was told
+// of, says that the copy counts: from then on until it is dropped the copy is whole.
+// Lives are told when a connection comes up, so that a read seldom waits for this and
+// a guest goes on when metadata does not; a life nobody has told of yet costs the
+// first read one question.
+//
 // An engine without members whose one origin is the volume itself is a snapshot
 // that somebody looks at (Config.ReadOnly).
 
@@ -39,13 +48,27 @@ type origin struct {
 
 type originChunk struct {
 	id      ids.ChunkID
-	sources []source
+	sources []*source
 }
 
 // source is a store that holds an origin's chunk.
 type source struct {
 	r           *replica
 	incarnation ids.Incarnation
+	gen         uint64 // the connection over which life was told
+	life        uint64 // of its copy, as it is whole; 0: not known
+}
+
+// testimony is lives that a store has told of, for metadata to confirm.
+type testimony struct {
+	by          *replica
+	gen         uint64
+	incarnation ids.Incarnation
+	volume      ids.VolumeID
+	lives       map[ids.ChunkID]uint64
+	call        *MetaCall // the question that was asked after it was given; nil: not asked yet
+	index       ids.ChunkIndex
+	view        *view // waits for it; nil: none
 }
 
 // view is a run of blocks being read from an origin.
@@ -63,8 +86,9 @@ type view struct {
 // maxLooks bounds how often a view asks metadata where its layers are.
 const maxLooks = 5
 
-// takeOrigins enters what a clone reads through, nearest first.
-func (e *Engine) takeOrigins(os []*pb.OriginState) error {
+// takeOrigins enters what a clone reads through, nearest first, and confirms the
+// lives of copies that were told of before call was asked; nil: nobody asked.
+func (e *Engine) takeOrigins(os []*pb.OriginState, call *MetaCall) error {
 	var out []*origin
 	size := ^uint64(0)
 	for _, s := range os {
@@ -78,24 +102,133 @@ func (e *Engine) takeOrigins(os []*pb.OriginState) error {
 		for _, m := range v.Members {
 			id, err := ids.StoreIDFromBytes(m.Store)
 			if err == nil && m.InSync {
-				whole[id] = source{e.sourceFor(id, m), ids.Incarnation(m.Incarnation)}
+				whole[id] = source{r: e.sourceFor(id, m), incarnation: ids.Incarnation(m.Incarnation)}
 			}
 		}
+		before := e.originOf(o.volume)
 		for _, c := range s.Chunks {
+			i := ids.ChunkIndex(c.Index)
 			oc := &originChunk{id: ids.ChunkID(c.Id)}
 			for _, b := range c.Stores {
 				if id, err := ids.StoreIDFromBytes(b); err == nil && whole[id].r != nil {
-					oc.sources = append(oc.sources, whole[id])
+					n := whole[id]
+					if old := before.source(i, oc.id, n.r); old != nil && old.incarnation == n.incarnation {
+						n.gen, n.life = old.gen, old.life
+					}
+					oc.sources = append(oc.sources, &n)
 				}
 			}
-			o.chunks[ids.ChunkIndex(c.Index)] = oc
+			o.chunks[i] = oc
 		}
 		out = append(out, o)
 	}
 	e.origins = out
 	e.originNews++
+	if call != nil {
+		e.believe(call)
+	}
+	e.askLives()
 	e.retryViews()
 	return nil
+}
+
+// originOf returns the origin that is a volume; nil if none is.
+func (e *Engine) originOf(v ids.VolumeID) *origin {
+	for _, o := range e.origins {
+		if o.volume == v {
+			return o
+		}
+	}
+	return nil
+}
+
+// source returns a store among those of a chunk; nil if it is none, as of no origin.
+func (o *origin) source(i ids.ChunkIndex, id ids.ChunkID, r *replica) *source {
+	if o == nil || o.chunks[i] == nil || o.chunks[i].id != id {
+		return nil
+	}
+	for _, s := range o.chunks[i].sources {
+		if s.r == r {
+			return s
+		}
+	}
+	return nil
+}
+
+// askLives has each source tell the lives of its copies, once per connection.
+func (e *Engine) askLives() {
+	for _, o := range e.origins {
+		asked := map[*replica]bool{}
+		for _, c := range o.chunks {
+			for _, s := range c.sources {
+				if !s.r.up || asked[s.r] || s.r.told[o.volume] == s.r.gen {
+					continue
+				}
+				asked[s.r] = true
+				t := &testimony{by: s.r, gen: s.r.gen, incarnation: s.incarnation, volume: o.volume, lives: map[ids.ChunkID]uint64{}}
+				if s.r.told == nil {
+					s.r.told = map[ids.VolumeID]uint64{}
+				}
+				s.r.told[o.volume] = s.r.gen
+				e.call(s.r, &wire.Request{Kind: wire.List, Flags: wire.FlagFrozen, Volume: o.volume}, func(rep *wire.Reply) {
+					if rep.Status != status.OK || rep.Incarnation != t.incarnation {
+						return // what it says of each chunk later is asked about then
+					}
+					for i := 0; i+1 < len(rep.Digests); i += 2 {
+						t.lives[ids.ChunkID(rep.Digests[i])] = rep.Digests[i+1]
+					}
+					if len(t.lives) > 0 {
+						e.testify(t)
+					}
+				})
+			}
+		}
+	}
+}
+
+// testify has metadata asked whether the copies that a store tells of count.
+func (e *Engine) testify(t *testimony) {
+	e.told = append(e.told, t)
+	if e.look == nil { // else after that one, which was asked before
+		e.lookAgain()
+		t.call = e.look
+	}
+}
+
+// believe takes for whole the lives that were told before call was asked, of the
+// copies that count by its answer.
+func (e *Engine) believe(call *MetaCall) {
+	for _, t := range e.told {
+		if t.call != call || t.gen != t.by.gen || !t.by.up {
+			continue
+		}
+		o := e.originOf(t.volume)
+		if o == nil {
+			continue
+		}
+		for i, c := range o.chunks {
+			if life := t.lives[c.id]; life != 0 {
+				if s := o.source(i, c.id, t.by); s != nil && s.incarnation == t.incarnation {
+					s.gen, s.life = t.gen, life
+				}
+			}
+		}
+	}
+}
+
+// looked goes on after a question to metadata: the views that waited for it ask
+// again, and what was told since is asked about.
+func (e *Engine) looked(call *MetaCall) {
+	told := e.told
+	e.told = nil
+	for _, t := range told {
+		switch {
+		case t.call != call:
+			e.testify(t)
+		case t.view != nil:
+			e.startView(t.index, t.view)
+		}
+	}
 }
 
 // sourceFor returns the link to a store, opened if there is none.
@@ -194,6 +327,11 @@ func (e *Engine) beginViews(rd *read, holes []run) {
 
 // startView finds the next origin that may have a view's blocks, and asks it.
 func (e *Engine) startView(i ids.ChunkIndex, v *view) {
+	if len(e.origins) == 0 { // flattened meanwhile: the clone has it
+		v.rd.again = true
+		e.viewDone(v.rd, status.OK)
+		return
+	}
 	for ; v.level <= len(e.origins); v.level++ {
 		o := e.origins[v.level-1]
 		begin := (uint64(i)*uint64(e.perChunk) + uint64(v.first)) * ids.BlockSize
@@ -216,24 +354,25 @@ func (e *Engine) startView(i ids.ChunkIndex, v *view) {
 // ask sends a view to a source that has not failed it: the local one, else the
 // least busy one.
 func (e *Engine) ask(i ids.ChunkIndex, o *origin, oc *originChunk, v *view) {
-	best, left := source{}, false
+	best, left := (*source)(nil), false
 	for _, s := range oc.sources {
 		switch {
 		case v.bad[s.r.store]:
 		case !s.r.up:
 			left = true
-		case best.r == nil || !best.r.local && (s.r.local || s.r.busy < best.r.busy):
+		case best == nil || !best.r.local && (s.r.local || s.r.busy < best.r.busy):
 			best = s
 		}
 	}
-	if best.r == nil {
+	if best == nil {
 		e.waitView(i, v, left)
 		return
 	}
 	q := &wire.Request{Kind: wire.Read, Flags: wire.FlagEntries | wire.FlagFrozen, Volume: o.volume, Chunk: oc.id, Layer: o.head, Chain: o.chain, Block: v.first, Count: v.count}
+	gen := best.r.gen
 	e.call(best.r, q, func(rep *wire.Reply) {
 		if e.state != Ended {
-			e.viewReply(i, o, best, v, q, rep)
+			e.viewReply(i, o, best, gen, v, q, rep)
 		}
 	})
 }
@@ -273,8 +412,8 @@ func (e *Engine) retryViews() {
 	}
 }
 
-// viewReply takes a source's answer.
-func (e *Engine) viewReply(i ids.ChunkIndex, o *origin, s source, v *view, q *wire.Request, rep *wire.Reply) {
+// viewReply takes a source's answer over a connection.
+func (e *Engine) viewReply(i ids.ChunkIndex, o *origin, s *source, gen uint64, v *view, q *wire.Request, rep *wire.Reply) {
 	k := rep.Status
 	if k == status.OK && (rep.Incarnation != s.incarnation || len(rep.Entries) != int(v.count) || len(rep.Data) != int(v.count)*ids.BlockSize) {
 		k = status.Unavailable
@@ -283,6 +422,10 @@ func (e *Engine) viewReply(i ids.ChunkIndex, o *origin, s source, v *view, q *wi
 		k = status.Corrupt
 	}
 	switch {
+	case k == status.OK && rep.Count64 != 0 && (s.gen != gen || s.life != rep.Count64): // an older store tells none
+		e.testify(&testimony{by: s.r, gen: gen, incarnation: s.incarnation, volume: o.volume,
+			lives: map[ids.ChunkID]uint64{q.Chunk: rep.Count64}, index: i, view: v})
+		return
 	case k == status.OK:
 		e.viewed(i, v, rep)
 		return
@@ -338,13 +481,25 @@ func (e *Engine) viewDone(rd *read, k status.Kind) {
 			break
 		}
 	}
-	if e.state != Ended {
+	switch {
+	case e.state == Ended:
+	case rd.again && rd.job != nil:
+		rd.again, rd.failed, rd.shown, rd.buf, rd.bad = false, status.OK, false, nil, 0
+		e.sendRead(rd)
+	case rd.again:
+		e.start(rd.piece)
+		e.freeRead(rd)
+	default:
 		e.readDone(rd, rd.buf, rd.failed)
 	}
 }
 
-// Origins brings what a clone reads through, as metadata has it now.
-type Origins struct{ States []*pb.OriginState }
+// Origins brings what a clone reads through, as metadata has it now, or had it
+// after Call was asked; nil: nobody asked.
+type Origins struct {
+	States []*pb.OriginState
+	Call   *MetaCall
+}
 
 func (*Origins) event() {}
 

@@ -29,6 +29,7 @@ type read struct {
 	views  int    // runs outstanding, and one while they begin
 	failed status.Kind
 	shown  bool // an origin had something
+	again  bool // the clone became flat meanwhile: it is read again
 	req    wire.Request
 }
 

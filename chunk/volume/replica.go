@@ -21,12 +21,13 @@ type replica struct {
 	incarnation ids.Incarnation
 	local       bool // on this gateway's host
 
-	foreign     bool // gone, or never a member: an origin's store, to be read from only
-	inSync      bool // as committed at e.revision
-	up          bool // connection gen is ready
-	sealed      bool // and the store has answered our epoch's seal over it
-	lost        bool // the shell could not reach it
-	intact      bool // from the seal
+	foreign     bool                    // gone, or never a member: an origin's store, to be read from only
+	told        map[ids.VolumeID]uint64 // of an origin: the connection over which it was asked for lives
+	inSync      bool                    // as committed at e.revision
+	up          bool                    // connection gen is ready
+	sealed      bool                    // and the store has answered our epoch's seal over it
+	lost        bool                    // the shell could not reach it
+	intact      bool                    // from the seal
 	floor       ids.Version
 	gen         uint64
 	doubt       bool // while in-sync it lost power, or failed a flush: it may lack what was accepted
@@ -211,6 +212,7 @@ func (e *Engine) linkUp(ev *Up) {
 	if r.inSync {
 		e.seal(r)
 	} // a member that is out joins: stepJoins
+	e.askLives()
 	e.retryViews()
 }
 

@@ -24,6 +24,7 @@ type memStore struct {
 	bad         map[blockKey]bool     // a bit of it flipped on disk
 	lastLayer   ids.LayerID
 	marks       map[ids.LayerID]ids.LayerID // living layers, and what each is merged into (0: nothing); nil: not told
+	lives       map[ids.ChunkID]uint64 // drops of a chunk
 	intact      bool
 	page        int // entries of one Newer reply
 
@@ -44,7 +45,7 @@ type memBlock struct {
 
 func newMemStore(i int) *memStore {
 	return &memStore{id: ids.StoreID{byte(i + 1)}, incarnation: 1, blocks: map[blockKey]memBlock{}, durable: map[blockKey]memBlock{},
-		bad: map[blockKey]bool{}, intact: true, page: 3, up: true}
+		bad: map[blockKey]bool{}, lives: map[ids.ChunkID]uint64{}, intact: true, page: 3, up: true}
 }
 
 // loseVolatile is a power loss: of each block that was not flushed some state
@@ -105,7 +106,11 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 	case wire.Read:
 		s.read(q, r)
 	case wire.Newer, wire.List:
-		s.list(q, r)
+		if r.Incarnation = s.incarnation; q.Kind == wire.List && q.Chunk == 0 {
+			s.listLives(r)
+		} else {
+			s.list(q, r)
+		}
 	case wire.Digest:
 		r.Digests = make([]uint64, (q.Count+wire.DigestBlocks-1)/wire.DigestBlocks)
 		for k, b := range s.blocks {
@@ -130,6 +135,14 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 		s.tamper(q, r)
 	}
 	return r
+}
+
+func (s *memStore) listLives(r *wire.Reply) {
+	for _, k := range slices.SortedFunc(maps.Keys(s.blocks), compareKeys) {
+		if n := len(r.Digests); n == 0 || r.Digests[n-2] != uint64(k.chunk) {
+			r.Digests = append(r.Digests, uint64(k.chunk), 1+s.lives[k.chunk])
+		}
+	}
 }
 
 func (s *memStore) hasChunk(c ids.ChunkID) bool {
@@ -242,6 +255,9 @@ func (s *memStore) read(q *wire.Request, r *wire.Reply) {
 	if r.Incarnation = s.incarnation; q.Flags&wire.FlagFrozen != 0 && !s.hasChunk(q.Chunk) {
 		r.Status, r.Count64 = status.NotFound, 1
 		return
+	}
+	if q.Flags&wire.FlagFrozen != 0 {
+		r.Count64 = 1 + s.lives[q.Chunk]
 	}
 	before := ids.LayerID(0)
 	for d, l := range append([]ids.LayerID{q.Layer}, q.Chain...) {

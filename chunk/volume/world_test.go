@@ -289,7 +289,7 @@ func (w *world) commit(m *MetaCall) (*pb.Result, error) {
 		return w.prune(m.Prune)
 	case m.Look:
 		if w.origins != nil {
-			w.step(&Origins{w.origins()})
+			w.step(&Origins{States: w.origins(), Call: m})
 		}
 		w.step(&Refresh{Volume: w.known()})
 	}

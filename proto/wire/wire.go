@@ -44,6 +44,8 @@ const (
 	MaxBody    = 2 << 20 // bytes
 	MaxData    = 4 << 20 // bytes
 	MaxEntries = MaxBody/entryBytes - 8
+	// MaxLives bounds the digests of a list of lives: two for each chunk.
+	MaxLives = MaxBody / 16
 	// MaxIO is the largest read or write of one frame, in blocks.
 	MaxIO = MaxData / ids.BlockSize
 	// MaxLayers bounds the layers of a volume, and so of a read's chain.
@@ -93,7 +95,9 @@ const (
 	// Digest returns one digest per DigestBlocks blocks of Chunk (Count = blocks
 	// of the chunk) over the entries with version < Limit. Fenced.
 	Digest Kind = 9
-	// List returns the entries of Chunk in [Block, Block+Count). Fenced.
+	// List returns the entries of Chunk in [Block, Block+Count). Fenced, unless
+	// FlagFrozen; then with Chunk = 0 it returns in Digests the volume's chunks,
+	// each followed by the life of the copy here (an older server: none).
 	List Kind = 10
 	// Install gives blocks of Chunk exactly the state of Entries (data, zero or
 	// hole; Data holds the blocks of EntryData in order) wherever the stored
@@ -137,7 +141,10 @@ const (
 	FlagRepair  uint16 = 1 << 4 // Install: rewrite a bad block at its own version
 	// FlagFrozen says, of a Read or List, that nothing is written to its layers
 	// any more: it needs no seal and is not fenced. Reply.Incarnation tells whose
-	// data it is. NotFound, with Count64 = 1, if the store has nothing of the chunk.
+	// data it is, and of a Read Reply.Count64 which life of the copy it is from: a
+	// number that no later copy of the chunk has here while the connection lasts
+	// (an older server: 0). NotFound, with Count64 = 1, if the store has nothing of
+	// the chunk.
 	FlagFrozen uint16 = 1 << 5
 	// FlagRaw says, of a Read without a chain, that the layer's own entries are
 	// wanted, even while it is being merged: for copying between replicas.
