@@ -203,16 +203,26 @@ func (e *Engine) believe(call *MetaCall) {
 			continue
 		}
 		o := e.originOf(t.volume)
-		if o == nil {
-			continue
-		}
-		for i, c := range o.chunks {
-			if life := t.lives[c.id]; life != 0 {
-				if s := o.source(i, c.id, t.by); s != nil && s.incarnation == t.incarnation {
-					s.gen, s.life = t.gen, life
-				}
+		switch {
+		case o == nil:
+		case t.view != nil:
+			t.believe(o, t.index)
+		default:
+			for i := range o.chunks {
+				t.believe(o, i)
 			}
 		}
+	}
+}
+
+// believe takes for whole what a testimony says of a chunk, if it counts.
+func (t *testimony) believe(o *origin, i ids.ChunkIndex) {
+	c := o.chunks[i]
+	if c == nil || t.lives[c.id] == 0 {
+		return
+	}
+	if s := o.source(i, c.id, t.by); s != nil && s.incarnation == t.incarnation {
+		s.gen, s.life = t.gen, t.lives[c.id]
 	}
 }
 
