@@ -24,7 +24,7 @@ type memStore struct {
 	bad         map[blockKey]bool     // a bit of it flipped on disk
 	lastLayer   ids.LayerID
 	marks       map[ids.LayerID]ids.LayerID // living layers, and what each is merged into (0: nothing); nil: not told
-	lives       map[ids.ChunkID]uint64 // drops of a chunk
+	lives       map[ids.ChunkID]uint64      // drops of a chunk
 	intact      bool
 	page        int // entries of one Newer reply
 
