@@ -62,7 +62,7 @@ func (g *Gateway) snapshotState(ctx context.Context, name, snapshot string) (*pb
 		return nil, nil, err
 	}
 	if len(rep.Volumes) != 1 {
-		return nil, nil, status.Errorf(status.NotFound, "there is no volume %q", name)
+		return nil, nil, status.Errorf(status.NotFound, "there is no volume %q: `cairn volume ls` lists them", name)
 	}
 	v := rep.Volumes[0]
 	for _, l := range v.Layers {

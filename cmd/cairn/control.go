@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cairnstore/cairn/chunk/gateway"
 	"github.com/cairnstore/cairn/proto/ids"
@@ -170,7 +171,7 @@ func (c *control) ShowVM(ctx context.Context, r *pb.VMRef) (*pb.VMReply, error) 
 
 // HostStatus implements pb.HostControlServer.
 func (c *control) HostStatus(context.Context, *pb.HostStatusRequest) (*pb.HostStatusReply, error) {
-	rep := &pb.HostStatusReply{Host: c.h.cfg.Name, Stores: c.h.usage(), Session: c.h.gw.Session()}
+	rep := &pb.HostStatusReply{Host: c.h.cfg.Name, Stores: c.h.usage(), Session: c.h.gw.Session(), UnixNs: time.Now().UnixNano()}
 	for _, v := range c.h.gw.Volumes() {
 		rep.Attachments = append(rep.Attachments, c.attachment(v.Name()))
 	}
@@ -195,7 +196,7 @@ func (c *control) attachment(name string) *pb.AttachmentStatus {
 	a := &pb.AttachmentStatus{VolumeId: uint64(v.ID()), Volume: name, Epoch: uint32(in.Epoch), Revision: uint64(in.Revision),
 		State: in.State.String(), Uri: c.h.uri(name), Reads: in.Stats.Reads, Writes: in.Stats.Writes, Flushes: in.Stats.Flushes,
 		ReadBlocks: in.Stats.ReadBlocks, LocalBlocks: in.Stats.LocalBlocks,
-		MaxWriteStallUs: uint64(in.Stats.MaxWriteStall.Microseconds()), InFlight: uint64(in.InFlight)}
+		MaxWriteStallUs: uint64(in.Stats.MaxWriteStall.Microseconds()), InFlight: uint64(in.InFlight), FullWrites: uint64(in.Full), FullOn: in.FullOn}
 	if in.Why != "" {
 		a.State = fmt.Sprintf("%s: %s", a.State, in.Why)
 	}

@@ -14,6 +14,9 @@ const (
 	critical = "critical" // one more loss takes data or service away, or has
 )
 
+// rank orders severities: 0 notice, 1 warning, 2 critical.
+func rank(severity string) int { return slices.Index([]string{notice, warning, critical}, severity) }
+
 // finding is something that is wrong: evidence, not a colour.
 type finding struct {
 	Severity string `json:"severity"`
@@ -75,12 +78,15 @@ const (
 // health looks for what is wrong in a picture of the cluster. It is pure.
 func health(w *clusterView, now time.Time) (out []finding) {
 	out = append(out, metaHealth(w.Meta)...)
+	out = append(out, clockHealth(w)...)
 	for _, h := range w.Hosts {
 		out = append(out, hostHealth(w, h, now)...)
 	}
 	out = append(out, spaceHealth(w)...)
+	away := w.away(now)
 	for _, v := range w.Volumes {
-		out = append(out, volumeHealth(w, v)...)
+		out = append(out, serviceHealth(v)...)
+		out = append(out, volumeHealth(v, away)...)
 	}
 	for _, t := range w.Tenants {
 		for _, q := range []struct {
@@ -98,7 +104,7 @@ func health(w *clusterView, now time.Time) (out []finding) {
 
 func metaHealth(ms []metaView) (out []finding) {
 	voters, up, newest, uses := 0, 0, uint32(0), uint32(0)
-	var silent, older []string
+	var silent, older, since []string
 	for _, m := range ms {
 		newest, uses = max(newest, m.Knows), max(uses, m.Uses)
 	}
@@ -115,6 +121,9 @@ func metaHealth(ms []metaView) (out []finding) {
 		voters++
 		if m.State == "unreachable" {
 			silent = append(silent, name)
+			if m.Heard != "" {
+				since = append(since, m.Heard)
+			}
 			continue
 		}
 		up++
@@ -148,7 +157,7 @@ func metaHealth(ms []metaView) (out []finding) {
 		if left < 0 {
 			means = "nothing can be changed; guests go on while every store with a copy answers"
 		}
-		out = append(out, finding{Severity: sev, What: fmt.Sprintf("metadata node %s does not answer: %d of %d do", strings.Join(silent, ", "), up, voters), Means: means,
+		out = append(out, finding{Severity: sev, What: fmt.Sprintf("metadata node %s does not answer: %d of %d do", strings.Join(silent, ", "), up, voters), Since: strings.Join(since, ", "), Means: means,
 			Next: "start it again; if its machine is lost, `cairn meta add --replace`"})
 	}
 	return out
@@ -156,7 +165,7 @@ func metaHealth(ms []metaView) (out []finding) {
 
 func hostHealth(w *clusterView, h hostView, now time.Time) (out []finding) {
 	if h.Drained {
-		out = append(out, finding{Severity: notice, What: fmt.Sprintf("host %s is drained: it gets nothing new", h.Name), Next: "`cairn host resume " + h.Name + "` ends it"})
+		out = append(out, drainHealth(w, h))
 	}
 	if !h.Up {
 		since := "some time before the metadata leader was elected: it has not been heard of since"
@@ -186,11 +195,121 @@ func hostHealth(w *clusterView, h hostView, now time.Time) (out []finding) {
 		out = append(out, finding{warning, "host " + h.Name + " is down", since, means, next})
 		return out
 	}
+	if h.Silent {
+		out = append(out, finding{Severity: warning, What: fmt.Sprintf("host %s sends heartbeats and does not answer this machine at %s within %v", h.Name, h.Control, hostWait),
+			Means: "what it does for its volumes is not known here, and commands on it fail", Next: "see whether its process hangs (its log), and whether this machine reaches that address"})
+	}
 	for _, s := range h.Stores {
 		if s.State != "ok" && !s.Retired {
-			out = append(out, finding{Severity: warning, What: fmt.Sprintf("store %s on host %s: %s", s.ID[:8], h.Name, s.State),
-				Means: "its copies are left out; the others serve", Next: "replace the disk and retire the store (`cairn store retire`)"})
+			out = append(out, storeHealth(w, h, s))
 		}
+	}
+	return out
+}
+
+func storeHealth(w *clusterView, h hostView, s storeView) finding {
+	f := finding{Severity: warning, What: fmt.Sprintf("store %s on host %s: %s", s.ID[:8], h.Name, s.State), Means: "no volume has a copy there",
+		Next: fmt.Sprintf("replace the disk, and `cairn store retire %s`: what was there is made again from the other copies", s.ID[:8])}
+	var copies []string
+	oldest := int64(0)
+	for _, v := range w.Volumes {
+		for _, m := range v.Members {
+			if m.Store == s.ID {
+				copies = append(copies, v.Name)
+				if m.outUnixNs > 0 && (oldest == 0 || m.outUnixNs < oldest) {
+					oldest = m.outUnixNs
+				}
+			}
+		}
+	}
+	if oldest > 0 {
+		f.Since = formatTime(oldest)
+	}
+	if len(copies) > 0 {
+		f.Means = fmt.Sprintf("its copies are left out, the others serve: %s", some(copies))
+	}
+	return f
+}
+
+// drainHealth says how far a drain is, and what it cannot do.
+func drainHealth(w *clusterView, h hostView) finding {
+	f := finding{Severity: notice, What: fmt.Sprintf("host %s is drained: it gets nothing new", h.Name), Means: "nothing is left there",
+		Next: "`cairn host resume " + h.Name + "` ends it; `cairn host rm " + h.Name + "` forgets the host"}
+	serve := 0
+	for _, o := range w.Hosts {
+		if o.Up && !o.Drained {
+			serve++
+		}
+	}
+	var copies, held, stuck []string
+	for _, v := range w.Volumes {
+		for _, m := range v.Members {
+			if m.Host != h.Name || slices.Contains(copies, v.Name) {
+				continue
+			}
+			if copies = append(copies, v.Name); v.Domain == "host" && serve < int(v.Replicas) {
+				stuck = append(stuck, v.Name)
+			}
+		}
+		if v.Holder == h.Name {
+			held = append(held, v.Name)
+		}
+	}
+	var left []string
+	if len(copies) > 0 {
+		left = append(left, "copies of "+some(copies))
+	}
+	if len(held) > 0 {
+		left = append(left, "attached there: "+some(held))
+	}
+	if len(left) == 0 {
+		return f
+	}
+	f.Means, f.Next = "still there: "+strings.Join(left, "; "), "copies go to other hosts by themselves; `cairn host resume "+h.Name+"` ends it"
+	if len(held) > 0 {
+		f.Next += fmt.Sprintf("; what is attached by hand stays: `cairn volume attach %s --host … --hand-over` moves it", held[0])
+	}
+	if len(stuck) > 0 {
+		f.Severity = warning
+		f.Next = fmt.Sprintf("it cannot finish: %s want more copies on different hosts than the %d hosts in service; add a host, or fewer copies (`cairn volume set --replicas`); `cairn host resume %s` ends it", some(stuck), serve, h.Name)
+	}
+	return f
+}
+
+// maxClockOff is how far a clock may be off before somebody is told.
+const maxClockOff = 10 * time.Second
+
+func clockHealth(w *clusterView) (out []finding) {
+	off := func(who string, ms int64, means string) {
+		d := time.Duration(ms) * time.Millisecond
+		if d.Abs() < maxClockOff {
+			return
+		}
+		how := "ahead of"
+		if d < 0 {
+			how = "behind"
+		}
+		out = append(out, finding{Severity: notice, What: fmt.Sprintf("the clock of %s is %v %s this machine's", who, d.Abs().Round(time.Second), how), Means: means,
+			Next: "set it (chrony, ntpd), there or here; reads and writes do not depend on it"})
+	}
+	for _, m := range w.Meta {
+		off("metadata node "+m.Name, m.ClockMs, "while it leads, events have its time, and deadlines (undelete, undo-shrink, join tokens) are reckoned by it")
+	}
+	for _, h := range w.Hosts {
+		off("host "+h.Name, h.ClockMs, "its log has wrong times")
+	}
+	return out
+}
+
+// serviceHealth says why a volume's users wait.
+func serviceHealth(v volumeView) (out []finding) {
+	if v.serves != "" && !strings.HasPrefix(v.serves, "serving") {
+		out = append(out, finding{Severity: critical, What: fmt.Sprintf("volume %s does not serve on host %s: %s", v.Name, v.Holder, v.serves), Means: "its reads and writes wait",
+			Next: "it serves by itself once that is over"})
+	}
+	if v.full > 0 {
+		out = append(out, finding{Severity: critical, What: fmt.Sprintf("%d writes of volume %s wait for room on %s", v.full, v.Name, strings.Join(v.fullOn, ", ")), Means: "its user hangs; nothing is lost, and reads go on",
+			Next: "they go on by themselves when there is room: add a store, or remove or trim data"})
 	}
 	return out
 }
@@ -254,42 +373,87 @@ func spaceHealth(w *clusterView) (out []finding) {
 	return out
 }
 
+// away says of each store that cannot be reached why, and since when.
+func (w *clusterView) away(now time.Time) map[string]awayStore {
+	out := map[string]awayStore{}
+	for _, h := range w.Hosts {
+		for _, s := range h.Stores {
+			switch {
+			case !h.Up:
+				a := awayStore{why: "host down"}
+				if h.LastSeenMs >= 0 {
+					a.unixNs = now.Add(-time.Duration(h.LastSeenMs) * time.Millisecond).UnixNano()
+				}
+				out[s.ID] = a
+			case s.State != "ok":
+				out[s.ID] = awayStore{why: s.State}
+			}
+		}
+	}
+	return out
+}
+
+type awayStore struct {
+	why    string
+	unixNs int64 // 0: nobody knows
+}
+
 // volumeHealth says what is missing of a volume's copies, which stands for all
-// of its chunks that lie there.
-func volumeHealth(w *clusterView, v volumeView) (out []finding) {
+// of its chunks that lie there: what is out of sync, and what cannot be reached.
+func volumeHealth(v volumeView, away map[string]awayStore) (out []finding) {
 	if v.Closed {
 		out = append(out, finding{Severity: warning, What: fmt.Sprintf("volume %s came out of a metadata backup and is closed", v.Name), Means: "it cannot be attached",
 			Next: "`cairn volume trust " + v.Name + "` once you are sure of it"})
 	}
-	var missing []string
+	var missing, joining []string
 	oldest := int64(0)
 	for _, m := range v.Members {
-		if m.InSync {
+		a, gone := away[m.Store]
+		if m.InSync && !gone {
 			continue
 		}
-		missing = append(missing, fmt.Sprintf("%s on %s", m.Store[:min(8, len(m.Store))], m.Host))
-		if oldest == 0 || m.outUnixNs > 0 && m.outUnixNs < oldest {
-			oldest = m.outUnixNs
+		name := fmt.Sprintf("%s on %s", m.Store[:min(8, len(m.Store))], m.Host)
+		switch {
+		case gone:
+			name += ": " + a.why
+		case m.State == "joining":
+			joining = append(joining, fmt.Sprintf("%s has got %s", name, formatSize(m.JoinedBytes)))
+			name += ": catching up"
+		}
+		missing = append(missing, name)
+		at := m.outUnixNs
+		if m.InSync {
+			at = a.unixNs
+		}
+		if at > 0 && (oldest == 0 || at < oldest) {
+			oldest = at
 		}
 	}
 	if len(missing) == 0 {
 		return out
 	}
 	left := int(v.Replicas) - len(missing)
-	f := finding{Severity: warning, What: fmt.Sprintf("volume %s: %d of its %d stores are out of sync (%s)", v.Name, len(missing), len(v.Members), some(missing)), Since: "a time that was not noted"}
+	f := finding{Severity: warning, What: fmt.Sprintf("volume %s: %d of its %d stores are out of sync or away (%s)", v.Name, len(missing), len(v.Members), some(missing)), Since: "a time that was not noted"}
 	if oldest > 0 {
 		f.Since = formatTime(oldest)
 	}
 	switch {
-	case left <= 1:
+	case left <= 0:
+		f.Severity = critical
+		f.Means = "chunks that lie nowhere else can be neither read nor written: whoever asks waits; nothing is lost while these stores are whole"
+	case left == 1:
 		f.Severity = critical
 		f.Means = "chunks that lie there may have one good copy left: losing it loses data"
 	default:
 		f.Means = fmt.Sprintf("chunks that lie there have %d good copies left", left)
 	}
-	f.Next = "the copies catch up when their stores are back"
-	if v.Holder == "" {
-		f.Next += " and the volume is attached: `cairn volume attach " + v.Name + "`"
+	switch {
+	case len(joining) == len(missing):
+		f.Next = "they catch up now: " + some(joining)
+	case v.Holder == "":
+		f.Next = "when their stores are back, the copies catch up within a minute or two, or at once if the volume is attached: `cairn volume attach " + v.Name + "`"
+	default:
+		f.Next = "the copies catch up when their stores are back"
 	}
 	return append(out, f)
 }

@@ -15,7 +15,7 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 			w.Meta = append(w.Meta, metaView{Name: "meta-" + n, Role: "voter", State: "follower", Applied: 9, StateHash: "aa", FreeBytes: 9 << 30})
 			w.Hosts = append(w.Hosts, hostView{Name: "host-" + n, Up: true, Stores: []storeView{{ID: strings.Repeat(n, 32), State: "ok", Capacity: 100 << 30, Used: 50 << 30}}})
 		}
-		v := volumeView{Name: "v", Replicas: 3, Holder: "host-1"}
+		v := volumeView{Name: "v", Replicas: 3, Holder: "host-1", Domain: "host", serves: "serving"}
 		for _, n := range []string{"1", "2", "3"} {
 			v.Members = append(v.Members, memberView{Store: strings.Repeat(n, 32), Host: "host-" + n, InSync: true})
 		}
@@ -31,7 +31,7 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 		severity string
 		says     []string
 	}{
-		{"a metadata node away", func(w *clusterView) { w.Meta[1].State = "unreachable" }, critical, []string{"meta-2", "2 of 3", "0 more may fail"}},
+		{"a metadata node away", func(w *clusterView) { w.Meta[1].State, w.Meta[1].Heard = "unreachable", "then" }, critical, []string{"meta-2", "2 of 3", "since then", "0 more may fail"}},
 		{"one of five away", func(w *clusterView) {
 			w.Meta = append(w.Meta, w.Meta[0], w.Meta[2])
 			w.Meta[1].State = "unreachable"
@@ -45,8 +45,33 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 		{"a metadata disk", func(w *clusterView) { w.Meta[0].FreeBytes = 100 << 20 }, critical, []string{"100 MiB left"}},
 		{"a host down", func(w *clusterView) { w.Hosts[0].Up, w.Hosts[0].LastSeenMs = false, 65_000 }, warning,
 			[]string{"host-1 is down", "2030-01-02 03:03:00", "without their copy there: v;", "without service: v", "replace_after", "--takeover"}},
-		{"a drained host", func(w *clusterView) { w.Hosts[2].Drained = true }, notice, []string{"host-3", "resume"}},
-		{"a failed store", func(w *clusterView) { w.Hosts[1].Stores[0].State = "failed: EIO" }, warning, []string{"store 22222222", "EIO"}},
+		{"a drained host", func(w *clusterView) {
+			w.Hosts, w.Volumes[0].Members[2].Host = append(w.Hosts, hostView{Name: "host-4", Drained: true, Up: true}), "host-3"
+		}, notice, []string{"host-4", "nothing is left", "resume"}},
+		{"a failed store", func(w *clusterView) { w.Hosts[1].Stores[0].State = "failed: EIO" }, warning, []string{"store 22222222", "EIO", "serve: v;", "store retire 22222222"}},
+		{"a failed store since its copy was out", func(w *clusterView) {
+			w.Hosts[1].Stores[0].State = "failed: EIO"
+			w.Volumes[0].Members[1].InSync, w.Volumes[0].Members[1].outUnixNs = false, now.UnixNano()
+		}, warning, []string{"store 22222222", "since " + formatTime(now.UnixNano())}},
+		{"a host that hangs", func(w *clusterView) { w.Hosts[1].Silent, w.Hosts[1].Control = true, "h2:1" }, warning, []string{"host-2 sends heartbeats and does not answer", "h2:1"}},
+		{"a host's clock", func(w *clusterView) { w.Hosts[1].ClockMs = -93_000 }, notice, []string{"clock of host host-2 is 1m33s behind"}},
+		{"a metadata node's clock", func(w *clusterView) { w.Meta[1].ClockMs = 3_600_000 }, notice, []string{"meta-2 is 1h0m0s ahead", "deadlines"}},
+		{"a volume that waits", func(w *clusterView) { w.Volumes[0].serves = "attaching: waiting for a member" }, critical, []string{"volume v does not serve on host host-1", "waiting for a member"}},
+		{"a full store under a volume", func(w *clusterView) { w.Volumes[0].full, w.Volumes[0].fullOn = 3, []string{"host-2"} }, critical, []string{"3 writes of volume v wait for room on host-2"}},
+		{"no copy to be reached", func(w *clusterView) {
+			for i := range w.Hosts {
+				w.Hosts[i].Up, w.Hosts[i].LastSeenMs = false, 5_000
+			}
+		}, critical, []string{"volume v: 3 of its 3 stores", "11111111 on host-1: host down", "whoever asks waits", "03:04:00"}},
+		{"a copy that catches up", func(w *clusterView) {
+			m := &w.Volumes[0].Members[1]
+			m.InSync, m.State, m.JoinedBytes = false, "joining", 5<<20
+		}, warning, []string{"catching up", "22222222 on host-2 has got 5 MiB"}},
+		{"a drain with nowhere to go", func(w *clusterView) { w.Hosts[2].Drained = true }, warning, []string{"copies of v", "cannot finish", "the 2 hosts in service"}},
+		{"a drain of the host that has it attached", func(w *clusterView) {
+			w.Hosts = append(w.Hosts, hostView{Name: "host-4", Up: true})
+			w.Hosts[0].Drained = true
+		}, notice, []string{"attached there: v", "--hand-over"}},
 		{"a store at 76 %", func(w *clusterView) { w.Hosts[1].Stores[0].Used = 76 << 30 }, notice, []string{"76 % full", "does not fill now"}},
 		{"a store at 86 % that fills", func(w *clusterView) {
 			s := &w.Hosts[1].Stores[0]

@@ -44,6 +44,15 @@ type usageError struct{ error }
 
 func (u usageError) Unwrap() error { return u.error }
 
+// exitAs is an outcome with an exit status of its own; the error in it, if there is
+// one, is reported.
+type exitAs struct {
+	error
+	code int
+}
+
+func (e exitAs) Unwrap() error { return e.error }
+
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 func main() {
@@ -55,6 +64,12 @@ func main() {
 
 // report prints an error as one sentence and returns the exit status.
 func report(err error) int {
+	if as, ok := err.(exitAs); ok {
+		if as.error != nil {
+			report(as.error)
+		}
+		return as.code
+	}
 	if err == nil {
 		return exitOK
 	}

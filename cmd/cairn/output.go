@@ -11,6 +11,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"github.com/cairnstore/cairn/proto/ids"
 )
 
 // outputFlag is -o of every command that shows something.
@@ -83,16 +85,7 @@ func parseSize(s string) (uint64, error) {
 	return n << shift, nil
 }
 
-// formatSize writes a size as people read it: at most one decimal.
-func formatSize(n uint64) string {
-	for _, u := range sizeUnits {
-		if n >= 1<<u.shift {
-			v := float64(n) / float64(uint64(1)<<u.shift)
-			return strings.TrimSuffix(strconv.FormatFloat(v, 'f', 1, 64), ".0") + " " + u.suffix + "iB"
-		}
-	}
-	return fmt.Sprintf("%d B", n)
-}
+func formatSize(n uint64) string { return ids.FormatSize(n) }
 
 func formatTime(ns int64) string {
 	if ns == 0 {

@@ -187,7 +187,7 @@ func (s *session) cutGroup(ctx context.Context, group []*groupMember) (began, cu
 	call := func(m *groupMember, ask func(context.Context, pb.HostControlClient) (*pb.CutReply, error)) (*pb.CutReply, error) {
 		h := addr[m.host]
 		if h == nil {
-			return nil, status.Errorf(status.NotFound, "there is no host %q", m.host)
+			return nil, status.Errorf(status.NotFound, "there is no host %q: `cairn host ls` lists them", m.host)
 		}
 		rep, err := callHost(ctx, h, ask)
 		if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -38,6 +39,8 @@ type metaView struct {
 	Knows     uint32 `json:"stateVersionKnown"` // 0: it does not answer
 	Uses      uint32 `json:"stateVersionInUse"`
 	Detail    string `json:"detail,omitempty"`
+	Heard     string `json:"lastHeard,omitempty"` // of an unreachable one, by the leader
+	ClockMs   int64  `json:"clockMs"`             // ahead of this machine's
 }
 
 type hostView struct {
@@ -50,6 +53,8 @@ type hostView struct {
 	CPUs       uint32      `json:"cpus"`
 	Memory     uint64      `json:"memoryBytes"`
 	Stores     []storeView `json:"stores"`
+	Silent     bool        `json:"silent"`  // no answer to this machine, though its heartbeats arrive
+	ClockMs    int64       `json:"clockMs"` // ahead of this machine's; 0 if it does not answer
 }
 
 type storeView struct {
@@ -81,7 +86,11 @@ func (s *session) metaViews(ctx context.Context) []metaView {
 		}
 	}
 	for _, n := range nodes {
-		out = append(out, metaView{ID: n.Id, Name: n.Name, Role: n.Role, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
+		heard := ""
+		if n.HeardUnixNs > 0 {
+			heard = formatTime(n.HeardUnixNs)
+		}
+		out = append(out, metaView{Heard: heard, ClockMs: clockOff(n.UnixNs, time.Now()), ID: n.Id, Name: n.Name, Role: n.Role, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
 			StateHash: fmt.Sprintf("%016x", n.StateHash), FreeBytes: n.FreeBytes, Knows: n.Format, Uses: n.FormatInUse, Detail: n.Detail})
 	}
 	return out
@@ -129,44 +138,125 @@ func seen(h hostView) string {
 	return fmt.Sprintf("down for %v", (time.Duration(h.LastSeenMs) * time.Millisecond).Round(time.Second))
 }
 
-// cluster gathers everything `cairn status` shows.
+// clockOff is how many milliseconds a clock was ahead of now, the moment its word
+// came; 0 if it said nothing.
+func clockOff(unixNs int64, now time.Time) int64 {
+	if unixNs == 0 {
+		return 0
+	}
+	return time.Unix(0, unixNs).Sub(now).Milliseconds()
+}
+
+// hostWait bounds the wait for one host's word, and hostsAtOnce how many are asked
+// at once.
+const (
+	hostWait    = 2 * time.Second
+	hostsAtOnce = 64
+)
+
+// said asks every host that is up for what its gateway and stores do, and notes who
+// does not answer.
+func (s *session) said(ctx context.Context, hosts []*pb.HostState, views []hostView) map[string]*pb.HostStatusReply {
+	reps := make([]*pb.HostStatusReply, len(hosts))
+	var wg sync.WaitGroup
+	turns := make(chan struct{}, hostsAtOnce)
+	for i, h := range hosts {
+		if !h.Up {
+			continue
+		}
+		turns <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-turns }()
+			ctx, cancel := context.WithTimeout(ctx, hostWait)
+			defer cancel()
+			rep, err := callHost(ctx, h.Host, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostStatusReply, error) {
+				return hc.HostStatus(ctx, &pb.HostStatusRequest{})
+			})
+			if views[i].Silent = err != nil; err == nil {
+				reps[i], views[i].ClockMs = rep, clockOff(rep.UnixNs, time.Now())
+			}
+		})
+	}
+	wg.Wait()
+	out := map[string]*pb.HostStatusReply{}
+	for i, r := range reps {
+		if r != nil {
+			out[hosts[i].Host.Name] = r
+		}
+	}
+	return out
+}
+
+// cluster gathers everything `cairn status` shows. What it waits for is asked for at
+// the same time: it is to answer within 5 seconds whoever is away.
 func (s *session) cluster(ctx context.Context) (*clusterView, error) {
-	w := &clusterView{Problems: []string{}, Evidence: []finding{}, Hosts: []hostView{}, Tenants: []tenantView{}, Volumes: []volumeView{}, Meta: s.metaViews(ctx)}
+	w := &clusterView{Problems: []string{}, Evidence: []finding{}, Hosts: []hostView{}, Tenants: []tenantView{}, Volumes: []volumeView{}}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	nodes := make(chan []metaView, 1)
+	wg.Go(func() { nodes <- s.metaViews(ctx) })
 	rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
 	if err != nil {
+		w.Meta = <-nodes
 		w.find(noMetadata(err))
 		return w, err
 	}
 	w.Cluster = rep.ClusterId
-	if w.Hosts, err = s.hostViews(ctx); err != nil {
+	hosts, err := s.hosts(ctx)
+	if err != nil {
 		return nil, err
 	}
-	for _, v := range rep.Volumes {
-		w.Volumes = append(w.Volumes, viewVolume(v))
+	for _, h := range hosts {
+		w.Hosts = append(w.Hosts, viewHost(h))
 	}
 	if w.Tenants, err = s.tenants(ctx); err != nil {
 		return nil, err
 	}
-	w.find(health(w, time.Now())...)
-	network, err := s.netView(ctx)
-	if err != nil {
-		return nil, err
+	var network *netView
+	var nerr error
+	wg.Go(func() { network, nerr = s.netView(ctx) })
+	said := s.said(ctx, hosts, w.Hosts)
+	w.Meta = <-nodes
+	wg.Wait()
+	for _, v := range rep.Volumes {
+		x := viewVolume(v)
+		if st := said[v.HolderHost]; st != nil {
+			x.merge(v, st)
+		}
+		w.Volumes = append(w.Volumes, x)
+	}
+	fs := health(w, time.Now())
+	if nerr != nil {
+		return nil, nerr
 	}
 	for _, p := range network.Problems {
-		w.Problems = append(w.Problems, p)
-		w.Evidence = append(w.Evidence, finding{Severity: warning, What: p})
+		fs = append(fs, finding{Severity: warning, What: p, Means: "traffic takes other paths while there are any; a host without one has its copies left out",
+			Next: "`cairn net show` has the whole picture; what works again is used again by itself"})
 	}
+	slices.SortStableFunc(fs, func(a, b finding) int { return rank(b.Severity) - rank(a.Severity) })
+	w.find(fs...)
 	return w, nil
 }
 
 func statusCommand(c *cli) *cobra.Command {
 	var out outputFlag
+	var exit bool
 	cmd := &cobra.Command{
 		Use: "status", Short: "What the cluster is, and what is wrong with it", Args: cobra.NoArgs,
+		Long: `What the cluster is, and what is wrong with it, the worst first: !! one more loss takes data
+or service away, or has; ! something is gone, nothing is lost; - good to know.
+
+The exit status says whether the cluster could be looked at. With --exit-code it says what
+was found, as monitoring plugins do: 0 nothing or only what is good to know, 1 warnings,
+2 something critical, 3 there was no looking.`,
+		Example: "  cairn status\n  cairn status --exit-code >/dev/null || mail -s cairn admin\n  cairn status -o json | jq .evidence",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				w, err := s.cluster(ctx)
-				if w == nil {
+			if err := out.check(); err != nil {
+				return err
+			}
+			var w *clusterView
+			err := c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) (err error) {
+				if w, err = s.cluster(ctx); w == nil {
 					return err
 				}
 				if out.format != "table" {
@@ -174,10 +264,27 @@ func statusCommand(c *cli) *cobra.Command {
 				}
 				return errors.Join(printStatus(w), err)
 			})
+			if exit {
+				return exitAs{err, w.exitCode()}
+			}
+			return err
 		},
 	}
+	cmd.Flags().BoolVar(&exit, "exit-code", false, "exit with what was found: 1 warnings, 2 critical, 3 not known")
 	out.register(cmd)
 	return cmd
+}
+
+// exitCode is what `cairn status --exit-code` ends with; nil: nothing was seen.
+func (w *clusterView) exitCode() int {
+	if w == nil {
+		return 3
+	}
+	worst := 0
+	for _, f := range w.Evidence {
+		worst = max(worst, rank(f.Severity))
+	}
+	return worst
 }
 
 func printStatus(w *clusterView) error {

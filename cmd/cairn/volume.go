@@ -69,7 +69,11 @@ type volumeView struct {
 	PurgeAt  string            `json:"purgeAt,omitempty"` // when a deleted one goes for good
 	Shrunk   uint64            `json:"shrunkFromBytes,omitempty"`
 	UndoTill string            `json:"undoUntil,omitempty"`
-	Closed   bool              `json:"closed,omitempty"` // it came out of a metadata backup: `cairn volume trust`
+
+	serves string   // what its gateway says it does; "": it was not asked
+	full   uint64   // writes that wait for room
+	fullOn []string // on these hosts
+	Closed bool     `json:"closed,omitempty"` // it came out of a metadata backup: `cairn volume trust`
 }
 
 // qosView is a volume's bounds; 0 is none.
@@ -308,7 +312,7 @@ func (w *volumeView) merge(v *pb.Volume, st *pb.HostStatusReply) {
 		if a.VolumeId != v.Id || st.Host != v.HolderHost {
 			continue
 		}
-		w.URI, w.StallUs = a.Uri, a.MaxWriteStallUs
+		w.URI, w.StallUs, w.serves, w.full, w.fullOn = a.Uri, a.MaxWriteStallUs, a.State, a.FullWrites, a.FullOn
 		if a.State != "serving" {
 			w.State = a.State
 		}

@@ -293,7 +293,7 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 	case *pb.QueryRequest_Volume:
 		v := state.VolumeByName(kv, q.Volume)
 		if v == nil {
-			return status.Errorf(status.NotFound, "there is no volume %q", q.Volume)
+			return state.NoVolume(q.Volume)
 		}
 		rep.Volumes = []*pb.Volume{state.Leaving(kv, v)}
 		if req.WithChunks {
@@ -311,7 +311,7 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 	case *pb.QueryRequest_Vm:
 		vm := state.VMByName(kv, q.Vm)
 		if vm == nil {
-			return status.Errorf(status.NotFound, "there is no VM %q", q.Vm)
+			return status.Errorf(status.NotFound, "there is no VM %q: `cairn vm ls` lists them", q.Vm)
 		}
 		rep.Vms = []*pb.VM{vm}
 	case *pb.QueryRequest_Vms:
@@ -354,7 +354,7 @@ func (s *Server) Node(_ context.Context, req *pb.NodeRequest) (*pb.NodeReply, er
 
 func (s *Server) node() *pb.NodeReply {
 	self := s.addrs[raft.ServerID(s.id)]
-	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: s.cfg.format}
+	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: s.cfg.format, UnixNs: s.cfg.clock().UnixNano()}
 	if used, err := s.formatInUse(); err == nil { // without it, it is shown as 0
 		rep.FormatInUse = used
 	}

@@ -210,10 +210,18 @@ func (s *Server) nodes(ctx context.Context) []*pb.NodeReply {
 		case p.ID == s.id:
 			out[i] = s.node()
 		case out[i] == nil:
-			out[i] = &pb.NodeReply{Id: p.ID, Name: nameOf(p.ID), Addr: p.APIAddr, RaftAddr: p.RaftAddr, State: "unreachable", Role: role(servers, p.ID)}
+			out[i] = &pb.NodeReply{Id: p.ID, Name: nameOf(p.ID), Addr: p.APIAddr, RaftAddr: p.RaftAddr, State: "unreachable", Role: role(servers, p.ID), HeardUnixNs: s.heard(p.ID)}
 		}
 	}
 	return out
+}
+
+// heard is when this node, as leader, last heard of another, as Unix nanoseconds.
+func (s *Server) heard(id string) int64 {
+	if s.raft.Load() == nil {
+		return 0
+	}
+	return s.trans.reach.since(raft.ServerID(id))
 }
 
 // AddNode implements pb.MetaServer.

@@ -17,8 +17,9 @@ import (
 // nothing can be committed although a majority is up. Held back here, the
 // sender has failed once, and goes on at once.
 type reach struct {
-	mu   sync.Mutex // guards down
-	down map[raft.ServerID]chan struct{}
+	mu    sync.Mutex // guards down and heard
+	down  map[raft.ServerID]chan struct{}
+	heard map[raft.ServerID]time.Time // when something got through last
 }
 
 // failed: entries did not get through.
@@ -37,10 +38,25 @@ func (r *reach) failed(id raft.ServerID) {
 func (r *reach) answered(id raft.ServerID) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.heard == nil {
+		r.heard = map[raft.ServerID]time.Time{}
+	}
+	r.heard[id] = time.Now()
 	if c := r.down[id]; c != nil {
 		close(c)
 		delete(r.down, id)
 	}
+}
+
+// since is when something got through to a peer last, as Unix nanoseconds; 0: it
+// did not since this node began.
+func (r *reach) since(id raft.ServerID) int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if at := r.heard[id]; !at.IsZero() {
+		return at.UnixNano()
+	}
+	return 0
 }
 
 // wait returns when the peer may be tried, or when there is no reason to any

@@ -148,7 +148,7 @@ func (t *tenure) heatOf(volume uint64, now time.Duration) map[uint32]*pb.ChunkHe
 func (s *Server) placeVM(t *tenure, q *pb.PlaceVM) (host, reason string, err error) {
 	rerr := s.fsm.read(func(kv state.KV) {
 		if state.VMByName(kv, q.Vm) == nil {
-			err = status.Errorf(status.NotFound, "there is no VM %q", q.Vm)
+			err = status.Errorf(status.NotFound, "there is no VM %q: `cairn vm ls` lists them", q.Vm)
 			return
 		}
 		host, reason, err = s.cfg.Placer.PlaceVM(t.picture(kv, boottime(), q.ExceptHosts), q.Vm)

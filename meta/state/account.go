@@ -3,6 +3,7 @@ package state
 import (
 	"google.golang.org/protobuf/proto"
 
+	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -110,7 +111,7 @@ func (a *apply) setTenant(op *pb.SetTenant) (*pb.Result, error) {
 	} else {
 		put(a.kv, k, t)
 	}
-	a.event("tenant %s: quotas of %d bytes of volumes and %d bytes of chunks", t.Name, t.LogicalQuotaBytes, t.PhysicalQuotaBytes)
+	a.event("tenant %s: quotas of %s of volumes and %s of chunks (0 B: none)", t.Name, ids.FormatSize(t.LogicalQuotaBytes), ids.FormatSize(t.PhysicalQuotaBytes))
 	return &pb.Result{}, nil
 }
 
@@ -121,10 +122,10 @@ func (a *apply) checkQuota(tenant string, moreLogical, morePhysical uint64) erro
 		return nil
 	}
 	if q := t.LogicalQuotaBytes; q > 0 && moreLogical > 0 && t.LogicalBytes+moreLogical > q {
-		return status.Errorf(status.NoSpace, "tenant %s would have volumes of %d bytes and may have %d (%d of them are deleted and not purged yet): purge or shrink some, or raise the quota", tenant, t.LogicalBytes+moreLogical, q, t.DeletedBytes)
+		return status.Errorf(status.NoSpace, "tenant %s would have volumes of %s and may have %s (%s of them are deleted and not purged yet): purge or shrink some, or raise the quota with `cairn tenant set`", tenant, ids.FormatSize(t.LogicalBytes+moreLogical), ids.FormatSize(q), ids.FormatSize(t.DeletedBytes))
 	}
 	if q := t.PhysicalQuotaBytes; q > 0 && morePhysical > 0 && t.PhysicalBytes+morePhysical > q {
-		return status.Errorf(status.NoSpace, "tenant %s would take up %d bytes with all copies and may take up %d: remove volumes, or raise the quota", tenant, t.PhysicalBytes+morePhysical, q)
+		return status.Errorf(status.NoSpace, "tenant %s would take up %s with all copies and may take up %s: remove volumes, or raise the quota with `cairn tenant set`", tenant, ids.FormatSize(t.PhysicalBytes+morePhysical), ids.FormatSize(q))
 	}
 	return nil
 }
@@ -139,7 +140,7 @@ func (a *apply) checkThick(moreThick, moreThin uint64) error {
 	}
 	most := StoreBytes(a.kv)
 	if need := p.ThickBytes + moreThick + (p.PlacedBytes - p.ThickPlacedBytes) + moreThin; need > most {
-		return status.Errorf(status.NoSpace, "%d bytes would be set aside or placed and the stores have %d: add stores, or remove volumes (thick ones keep %d for themselves)", need, most, p.ThickBytes)
+		return status.Errorf(status.NoSpace, "%s would be set aside or placed and the stores have %s: add stores, or remove volumes (thick ones keep %s for themselves)", ids.FormatSize(need), ids.FormatSize(most), ids.FormatSize(p.ThickBytes))
 	}
 	return nil
 }
@@ -171,7 +172,7 @@ func checkQos(q *pb.Qos) error {
 	case q.IopsMax > 0 && q.IopsMin > q.IopsMax, q.BytesPerSecondMax > 0 && q.BytesPerSecondMin > q.BytesPerSecondMax:
 		return status.Errorf(status.Invalid, "a volume cannot be promised more than it may have at most")
 	case q.BytesPerSecondMax > 0 && q.BytesPerSecondMax < 64<<10:
-		return status.Errorf(status.Invalid, "a bandwidth of %d bytes a second is not possible: at least 65536", q.BytesPerSecondMax)
+		return status.Errorf(status.Invalid, "a bandwidth of %d bytes a second is not possible: at least 64K", q.BytesPerSecondMax)
 	}
 	return nil
 }
@@ -202,7 +203,7 @@ func (a *apply) updateVolume(op *pb.UpdateVolume) (*pb.Result, error) {
 		if v.Qos = op.Qos; proto.Equal(v.Qos, &pb.Qos{}) {
 			v.Qos = nil
 		}
-		a.event("volume %s: at most %d IOPS and %d bytes a second, at least %d and %d", v.Name, op.Qos.IopsMax, op.Qos.BytesPerSecondMax, op.Qos.IopsMin, op.Qos.BytesPerSecondMin)
+		a.event("volume %s: at most %d IOPS and %s a second, at least %d and %s (0: no bound)", v.Name, op.Qos.IopsMax, ids.FormatSize(op.Qos.BytesPerSecondMax), op.Qos.IopsMin, ids.FormatSize(op.Qos.BytesPerSecondMin))
 	} else {
 		a.event("volume %s: %d tags", v.Name, len(tags))
 	}

@@ -189,7 +189,7 @@ func TestAShrinkCanBeUndoneUntilItIsFinal(t *testing.T) {
 	v := c.filled("v", 8)
 	size, cb := v.SizeBytes, v.ChunkBytes
 	c.refused(status.Invalid, "no shrinking", shrink(v, size, false, 60))
-	c.refused(status.Invalid, fmt.Sprint(2*cb), shrink(v, cb+4096, true, 60))
+	c.refused(status.Invalid, "64M or 128M", shrink(v, cb+4096, true, 60))
 	late := proto.Clone(v).(*pb.Volume)
 	late.Epoch--
 	c.refused(status.Fenced, "over", shrink(late, 2*cb, true, 60))
@@ -263,7 +263,7 @@ func TestQuotasAndThickVolumes(t *testing.T) {
 	c.ok(allocate(v, v.Epoch, 2))
 	c.ok(detach(v))
 	c.ok(removeVolume("a", 60))
-	c.refused(status.NoSpace, "2147483648 of them are deleted", of("b", 2<<30))
+	c.refused(status.NoSpace, "2 GiB of them are deleted", of("b", 2<<30))
 	c.audit()
 
 	// Three stores of 1 TiB: 3 TiB are there.
@@ -356,7 +356,7 @@ func TestTagsAndLimits(t *testing.T) {
 		t.Fatalf("limits %v", v)
 	}
 	c.refused(status.Invalid, "promised more", up(&pb.UpdateVolume{Qos: &pb.Qos{IopsMax: 10, IopsMin: 11}}))
-	c.refused(status.Invalid, "65536", up(&pb.UpdateVolume{Qos: &pb.Qos{BytesPerSecondMax: 5}}))
+	c.refused(status.Invalid, "64K", up(&pb.UpdateVolume{Qos: &pb.Qos{BytesPerSecondMax: 5}}))
 	if v = c.ok(up(&pb.UpdateVolume{Qos: &pb.Qos{}})).Volume; v.Qos != nil {
 		t.Fatalf("limits taken away: %v", v.Qos)
 	}

@@ -397,7 +397,7 @@ func (a *apply) putVM(op *pb.PutVM) (*pb.Result, error) {
 func (a *apply) deleteVM(op *pb.DeleteVM) (*pb.Result, error) {
 	vm := VMByName(a.kv, op.Name)
 	if vm == nil {
-		return nil, status.Errorf(status.NotFound, "there is no VM %s", op.Name)
+		return nil, status.Errorf(status.NotFound, "there is no VM %q: `cairn vm ls` lists them", op.Name)
 	}
 	if vm.Desired == "running" {
 		return nil, status.Errorf(status.Held, "VM %s is running on host %s: stop it first", vm.Name, vm.Host)

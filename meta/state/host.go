@@ -81,7 +81,7 @@ func (a *apply) revokeToken(op *pb.RevokeToken) (*pb.Result, error) {
 		}
 	}
 	if n == 0 {
-		return nil, status.Errorf(status.NotFound, "there is no such join token")
+		return nil, status.Errorf(status.NotFound, "there is no such join token: `cairn events` names those that were made; \"all\" revokes every one")
 	}
 	a.event("%d join tokens revoked", n)
 	return &pb.Result{}, nil

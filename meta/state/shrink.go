@@ -32,11 +32,11 @@ func (a *apply) shrinkVolume(op *pb.ShrinkVolume) (*pb.Result, error) {
 		return nil, err
 	}
 	if op.SizeBytes >= v.SizeBytes {
-		return nil, status.Errorf(status.Invalid, "volume %s has %d bytes: that is no shrinking", v.Name, v.SizeBytes)
+		return nil, status.Errorf(status.Invalid, "volume %s has %s: that is no shrinking", v.Name, ids.FormatSize(v.SizeBytes))
 	}
 	if op.DiscardTail && op.SizeBytes%v.ChunkBytes != 0 {
 		down := op.SizeBytes / v.ChunkBytes * v.ChunkBytes
-		return nil, status.Errorf(status.Invalid, "data is cut off volume %s at the end of a chunk only: shrink it to %d or %d bytes", v.Name, down, down+v.ChunkBytes)
+		return nil, status.Errorf(status.Invalid, "data is cut off volume %s at the end of a chunk only: shrink it to %dM or %dM", v.Name, down>>20, (down+v.ChunkBytes)>>20)
 	}
 	if err := checkSnapshotsFit(v, op.SizeBytes); err != nil {
 		return nil, err
@@ -51,7 +51,7 @@ func (a *apply) shrinkVolume(op *pb.ShrinkVolume) (*pb.Result, error) {
 	if op.DiscardTail {
 		how = "what was beyond is cut"
 	}
-	a.event("volume %s shrunk from %d to %d bytes: %s; undo is possible until %s", v.Name, from, v.SizeBytes, how, stamp(v.UndoUnixNs))
+	a.event("volume %s shrunk from %s to %s: %s; undo is possible until %s", v.Name, ids.FormatSize(from), ids.FormatSize(v.SizeBytes), how, stamp(v.UndoUnixNs))
 	return &pb.Result{Volume: v}, nil
 }
 
@@ -85,7 +85,7 @@ func (a *apply) undoShrink(op *pb.UndoShrink) (*pb.Result, error) {
 	v.SizeBytes, v.ShrunkFrom, v.UndoUnixNs = v.ShrunkFrom, 0, 0
 	v.Revision++
 	put(a.kv, key(tVolume, v.Id), v)
-	a.event("volume %s has its %d bytes again", v.Name, v.SizeBytes)
+	a.event("volume %s has its %s again", v.Name, ids.FormatSize(v.SizeBytes))
 	return &pb.Result{Volume: v}, nil
 }
 
@@ -95,7 +95,7 @@ func (a *apply) checkGrow(v *pb.Volume) error {
 	case v.ShrunkFrom == 0:
 		return nil
 	case v.UndoUnixNs > a.now:
-		return status.Errorf(status.Conflict, "volume %s was shrunk from %d bytes and that can be undone until %s: `cairn volume undo-shrink %s`, or with --forget to make it final", v.Name, v.ShrunkFrom, stamp(v.UndoUnixNs), v.Name)
+		return status.Errorf(status.Conflict, "volume %s was shrunk from %s and that can be undone until %s: `cairn volume undo-shrink %s`, or with --forget to make it final", v.Name, ids.FormatSize(v.ShrunkFrom), stamp(v.UndoUnixNs), v.Name)
 	}
 	return status.Errorf(status.Unavailable, "the end of volume %s is still being cut off: ask again", v.Name)
 }
@@ -123,7 +123,7 @@ func (a *apply) cutSome(v *pb.Volume, due []byte) {
 		v.Cuts++ // its holder forgets the chunks before it takes a new size
 		v.CutUpto = u64(a.kv.Get(key(tMeta, "chunk")))
 		v.Revision++
-		a.event("volume %s: its shrink to %d bytes is final", v.Name, v.SizeBytes)
+		a.event("volume %s: its shrink to %s is final", v.Name, ids.FormatSize(v.SizeBytes))
 	}
 	put(a.kv, key(tVolume, v.Id), v)
 }

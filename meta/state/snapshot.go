@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
@@ -57,7 +58,7 @@ func children(v *pb.Volume, id uint32) (out []*pb.Layer) {
 }
 
 func noSnapshot(v *pb.Volume, name string) error {
-	return status.Errorf(status.NotFound, "volume %s has no snapshot %q", v.Name, name)
+	return status.Errorf(status.NotFound, "volume %s has no snapshot %q: `cairn volume snapshot ls %s` lists them", v.Name, name, v.Name)
 }
 
 // materialize writes down the one layer every volume begins with.
@@ -133,7 +134,7 @@ func checkSnapshotsFit(v *pb.Volume, size uint64) error {
 	for _, l := range v.Layers {
 		switch {
 		case l.State == pb.LayerState_LAYER_STATE_SNAPSHOT && l.SizeBytes > size:
-			return status.Errorf(status.Held, "snapshot %s of volume %s has %d bytes: delete it before the volume gets smaller than that", l.Name, v.Name, l.SizeBytes)
+			return status.Errorf(status.Held, "snapshot %s of volume %s has %s: delete it before the volume gets smaller than that", l.Name, v.Name, ids.FormatSize(l.SizeBytes))
 		case l.State == pb.LayerState_LAYER_STATE_OPEN && l.Id != v.Top:
 			return status.Errorf(status.Conflict, "a snapshot of volume %s is being taken: try again", v.Name)
 		}

@@ -43,6 +43,11 @@ func member(v *pb.Volume, store []byte) *pb.Member {
 	return nil
 }
 
+// NoVolume says that a name is nobody's, and where names are.
+func NoVolume(name string) error {
+	return status.Errorf(status.NotFound, "there is no volume %q: `cairn volume ls` lists them, with --deleted those that can be had back", name)
+}
+
 func (a *apply) find(name string) (*pb.Volume, error) {
 	v := VolumeByName(a.kv, name)
 	switch {
@@ -52,7 +57,7 @@ func (a *apply) find(name string) (*pb.Volume, error) {
 	default:
 		return v, nil
 	}
-	return nil, status.Errorf(status.NotFound, "there is no volume %q", name)
+	return nil, NoVolume(name)
 }
 
 // pool is what there is to put chunks on.
@@ -92,7 +97,7 @@ func (p pool) checkFits(size uint64, replicas uint32) error {
 		return nil
 	}
 	if most := lo / uint64(replicas); size > most {
-		return status.Errorf(status.NoSpace, "a volume of %d bytes can never be filled: %d hosts with stores of at most %d bytes hold %d bytes at %d replicas; add stores or make it smaller", size, p.hosts, p.largest, most, replicas)
+		return status.Errorf(status.NoSpace, "a volume of %s can never be filled: the stores of %d hosts, of at most %s each, hold %s at %d replicas; add stores or make it smaller", ids.FormatSize(size), p.hosts, ids.FormatSize(p.largest), ids.FormatSize(most), replicas)
 	}
 	return nil
 }
@@ -147,7 +152,7 @@ func (a *apply) createVolume(op *pb.CreateVolume) (*pb.Result, error) {
 	v.Id, v.CreatedUnixNs, v.Revision = next(a.kv, "volume"), a.now, 1
 	put(a.kv, key(tVolume, v.Id), v)
 	a.kv.Set(key(tName, v.Name), put64(v.Id))
-	a.event("volume %s created: %d bytes, %d replicas", v.Name, v.SizeBytes, v.Replicas)
+	a.event("volume %s created: %s, %d replicas", v.Name, ids.FormatSize(v.SizeBytes), v.Replicas)
 	return &pb.Result{Volume: v}, nil
 }
 
@@ -185,7 +190,7 @@ func (a *apply) resizeVolume(op *pb.ResizeVolume) (*pb.Result, error) {
 		return nil, err
 	}
 	if op.SizeBytes < v.SizeBytes {
-		return nil, status.Errorf(status.Invalid, "volume %s has %d bytes: %d would be a shrink, which its gateway does after a look at the data (`cairn volume resize`)", v.Name, v.SizeBytes, op.SizeBytes)
+		return nil, status.Errorf(status.Invalid, "volume %s has %s: %s would be a shrink, which its gateway does after a look at the data (`cairn volume resize`)", v.Name, ids.FormatSize(v.SizeBytes), ids.FormatSize(op.SizeBytes))
 	}
 	if err := a.pool(v.Domain).checkFits(op.SizeBytes, v.Replicas); err != nil {
 		return nil, err
@@ -202,7 +207,7 @@ func (a *apply) resizeVolume(op *pb.ResizeVolume) (*pb.Result, error) {
 	}
 	v.SizeBytes = op.SizeBytes
 	put(a.kv, key(tVolume, v.Id), v)
-	a.event("volume %s grown to %d bytes", v.Name, v.SizeBytes)
+	a.event("volume %s grown to %s", v.Name, ids.FormatSize(v.SizeBytes))
 	return &pb.Result{Volume: v}, nil
 }
 

@@ -1570,6 +1570,8 @@ type AttachmentStatus struct {
 	InFlight        uint64                 `protobuf:"varint,12,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
 	ReadBlocks      uint64                 `protobuf:"varint,80,opt,name=read_blocks,json=readBlocks,proto3" json:"read_blocks,omitempty"`    // of clients' reads, that replicas answered
 	LocalBlocks     uint64                 `protobuf:"varint,81,opt,name=local_blocks,json=localBlocks,proto3" json:"local_blocks,omitempty"` // of those, by the replica of this host
+	FullWrites      uint64                 `protobuf:"varint,110,opt,name=full_writes,json=fullWrites,proto3" json:"full_writes,omitempty"`   // that wait for room
+	FullOn          []string               `protobuf:"bytes,111,rep,name=full_on,json=fullOn,proto3" json:"full_on,omitempty"`                // hosts whose stores have none for them
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1702,6 +1704,20 @@ func (x *AttachmentStatus) GetLocalBlocks() uint64 {
 	return 0
 }
 
+func (x *AttachmentStatus) GetFullWrites() uint64 {
+	if x != nil {
+		return x.FullWrites
+	}
+	return 0
+}
+
+func (x *AttachmentStatus) GetFullOn() []string {
+	if x != nil {
+		return x.FullOn
+	}
+	return nil
+}
+
 type VolumeUsage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      uint64                 `protobuf:"varint,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
@@ -1761,8 +1777,9 @@ type HostStatusReply struct {
 	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
 	Attachments   []*AttachmentStatus    `protobuf:"bytes,4,rep,name=attachments,proto3" json:"attachments,omitempty"`
 	Stores        []*StoreUsage          `protobuf:"bytes,5,rep,name=stores,proto3" json:"stores,omitempty"`
-	Volumes       []*VolumeUsage         `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"` // live bytes of each volume on this host's stores
-	Session       string                 `protobuf:"bytes,7,opt,name=session,proto3" json:"session,omitempty"` // of its gateway
+	Volumes       []*VolumeUsage         `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`                // live bytes of each volume on this host's stores
+	Session       string                 `protobuf:"bytes,7,opt,name=session,proto3" json:"session,omitempty"`                // of its gateway
+	UnixNs        int64                  `protobuf:"varint,110,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"` // its clock
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1844,6 +1861,13 @@ func (x *HostStatusReply) GetSession() string {
 		return x.Session
 	}
 	return ""
+}
+
+func (x *HostStatusReply) GetUnixNs() int64 {
+	if x != nil {
+		return x.UnixNs
+	}
+	return 0
 }
 
 type CutRequest struct {
@@ -2963,7 +2987,7 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12!\n" +
-	"\fjoined_bytes\x18\x04 \x01(\x04R\vjoinedBytes\"\xac\x03\n" +
+	"\fjoined_bytes\x18\x04 \x01(\x04R\vjoinedBytes\"\xe6\x03\n" +
 	"\x10AttachmentStatus\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x14\n" +
@@ -2980,11 +3004,14 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\tin_flight\x18\f \x01(\x04R\binFlight\x12\x1f\n" +
 	"\vread_blocks\x18P \x01(\x04R\n" +
 	"readBlocks\x12!\n" +
-	"\flocal_blocks\x18Q \x01(\x04R\vlocalBlocks\"I\n" +
+	"\flocal_blocks\x18Q \x01(\x04R\vlocalBlocks\x12\x1f\n" +
+	"\vfull_writes\x18n \x01(\x04R\n" +
+	"fullWrites\x12\x17\n" +
+	"\afull_on\x18o \x03(\tR\x06fullOn\"I\n" +
 	"\vVolumeUsage\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x1d\n" +
 	"\n" +
-	"live_bytes\x18\x02 \x01(\x04R\tliveBytes\"\x8c\x02\n" +
+	"live_bytes\x18\x02 \x01(\x04R\tliveBytes\"\xa5\x02\n" +
 	"\x0fHostStatusReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
@@ -2992,7 +3019,8 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\vattachments\x18\x04 \x03(\v2\x1a.cairn.v1.AttachmentStatusR\vattachments\x12,\n" +
 	"\x06stores\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x06stores\x12/\n" +
 	"\avolumes\x18\x06 \x03(\v2\x15.cairn.v1.VolumeUsageR\avolumes\x12\x18\n" +
-	"\asession\x18\a \x01(\tR\asession\"=\n" +
+	"\asession\x18\a \x01(\tR\asession\x12\x17\n" +
+	"\aunix_ns\x18n \x01(\x03R\x06unixNs\"=\n" +
 	"\n" +
 	"CutRequest\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x17\n" +

@@ -5688,12 +5688,14 @@ type NodeReply struct {
 	Cluster       string                 `protobuf:"bytes,42,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Role          string                 `protobuf:"bytes,43,opt,name=role,proto3" json:"role,omitempty"` // voter, learner, none
 	FreeBytes     uint64                 `protobuf:"varint,44,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
-	Format        uint32                 `protobuf:"varint,45,opt,name=format,proto3" json:"format,omitempty"`                                // highest state version it can apply
-	FormatInUse   uint32                 `protobuf:"varint,50,opt,name=format_in_use,json=formatInUse,proto3" json:"format_in_use,omitempty"` // the cluster's, as far as it has applied
-	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`                                 // what is wrong with it, or what it waits for
-	AuditIndex    uint64                 `protobuf:"varint,47,opt,name=audit_index,json=auditIndex,proto3" json:"audit_index,omitempty"`      // of the last audit it has applied
-	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`         // of its state there
-	VotingTerm    uint64                 `protobuf:"varint,49,opt,name=voting_term,json=votingTerm,proto3" json:"voting_term,omitempty"`      // with term_only: the term in which it votes; 0: it does not vote yet
+	Format        uint32                 `protobuf:"varint,45,opt,name=format,proto3" json:"format,omitempty"`                                 // highest state version it can apply
+	FormatInUse   uint32                 `protobuf:"varint,50,opt,name=format_in_use,json=formatInUse,proto3" json:"format_in_use,omitempty"`  // the cluster's, as far as it has applied
+	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`                                  // what is wrong with it, or what it waits for
+	AuditIndex    uint64                 `protobuf:"varint,47,opt,name=audit_index,json=auditIndex,proto3" json:"audit_index,omitempty"`       // of the last audit it has applied
+	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`          // of its state there
+	UnixNs        int64                  `protobuf:"varint,110,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`                  // its clock
+	HeardUnixNs   int64                  `protobuf:"varint,111,opt,name=heard_unix_ns,json=heardUnixNs,proto3" json:"heard_unix_ns,omitempty"` // of an unreachable one, by the leader: when it was last heard of; 0: not since that leads
+	VotingTerm    uint64                 `protobuf:"varint,49,opt,name=voting_term,json=votingTerm,proto3" json:"voting_term,omitempty"`       // with term_only: the term in which it votes; 0: it does not vote yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5857,6 +5859,20 @@ func (x *NodeReply) GetAuditIndex() uint64 {
 func (x *NodeReply) GetAuditHash() uint64 {
 	if x != nil {
 		return x.AuditHash
+	}
+	return 0
+}
+
+func (x *NodeReply) GetUnixNs() int64 {
+	if x != nil {
+		return x.UnixNs
+	}
+	return 0
+}
+
+func (x *NodeReply) GetHeardUnixNs() int64 {
+	if x != nil {
+		return x.HeardUnixNs
 	}
 	return 0
 }
@@ -6905,7 +6921,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\bnot_here\x18S \x03(\tR\anotHere\x12.\n" +
 	"\x06wishes\x18T \x03(\v2\x16.cairn.v1.VolumeWishesR\x06wishes\"*\n" +
 	"\vNodeRequest\x12\x1b\n" +
-	"\tterm_only\x18\x01 \x01(\bR\btermOnly\"\x9d\x04\n" +
+	"\tterm_only\x18\x01 \x01(\bR\btermOnly\"\xda\x04\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x16\n" +
@@ -6931,7 +6947,9 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\vaudit_index\x18/ \x01(\x04R\n" +
 	"auditIndex\x12\x1d\n" +
 	"\n" +
-	"audit_hash\x180 \x01(\x04R\tauditHash\x12\x1f\n" +
+	"audit_hash\x180 \x01(\x04R\tauditHash\x12\x17\n" +
+	"\aunix_ns\x18n \x01(\x03R\x06unixNs\x12\"\n" +
+	"\rheard_unix_ns\x18o \x01(\x03R\vheardUnixNs\x12\x1f\n" +
 	"\vvoting_term\x181 \x01(\x04R\n" +
 	"votingTerm\"$\n" +
 	"\fWatchRequest\x12\x14\n" +
