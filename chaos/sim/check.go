@@ -160,31 +160,32 @@ func (c *checker) refused(o *op, k status.Kind) {
 		c.w.stats.Unknown++
 	case k == status.NoSpace && c.w.faults.everFull && o.Kind == volume.OpWrite:
 	case (k == status.IO || k == status.Poison || k == status.Corrupt) && c.w.faults.mayPoison():
-	case k == status.IO && (c.copiesWell(o) == 0 || o.at <= c.w.faults.failedUntil && c.copiesWell(o) == 1): // P5: wait or EIO; the last one may have failed, and be back
+	case k == status.IO && c.noneWell(o): // P5: wait or EIO
 	default:
 		c.w.violate("P7", "%s fails: %s", o, k)
 	}
 }
 
-// copiesWell counts the in-sync copies that could serve an operation's gateway
-// now, of the chunk that has the fewest.
-func (c *checker) copiesWell(o *op) int {
-	fewest := len(c.w.nodes)
+// noneWell reports whether some chunk of an operation has no in-sync replica that
+// could serve its gateway now, and could while the operation went on. A disk that
+// failed may be back before its error has come to the client.
+func (c *checker) noneWell(o *op) bool {
 	for _, ch := range c.w.meta.chunks() {
 		first := uint64(ch.Index) * chunkBytes
 		if o.Off >= first+chunkBytes || o.Off+o.Len <= first {
 			continue
 		}
-		n := 0
-		for _, d := range c.w.nodes {
-			if holds(ch, d) && c.serves(o.c.a.g, d) {
-				n++
-			}
+		if !slices.ContainsFunc(c.w.nodes, func(n *node) bool {
+			return holds(ch, n) && c.serves(o.c.a.g, n) && max(o.at, c.w.now-backWithin) > n.failedUntil
+		}) {
+			return true
 		}
-		fewest = min(fewest, n)
 	}
-	return fewest
+	return false
 }
+
+// backWithin is how long a gateway may take to find a store that is back.
+const backWithin = 500 * time.Millisecond
 
 // serves reports whether a store is in sync and could answer a gateway now.
 func (c *checker) serves(g *gateway, n *node) bool {

@@ -12,8 +12,9 @@ import (
 // the volume attached, somebody gets it.
 type controller struct {
 	w       *world
-	drained map[string]bool // hosts, from the asking on
-	asked   int             // commands, for the names of sessions
+	drained map[string]bool   // hosts, from the asking on
+	turns   map[string][]bool // hosts whose drain, or its end, is asked for: what is asked for since
+	asked   int               // commands, for the names of sessions
 	asking  bool
 	idleAt  time.Duration // since when nobody has it; 0: somebody has
 	cutter  *attachment   // a snapshot is being taken there; nil: none is
@@ -26,7 +27,7 @@ const lookEvery = 50 * time.Millisecond
 
 // boot makes the cluster and its one volume.
 func (w *world) boot() {
-	b := &controller{w: w, drained: map[string]bool{}}
+	b := &controller{w: w, drained: map[string]bool{}, turns: map[string][]bool{}}
 	w.boss = b
 	ready := false
 	hosts := 0
@@ -148,10 +149,20 @@ func (b *controller) drain(n *node, on bool) {
 	if on {
 		b.drained[n.host] = true
 	}
+	if _, asked := b.turns[n.host]; asked { // else the last one to be asked might come first
+		b.turns[n.host] = append(b.turns[n.host], on)
+		return
+	}
+	b.turns[n.host] = nil
 	b.w.note("operator", "drain", func() string { return fmt.Sprintf("%s %v", n.host, on) })
 	b.do(&pb.Command{Op: &pb.Command_SetHost{SetHost: &pb.SetHost{Host: n.host, Drained: on}}}, func() {
 		if !on {
 			delete(b.drained, n.host)
+		}
+		then := b.turns[n.host]
+		delete(b.turns, n.host)
+		if len(then) > 0 {
+			b.drain(n, then[len(then)-1])
 		}
 	})
 }

@@ -92,7 +92,8 @@ func (d *faultyDisk) complete(op *disk.Op, life int, in time.Duration) {
 func (d *faultyDisk) finish(op *disk.Op) error {
 	if d.failNext && (op.Kind == disk.Write || op.Kind == disk.Sync) {
 		d.failNext = false
-		d.w.faults.failedUntil = max(d.w.faults.failedUntil, d.w.now+d.failFor+time.Millisecond)
+		d.node.failedUntil = d.w.now + d.failFor + time.Millisecond
+		d.w.faults.failedUntil = max(d.w.faults.failedUntil, d.node.failedUntil)
 		d.w.after(d.failFor, func() { d.w.faults.replace(d.node) })
 		d.w.note(d.node.name, "disk error", func() string { return "a write or sync fails" })
 		return status.Errorf(status.IO, "the disk failed: %w", syscall.EIO)

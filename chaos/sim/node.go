@@ -37,6 +37,7 @@ type node struct {
 	dark        bool         // its host has no power: nobody says so to its peers
 	unheard     []*conn      // connections whose peers do not know yet that it lost power
 	pausedUntil time.Duration
+	failedUntil time.Duration // when it was started again after its disk last failed
 	fullUntil   time.Duration // writes find no room
 	lostAt      uint64        // logical time of the last power loss; 0: it holds all it accepted
 	darkSince   time.Duration // when that was

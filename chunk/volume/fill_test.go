@@ -415,3 +415,29 @@ func TestACopyThatMayHaveLeftIsNotRead(t *testing.T) {
 		w.must(2, 2)
 	}
 }
+
+// A wish that finds another call's turn, for longer than plans are made anew, is
+// asked for after it.
+func TestAWishOutlivesAnotherCallsTurn(t *testing.T) {
+	w := filled(t, 1, 4)
+	w.stores = append(w.stores, newMemStore(3))
+	w.spare = []int{3}
+	var held *MetaCall
+	w.hold = func(m *MetaCall) bool {
+		if m.Allocate == nil {
+			return false
+		}
+		held = m
+		return true
+	}
+	w.write(testChunk/ids.BlockSize, 7) // a chunk that is not there yet
+	w.until("allocating", func() bool { return held != nil })
+	c := w.chunks[0]
+	w.step(&Wish{Moves: []*pb.ChunkWish{{Index: c.Index, From: c.Stores[2], To: w.stores[3].id[:]}}})
+	w.settleFor(3 * planEvery)
+	w.hold = nil
+	w.toEngine(func() { w.meta(held) })
+	w.until("moved", func() bool {
+		return slices.ContainsFunc(w.chunkAt(c.Index).Stores, func(id []byte) bool { return bytes.Equal(id, w.stores[3].id[:]) })
+	})
+}

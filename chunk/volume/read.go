@@ -17,11 +17,12 @@ type read struct {
 	c     *chunk
 	first ids.Block
 	count uint32
-	job   *job   // the merge whose edge this is; nil for a client's read
-	bad   uint16 // bit i: c.replicas[i] has answered with an error
-	moved uint8  // times it was asked again because of its layers
-	until uint64 // counter when the data came: later writes do not matter
-	legs  legs   // by position
+	job   *job                // the merge whose edge this is; nil for a client's read
+	bad   uint16              // bit i: what c.replicas[i] has of this is bad
+	ends  [maxReplicas]uint64 // by position: the connection over which its store said that it cannot go on; 0: none
+	moved uint8               // times it was asked again because of its layers
+	until uint64              // counter when the data came: later writes do not matter
+	legs  legs                // by position
 	at    time.Duration
 
 	// Of a clone's read that goes on in its origins (origin.go).
@@ -64,7 +65,7 @@ func (e *Engine) sendRead(rd *read) {
 		switch {
 		case rd.c.fills[i] != nil:
 			hope = hope || rd.c.fills[i].asked // it may count by now
-		case !r.inSync || rd.bad&(1<<i) != 0:
+		case !r.inSync || rd.bad&(1<<i) != 0 || r.up && rd.ends[i] == r.gen:
 		case !r.readable() || !rd.c.shows(r):
 			hope = true
 		case best == nil || (!best.local && (r.local || r.busy < best.busy)):
@@ -137,11 +138,16 @@ func (e *Engine) readReply(r *replica, rd *read, pos int, rep *wire.Reply) {
 			return
 		}
 		fallthrough
-	default:
+	default: // its store cannot go on; back over another connection it is asked again
 		if rd.c.replicas[pos] == r { // or its copy has moved away, and it has dropped it
 			e.replicaFailed(r, rep)
 		}
 		if e.state == Ended {
+			return
+		}
+		if k != status.NotFound {
+			rd.ends[pos] = r.gen
+			e.sendRead(rd)
 			return
 		}
 	}

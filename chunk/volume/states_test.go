@@ -2,9 +2,12 @@ package volume
 
 import (
 	"bytes"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/cairnstore/cairn/proto/ids"
+	"github.com/cairnstore/cairn/proto/status"
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
@@ -57,4 +60,29 @@ func TestABadBlockIsData(t *testing.T) {
 	if !bytes.Equal(op.States, []byte{BlockData, BlockData, BlockData}) {
 		t.Errorf("%v", op.States)
 	}
+}
+
+// Each store that has a block says that its disk has failed, and is back over a new
+// connection while the last one to be asked hangs: when that one is excluded, the
+// read is answered by those that are back.
+func TestAStoreThatIsBackIsReadAgain(t *testing.T) {
+	w := filled(t, 4, 4)
+	fails := func(q *wire.Request, r *wire.Reply) {
+		if q.Kind == wire.Read {
+			*r = wire.Reply{Kind: q.Kind, ID: q.ID, Status: status.IO, Detail: "the disk failed"}
+		}
+	}
+	w.hang(2)
+	w.stores[0].tamper, w.stores[1].tamper = fails, fails
+	op := &Op{Kind: OpRead, Off: ids.BlockSize, Len: ids.BlockSize, Data: make([]byte, ids.BlockSize)}
+	w.do(op, w.ok("read"))
+	told := func(i int) bool {
+		return slices.ContainsFunc(w.stores[i].log, func(q wire.Request) bool { return q.Kind == wire.Read })
+	}
+	w.until("both have failed", func() bool { return told(0) && told(1) })
+	w.settleFor(time.Millisecond)
+	w.stores[0].tamper, w.stores[1].tamper = nil, nil
+	w.restart(0)
+	w.restart(1)
+	w.until("read", func() bool { return w.done[op] == nil })
 }

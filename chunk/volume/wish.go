@@ -52,9 +52,9 @@ func (e *Engine) wished(w *pb.ChunkWish) bool {
 func (e *Engine) planWishes(planned int) {
 	m := &e.moves
 	m.wishes = slices.DeleteFunc(m.wishes, func(w *pb.ChunkWish) bool { return !e.wished(w) })
+	m.look = m.look || len(m.wishes) > 0 // until metadata was asked: another call may have the turn
 	for _, w := range m.wishes {
 		if planned >= fillsPlanned || len(m.plan) >= movesAtOnce {
-			m.look = true
 			return
 		}
 		planned++
