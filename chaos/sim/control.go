@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cairnstore/cairn/chunk/volume"
@@ -14,6 +15,7 @@ type controller struct {
 	w       *world
 	drained map[string]bool   // hosts, from the asking on
 	turns   map[string][]bool // hosts whose drain, or its end, is asked for: what is asked for since
+	wanted  []int             // numbers of replicas that are asked for
 	asked   int               // commands, for the names of sessions
 	asking  bool
 	idleAt  time.Duration // since when nobody has it; 0: somebody has
@@ -170,7 +172,11 @@ func (b *controller) drain(n *node, on bool) {
 // copies asks for another number of replicas.
 func (b *controller) copies(n int) {
 	b.w.note("operator", "replicas", func() string { return fmt.Sprint(n) })
-	b.do(&pb.Command{Op: &pb.Command_SetReplicas{SetReplicas: &pb.SetReplicas{Volume: volumeName, Replicas: uint32(n)}}}, func() {})
+	b.wanted = append(b.wanted, n)
+	b.do(&pb.Command{Op: &pb.Command_SetReplicas{SetReplicas: &pb.SetReplicas{Volume: volumeName, Replicas: uint32(n)}}}, func() {
+		at := slices.Index(b.wanted, n)
+		b.wanted = slices.Delete(b.wanted, at, at+1)
+	})
 }
 
 // wish brings the writer a move that placement wants; it may be one that is not

@@ -137,7 +137,7 @@ func (in *injector) fair(f Fault) bool {
 	case f.Kind == Look || f.Kind == Remove || f.Kind == RollBack:
 		return in.chosen(f) != nil
 	case f.Kind == Drain:
-		return in.places()-1 >= int(in.w.meta.volume().GetReplicas())
+		return in.places()-1 >= slices.Max(append(in.w.boss.wanted, int(in.w.meta.volume().GetReplicas())))
 	case in.w.shape.rot && (f.Kind == PowerAll || f.Kind == KillAll):
 		return false
 	case in.w.shape.rot && in.w.shape.takesOut(f.Kind):

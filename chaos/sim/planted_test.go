@@ -108,7 +108,7 @@ func hunt(t *testing.T, patch string) string {
 	if out := runHunter(t, bin, "TestTrapHunt", "CAIRN_SIM_TRAP="+bugName(patch)); strings.HasPrefix(out, "found") {
 		return out
 	}
-	return runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 400)))
+	return runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 1500)))
 }
 
 // engineTests runs the tests of the engine and of the metadata state.
