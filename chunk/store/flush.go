@@ -146,6 +146,7 @@ func (s *Store) drop(c *caller, q *wire.Request, out *outbox) error {
 // applyDrop takes what is dropped out of the volume; forget does the rest.
 func (s *Store) applyDrop(k dropKey, lsn uint64) {
 	s.drops[k] = max(s.drops[k], lsn)
+	delete(s.back, k)
 	v := s.vols[k.volume]
 	if v == nil {
 		return
@@ -172,23 +173,29 @@ func (s *Store) lifeOf(v *vol, c ids.ChunkID) uint64 {
 
 // returns reports whether a request may name a chunk that was dropped: its
 // volume's writer brings a copy of it back to this store, which a sweep had
-// dropped when it was moved away. Not before all of the old one is forgotten, and
-// reads not before there is something.
+// dropped when it was moved away. It begins by asking what is there (FlagFilled),
+// not before all of the old one is forgotten; reads come when there is something. A write that nobody has announced so
+// is a late one of before the drop: its copy is nobody's, and would stay for ever.
 func (s *Store) returns(v *vol, q *wire.Request) bool {
+	k := dropKey{q.Volume, q.Chunk}
 	if v == nil || q.Chunk == 0 || s.drops[dropKey{q.Volume, 0}] > 0 ||
 		slices.ContainsFunc(s.leaving, func(c *chunk) bool { return c.v.id == q.Volume && c.id == q.Chunk }) {
 		return false
 	}
 	switch q.Kind {
-	case wire.Write, wire.Zero, wire.Install:
-		return true
 	case wire.Digest, wire.List:
 		if q.Flags&wire.FlagFilled != 0 {
+			s.back[k] = true
+			return true
+		}
+	case wire.Write, wire.Zero, wire.Install:
+		if s.back[k] {
 			return true
 		}
 	}
-	for k := range v.chunks {
-		if k.id == q.Chunk {
+	for c := range v.chunks {
+		if c.id == q.Chunk {
+			s.back[k] = true
 			return true
 		}
 	}

@@ -169,6 +169,7 @@ func (s *Store) pruneDrops() {
 	for k, lsn := range s.drops {
 		if lsn < oldest {
 			delete(s.drops, k)
+			delete(s.back, k)
 		}
 	}
 }

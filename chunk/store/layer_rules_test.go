@@ -126,6 +126,42 @@ func TestALayerBeingMergedIsNoHead(t *testing.T) {
 	}
 }
 
+// The merge of a deleted layer passes in a full store, whose space comes back by
+// it, and is over then: nothing of the layer is left.
+func TestAFullStoreMerges(t *testing.T) {
+	d := formatMem(t)
+	s := open(t, d, testBoot)
+	const blocks, shadowed = 700, 300
+	v1, v2 := ids.MakeVersion(1, 1), ids.MakeVersion(1, 2)
+	mustOK(t, ask(s, layerPut(1, 0, 0, blocks, v1, 1000)))
+	mustOK(t, ask(s, layersOf(1, [2]ids.LayerID{0}, [2]ids.LayerID{1})))
+	mustOK(t, ask(s, layerPut(1, 1, 0, shadowed, v2, 5000)))
+	for b, k := ids.Block(0), status.OK; k == status.OK; b++ {
+		k = ask(s, layerPut(2, 1, b, 1, v2, 9)).Status
+	}
+	full := s.Usage().LiveBytes
+	mustOK(t, ask(s, layersOf(1, [2]ids.LayerID{0, 1}, [2]ids.LayerID{1})))
+	mustOK(t, ask(s, wire.Request{Kind: wire.Merge, Volume: 1, Chunk: 1, Layer: 0}))
+	if got := s.Usage().LiveBytes; got != full-shadowed*blockBytes {
+		t.Errorf("%d bytes live after the merge, of %d before", got, full)
+	}
+	mustOK(t, ask(s, layerPut(2, 1, 5000, shadowed, v2, 9)))
+	for _, s := range []*Store{s, open(t, d.Crash(1, 0), testBoot)} {
+		q := chainRead(1)
+		q.Count = blocks
+		r := mustOK(t, ask(s, q))
+		for b := range blocks {
+			want := state{wire.EntryData, v1, 1000 + uint64(b)}
+			if b < shadowed {
+				want = state{wire.EntryData, v2, 5000 + uint64(b)}
+			}
+			if why := compare(want, r.Entries[b], r.Data[b*blockBytes:(b+1)*blockBytes]); why != "" {
+				t.Fatalf("block %d: %s", b, why)
+			}
+		}
+	}
+}
+
 // A bad block ends a merge and stays what it was: its peers may have it whole.
 func TestABadBlockStopsAMerge(t *testing.T) {
 	d := formatMem(t)

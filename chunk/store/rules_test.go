@@ -126,6 +126,7 @@ func TestADroppedChunkComesBack(t *testing.T) {
 	for i := 0; i < 1000 && len(s.leaving) > 0; i++ {
 		s.Step(0)
 	}
+	mustOK(t, ask(s, wire.Request{Kind: wire.Digest, Flags: wire.FlagFilled, Volume: 1, Chunk: 2, Count: 200}))
 	mustOK(t, ask(s, put(2, 7, 1, ids.MakeVersion(1, 1), 5))) // older than what was dropped
 	check := func(s *Store, what string) {
 		t.Helper()
@@ -141,6 +142,37 @@ func TestADroppedChunkComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(open(t, d.Crash(1, 0), "boot-2"), "closed and opened")
+}
+
+// What is written late, of before a chunk was dropped, does not bring it back:
+// nobody would ever drop that again. Neither does it when the store was opened
+// again, nor after the chunk came back and was dropped once more.
+func TestALateWriteBringsNoChunkBack(t *testing.T) {
+	d := formatMem(t)
+	s := open(t, d, testBoot)
+	mustOK(t, ask(s, put(1, 0, 3, ids.MakeVersion(1, 1), 1)))
+	for range 2 {
+		mustOK(t, ask(s, wire.Request{Kind: wire.Digest, Flags: wire.FlagFilled, Volume: 1, Chunk: 2, Count: 200}))
+		mustOK(t, ask(s, put(2, 0, 100, ids.MakeVersion(1, 2), 1)))
+		mustOK(t, ask(s, wire.Request{Kind: wire.Drop, Volume: 1, Chunk: 2}))
+		for i := 0; i < 1000 && len(s.leaving) > 0; i++ {
+			s.Step(0)
+		}
+		for range 2 {
+			late := []wire.Request{put(2, 7, 1, ids.MakeVersion(1, 9), 5), {Kind: wire.Zero, Volume: 1, Chunk: 2, Count: 5, Version: ids.MakeVersion(1, 9)},
+				{Kind: wire.Install, Volume: 1, Chunk: 2, Limit: ids.MakeVersion(1, 9), Entries: []wire.Entry{{Chunk: 2, Kind: wire.EntryZero, Version: 5}}}}
+			for _, q := range late {
+				if r := ask(s, q); r.Status != status.NotFound {
+					t.Fatalf("a late %s: %v", q.Kind, r.Status)
+				}
+			}
+			if u := s.Usage(); u.LiveBytes != 3*blockBytes {
+				t.Fatalf("%d bytes live", u.LiveBytes)
+			}
+			mustOK(t, ask(s, wire.Request{Kind: wire.Flush, Volume: 1}))
+			s = open(t, d.Crash(1, 0), testBoot)
+		}
+	}
 }
 
 // The drop outlives the segment that recorded it, as long as an older segment

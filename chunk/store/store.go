@@ -107,8 +107,9 @@ type Store struct {
 	bare  []*segment // free, with none yet
 	open  *segment   // takes appends
 	drops map[dropKey]uint64
-	gaps  []gap  // damage that is known already
-	roots []root // of the kept checkpoints, newest first; of those behind the last two none is durable
+	back  map[dropKey]bool // dropped chunks that their volume's writer brings back
+	gaps  []gap            // damage that is known already
+	roots []root           // of the kept checkpoints, newest first; of those behind the last two none is durable
 	ckpt  checkpoint
 
 	// The log. durable ≤ written ≤ lsn.
@@ -231,7 +232,7 @@ func readSuper(d disk.Disk) (p *super, bad int64, err error) {
 }
 
 func newStore(cfg Config, p super) *Store {
-	s := &Store{cfg: cfg, disk: cfg.Disk, super: p, vols: map[ids.VolumeID]*vol{}, drops: map[dropKey]uint64{}}
+	s := &Store{cfg: cfg, disk: cfg.Disk, super: p, vols: map[ids.VolumeID]*vol{}, drops: map[dropKey]uint64{}, back: map[dropKey]bool{}}
 	s.cond = sync.NewCond(&s.mu)
 	s.now, _ = cfg.Disk.(disk.Immediate)
 	s.idx = index{limit: cfg.IndexBytes, pages: cfg.Pages, mark: p.mark(), blocks: logStart + p.segments*p.segBlocks}
