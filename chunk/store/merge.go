@@ -19,12 +19,10 @@ import (
 //     may be good on a peer, and is repaired there.
 //  3. copy: what is as it was is appended at its version; the next window, when
 //     that is written.
-//  4. empty: pages behind are set back to holes, with what is shadowed in them.
-//     The log keeps the order, so that after any crash either the old entry or the
-//     new is there.
-//
-// It is answered when all that is durable: metadata then lets the layer go, and a
-// copy that came back from a power loss in it would be nobody's.
+//  4. end: the layer's blocks of the chunk are set back to holes. The log keeps
+//     the order, so that after any crash either the old entry or the new is there.
+//     It is answered when that is durable: metadata then lets the layer go, and a
+//     copy that came back from a power loss in it would be nobody's.
 //
 // One window of one merge is under way at a time. A merge that was cut short is
 // asked for again and finds what it did.
@@ -33,6 +31,11 @@ const (
 	mergeWindow = 128  // data blocks of one window
 	mergeScan   = 8192 // blocks looked at in one go
 	maxMerges   = 64   // that wait for their turn
+
+	// A merge gives back at its end what it takes, and what was shadowed with it:
+	// so it may go beyond the capacity, by one part in so many. A chunk fits into
+	// that from stores of 1 GiB on.
+	mergeReserve = 8
 )
 
 type merge struct {
@@ -43,7 +46,6 @@ type merge struct {
 	from    *chunk
 	into    *chunk
 	at      ids.Block // next block to look at
-	empty   int       // pages that are holes now
 	staged  uint64    // LSN of the last copy; the next window waits for it
 	blocks  []ids.Block
 	ents    []entry // of blocks
@@ -104,14 +106,16 @@ func (s *Store) stepMerges(out *outbox) error {
 		}
 		switch {
 		case len(m.blocks) > 0:
+			if s.live+uint64(len(m.blocks)) > s.capacity+s.capacity/mergeReserve {
+				s.endMerge(m, status.NoSpace, errFull.Error(), out)
+				continue
+			}
 			s.readMerge(m, out)
 			return nil
-		}
-		if err := s.emptyBehind(m); err != nil {
-			return err
-		}
-		switch {
 		case done:
+			if err := s.emptyLayer(m); err != nil {
+				return err
+			}
 			m.over = true
 			s.merges = s.merges[1:]
 			s.durably(m.c, &wire.Reply{Kind: wire.Merge, ID: m.id}, out)
@@ -270,7 +274,6 @@ func (s *Store) copyMerge(m *merge, sums []uint32) error {
 	fits := func(i int) (bool, error) {
 		e, err := s.idx.get(m.from, m.blocks[i])
 		if err != nil || e.version != m.ents[i].version || e.kind != kindData || e.sum != m.ents[i].sum {
-			m.at = min(m.at, m.blocks[i]) // it has turned bad, or was mended: once more
 			return false, err
 		}
 		return s.unshadowed(m, m.blocks[i])
@@ -297,26 +300,24 @@ func (s *Store) copyMerge(m *merge, sums []uint32) error {
 		}
 		i += max(n, 1)
 	}
-	return s.emptyBehind(m)
+	m.staged = s.lsn
+	return nil
 }
 
-// emptyBehind sets the pages that were looked at back to holes: in the log the
-// records stand behind the copies. So a merge moves blocks, and drops what is
-// shadowed as it goes. It passes in a full store too, which gets its space back
-// by it, and needs a window and a page above the capacity meanwhile.
-func (s *Store) emptyBehind(m *merge) error {
-	for to := int(m.at / pageBlocks); m.empty < to; {
+// emptyLayer sets the layer's blocks of the chunk back to holes: in the log the
+// records stand behind the copies.
+func (s *Store) emptyLayer(m *merge) error {
+	for n := 0; n < len(m.from.pages); {
 		k := 0
-		for m.empty+k < to && m.from.pages[m.empty+k] != nil {
+		for n+k < len(m.from.pages) && m.from.pages[n+k] != nil {
 			k++
 		}
 		if k > 0 {
-			if err := s.appendRun(m.from, kindHole, ids.Block(m.empty*pageBlocks), uint32(k*pageBlocks), 0, nil, nil); err != nil {
+			if err := s.appendRun(m.from, kindHole, ids.Block(n*pageBlocks), uint32(k*pageBlocks), 0, nil, nil); err != nil {
 				return err
 			}
-			m.staged = s.lsn
 		}
-		m.empty += max(k, 1)
+		n += max(k, 1)
 	}
 	return nil
 }

@@ -39,7 +39,7 @@ func (w *world) hopeless(block uint64) bool {
 // fall and gateways die.
 func TestFlippedBlocksAreServedAndRepaired(t *testing.T) {
 	flipped, repaired := 0, uint64(0)
-	for seed := range uint64(300) {
+	for seed := range uint64(400) {
 		w := newWorld(t, seed)
 		w.flaky = seed%2 == 1
 		w.attach()

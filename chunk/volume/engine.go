@@ -345,6 +345,7 @@ func (e *Engine) settle() {
 	e.startMoves()
 	e.stepDetach()
 	e.stepHandOver()
+	e.resumeCopies()
 }
 
 func (e *Engine) tick() {
@@ -359,7 +360,6 @@ func (e *Engine) tick() {
 	e.autoFlush()
 	e.watchLag()
 	e.planMoves()
-	e.resumeCopies()
 	e.askDamage()
 	e.compareNext()
 }

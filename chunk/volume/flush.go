@@ -108,6 +108,9 @@ func (e *Engine) roundDone() {
 		return
 	}
 	f.running = false
+	for range f.now {
+		e.pace.guest(e.now, e.now-f.lastAt)
+	}
 	e.floor = max(e.floor, f.target)
 	e.flushed()
 }

@@ -43,12 +43,17 @@ func (w *world) write(block uint64, val byte) *Op {
 	if val == 0 {
 		op.Kind, op.Data = OpZero, nil
 	}
+	admitted := false
+	defer func() { admitted = w.e.State() == Serving && w.e.cut == nil }()
 	return w.do(op, func(k status.Kind) {
 		r.busy = false
 		if w.e.State() == Ended {
 			return // unanswered: it may have happened or not
 		}
 		if k == status.NoSpace { // refused before anything was sent
+			if admitted {
+				w.fail("block %d: a write was admitted, and failed for want of space", block)
+			}
 			delete(r.may, val)
 			r.hist = slices.DeleteFunc(r.hist, func(v byte) bool { return v == val })
 			return

@@ -506,7 +506,7 @@ func TestCopiesGoInRuns(t *testing.T) {
 		}
 		w.fall(2)
 		w.until("in sync", w.allInSync)
-		if r, b := installs(w.stores[2]); r != 1 || b != 40 {
+		if r, b := installs(w.stores[2]); r != (40+pieceBlocks-1)/pieceBlocks || b != 40 {
 			w.fail("the join took %d requests for %d blocks", r, b)
 		}
 		w.keep = only(0)

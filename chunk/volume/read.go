@@ -302,7 +302,7 @@ func (e *Engine) answerRead(rd *read) {
 			return
 		}
 	}
-	e.pace.guest(e.now - rd.at)
+	e.pace.guest(e.now, e.now-rd.at)
 	e.cause = cause{legs: &rd.legs, replicas: rd.c.members()}
 	e.partDone(rd.op, status.OK)
 	e.cause = cause{}

@@ -72,10 +72,22 @@ func sameRun(a, b wire.Entry) bool {
 func (e *Engine) runTransfer(t *transfer) {
 	for !t.over && t.active < transferWindow && len(t.runs) > 0 {
 		run := t.runs[0]
-		if t.paced && !e.mayCopy(t, len(run)) {
-			return
+		if t.paced {
+			n := len(run)
+			if run[0].Kind == wire.EntryData {
+				n = e.pace.piece(e.now, n)
+			}
+			if !e.mayCopy(t, n) {
+				return
+			}
+			if n < len(run) {
+				run, t.runs[0] = run[:n:n], run[n:]
+			} else {
+				t.runs = t.runs[1:]
+			}
+		} else {
+			t.runs = t.runs[1:]
 		}
-		t.runs = t.runs[1:]
 		t.active++
 		if run[0].Kind == wire.EntryData {
 			e.fetch(t, run, 0)
@@ -86,6 +98,14 @@ func (e *Engine) runTransfer(t *transfer) {
 	if !t.over && t.active == 0 && len(t.runs) == 0 {
 		t.over = true
 		t.ended(nil)
+	}
+}
+
+// landed ends a run, whatever became of it.
+func (e *Engine) landed(t *transfer) {
+	t.active--
+	if t.paced {
+		e.pace.flying--
 	}
 }
 
@@ -103,6 +123,8 @@ func (e *Engine) fetch(t *transfer, run []wire.Entry, try int) {
 	q := &wire.Request{Kind: wire.Read, Flags: wire.FlagEntries | wire.FlagRaw, Chunk: first.Chunk, Layer: first.Layer, Block: first.Block, Count: uint32(n)}
 	e.call(s, q, func(rep *wire.Reply) {
 		if t.over || !t.live() {
+			t.over = true // it would end well, and without this run
+			e.landed(t)
 			return
 		}
 		k := rep.Status
@@ -113,14 +135,16 @@ func (e *Engine) fetch(t *transfer, run []wire.Entry, try int) {
 		case k == status.OK:
 			e.giveRead(t, run, rep)
 		case k != status.Corrupt && k != status.Poison:
+			e.landed(t)
 			e.failTransfer(t, s, rep)
 		case n > 1:
-			t.active--
+			e.landed(t)
 			t.runs = append(t.runs, run[:n/2:n/2], run[n/2:])
 			e.runTransfer(t)
 		case try+1 < sourceTries*len(t.from):
 			e.fetch(t, run, try+1)
 		case t.hope != nil && t.hope():
+			e.landed(t)
 			e.failTransfer(t, s, &wire.Reply{Kind: wire.Read, Status: status.Corrupt, Detail: "a bad block, and who may have a good copy cannot be asked now"})
 		default:
 			first.Kind, first.Sum = wire.EntryPoison, 0
@@ -148,7 +172,7 @@ func (e *Engine) complete(q *wire.Request, run []wire.Entry, rep *wire.Reply) bo
 // the targets get such a write themselves.
 func (e *Engine) giveRead(t *transfer, run []wire.Entry, rep *wire.Reply) {
 	es := make([]wire.Entry, 0, len(run))
-	var data []byte
+	data := make([]byte, 0, len(rep.Data))
 	for i, en := range rep.Entries {
 		if en.Version >= t.limit {
 			continue
@@ -163,28 +187,31 @@ func (e *Engine) giveRead(t *transfer, run []wire.Entry, rep *wire.Reply) {
 
 // give installs states in every target and goes on when all have them.
 func (e *Engine) give(t *transfer, es []wire.Entry, data []byte) {
-	left := len(t.to)
-	next := func() {
-		t.active--
+	landed := func() {
+		e.landed(t)
 		t.bytes += uint64(len(data))
 		e.runTransfer(t)
 	}
 	if len(es) == 0 {
-		next()
+		landed()
 		return
 	}
+	left := len(t.to)
 	for _, r := range t.to {
 		q := &wire.Request{Kind: wire.Install, Chunk: es[0].Chunk, Layer: es[0].Layer, Limit: t.limit, Entries: es, Data: data}
 		e.call(r, q, func(rep *wire.Reply) {
-			if t.over || !t.live() {
-				return
-			}
-			if rep.Status != status.OK {
+			left--
+			switch {
+			case t.over || !t.live():
+				t.over = true
+			case rep.Status != status.OK:
 				e.failTransfer(t, r, rep)
+			case left == 0:
+				landed()
 				return
 			}
-			if left--; left == 0 {
-				next()
+			if left == 0 {
+				e.landed(t)
 			}
 		})
 	}

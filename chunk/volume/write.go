@@ -264,7 +264,8 @@ func (e *Engine) accepted(r *replica, j *job, pos int, rep *wire.Reply) {
 			e.abortJoin(r, "no space")
 		}
 	default:
-		if j.c.replicas[pos] == r { // or its copy has moved away, and it has dropped it
+		gone := j.c.replicas[pos] != r || rep.Status == status.NotFound && !j.c.shows(r)
+		if !gone { // else its copy has moved away, or may have, and it has dropped it
 			e.replicaFailed(r, rep)
 		}
 	}
@@ -290,7 +291,7 @@ func (e *Engine) check(j *job) {
 		e.flush.wanted = true
 	}
 	e.stats.MaxWriteStall = max(e.stats.MaxWriteStall, e.now-j.startedAt)
-	e.pace.guest(e.now - j.startedAt)
+	e.pace.guest(e.now, e.now-j.startedAt)
 	e.finish(j, status.OK)
 }
 
