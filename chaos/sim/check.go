@@ -238,7 +238,7 @@ func (c *checker) flushed(inv uint64) {
 	c.cover(inv)
 	defer c.w.faults.flushed()
 	for _, nd := range c.w.nodes {
-		if m := c.w.meta.member(nd); m != nil && m.InSync && nd.lostAt < inv {
+		if m := c.w.meta.member(nd); m != nil && m.InSync && nd.lostAt < inv && nd.up() { // one that is dark was not asked: there was nothing to flush
 			nd.joined(m)
 		}
 	}
