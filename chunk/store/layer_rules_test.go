@@ -349,7 +349,8 @@ func TestACopyHasAnotherLifeAfterADrop(t *testing.T) {
 	for s.Step(0); len(s.leaving) > 0; {
 		s.Step(0)
 	}
-	mustOK(t, ask(s, layerPut(1, 2, 3, 1, ids.MakeVersion(1, 10), 6))) // sent before, and late
+	mustOK(t, ask(s, wire.Request{Kind: wire.Digest, Flags: wire.FlagFilled, Volume: 1, Chunk: 1, Count: 4, Limit: ids.MakeVersion(2, 0)}))
+	mustOK(t, ask(s, layerPut(1, 2, 3, 1, ids.MakeVersion(1, 10), 6))) // a copy that comes back
 	if again := frozen(1); again == first {
 		t.Errorf("life %d goes on after the drop", first)
 	}
