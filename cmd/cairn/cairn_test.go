@@ -337,6 +337,12 @@ func TestBadInput(t *testing.T) {
 		say    string
 	}{
 		{"volume create x --size 10X", 2, "is not a size"},
+		{"volume create x --size 1G --replicas many", 2, "no number"},
+		{"volume show", 2, "takes NAME"},
+		{"volume ls v", 2, "takes no argument"},
+		{"volume ls -o yaml", 2, "table or json"},
+		{"status --meta localhost", 2, "not host:port"},
+		{"volume snapshot rm v@nope", 1, "snapshot ls v"},
 		{"volume create x --size 0", 2, "not possible"},
 		{"volume create x --size 1000", 2, "multiple of 4096"},
 		{"volume create x", 2, "size"},

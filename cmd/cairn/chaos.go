@@ -15,8 +15,9 @@ import (
 
 func demoCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "demo",
-		Short: "Show the main job on this machine: a guest on a replicated volume, and processes killed under it",
+		Example: "  cairn demo",
+		Use:     "demo",
+		Short:   "Show the main job on this machine: a guest on a replicated volume, and processes killed under it",
 		Long: `Show the main job on this machine: a cluster of real processes, a real guest whose disk
 is a replicated volume, and processes killed under it. Needs root, QEMU, e2fsprogs and,
 the first time, Debian's package archive for the guest's kernel. Leaves nothing running.`,
@@ -103,9 +104,10 @@ func simFailed(r *sim.Result, file string) error {
 
 func chaosReplayCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "replay FILE",
-		Short: "Run again what a failing simulation has written, with a trace",
-		Args:  cobra.ExactArgs(1),
+		Example: "  cairn chaos replay seed-458.json",
+		Use:     "replay FILE",
+		Short:   "Run again what a failing simulation has written, with a trace",
+		Args:    cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			f, err := os.Open(args[0])
 			if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"net"
 	"os"
 	"os/user"
 	"strings"
@@ -38,7 +39,13 @@ func (c *cli) localDir() string {
 // addrs are the metadata nodes of the cluster in question.
 func (c *cli) addrs() ([]string, error) {
 	if c.meta != "" {
-		return strings.Split(c.meta, ","), nil
+		addrs := strings.Split(c.meta, ",")
+		for _, a := range addrs {
+			if _, _, err := net.SplitHostPort(a); err != nil {
+				return nil, usagef("--meta %s: %q is not host:port; several are parted by commas (10.0.0.1:7100,10.0.0.2:7100)", c.meta, a)
+			}
+		}
+		return addrs, nil
 	}
 	l, err := openCluster(c.localDir())
 	if err != nil {

@@ -19,7 +19,8 @@ const escapeKey = 0x1d
 
 func vmConsole(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "console NAME", Short: "Talk to a VM's serial console (on its host); Ctrl-] leaves", Args: cobra.ExactArgs(1),
+		Example: "  cairn vm console web",
+		Use:     "console NAME", Short: "Talk to a VM's serial console (on its host); Ctrl-] leaves", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var socket string
 			err := c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {

@@ -133,7 +133,8 @@ type deviceView struct {
 func deviceList() *cobra.Command {
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "ls", Short: "List this machine's NBD devices", Args: cobra.NoArgs,
+		Example: "  cairn device ls -o json",
+		Use:     "ls", Short: "List this machine's NBD devices", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			devices, err := kernel.Devices()
 			if err != nil {

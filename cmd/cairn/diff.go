@@ -122,7 +122,6 @@ layers; no data is read. A block written with what it had counts.`,
 			}
 			return c.with(cmd.Context(), imageWait, func(ctx context.Context, s *session) error { return s.showDiff(ctx, &v, &out) })
 		},
-		ValidArgsFunction: c.completeSnapshots(2),
 	}
 	out.register(cmd)
 	return cmd

@@ -170,7 +170,7 @@ func hostHealth(w *clusterView, h hostView, now time.Time) (out []finding) {
 	if !h.Up {
 		since := "some time before the metadata leader was elected: it has not been heard of since"
 		if h.LastSeenMs >= 0 {
-			since = now.Add(-time.Duration(h.LastSeenMs) * time.Millisecond).Format("2006-01-02 15:04:05")
+			since = formatTime(now.Add(-time.Duration(h.LastSeenMs) * time.Millisecond).UnixNano())
 		}
 		var copies, held []string
 		for _, v := range w.Volumes {

@@ -19,16 +19,19 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/status"
 )
 
@@ -81,6 +84,23 @@ func report(err error) int {
 	return exitFailed
 }
 
+// version is the commit this program was built from, and what decides whether it
+// goes together with others.
+func version() string {
+	commit := "of an unknown commit"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				commit = s.Value[:min(12, len(s.Value))]
+			}
+			if s.Key == "vcs.modified" && s.Value == "true" {
+				commit += ", changed"
+			}
+		}
+	}
+	return fmt.Sprintf("%s, state version %d", commit, state.Format)
+}
+
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "cairn",
@@ -91,11 +111,12 @@ Start here:
   cairn up                                a whole cluster in this terminal, in one process
   cairn volume create v --size 1G         a thin volume
   cairn volume attach v                   prints its NBD URI, for qemu-img, nbdcopy, fio, …`,
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return usagef("%w: see `%s --help`", err, c.CommandPath())
+		return usagef("%s: see `%s --help`", plainly(err), c.CommandPath())
 	})
 	c := &cli{}
 	f := root.PersistentFlags()
@@ -106,7 +127,27 @@ Start here:
 		demoCommand(), benchCommand(), chaosCommand())
 	root.AddCommand(deviceCommand())
 	asUsage(root)
+	c.completion(root)
 	return root
+}
+
+// plainly says what is wrong with a flag without the words of Go's parsers.
+func plainly(err error) string {
+	var num *strconv.NumError
+	if text := err.Error(); errors.As(err, &num) {
+		return strings.Replace(text, num.Error(), "it is no number that is possible here", 1)
+	} else if i := strings.Index(text, "strconv."); i >= 0 {
+		return text[:i] + "it is no number that is possible here"
+	}
+	return err.Error()
+}
+
+// wanted is what a command's use line says it takes.
+func wanted(cmd *cobra.Command) string {
+	if _, what, ok := strings.Cut(cmd.Use, " "); ok && !strings.HasPrefix(what, "--") {
+		return what
+	}
+	return "no argument"
 }
 
 // asUsage makes wrong arguments and missing flags of every command usage
@@ -114,8 +155,14 @@ Start here:
 func asUsage(c *cobra.Command) {
 	if args := c.Args; args != nil {
 		c.Args = func(cmd *cobra.Command, a []string) error {
-			if err := cmp.Or(args(cmd, a), cmd.ValidateRequiredFlags()); err != nil {
+			if args(cmd, a) != nil {
+				return usagef("%s takes %s: see `%s --help`", cmd.CommandPath(), wanted(cmd), cmd.CommandPath())
+			}
+			if err := cmd.ValidateRequiredFlags(); err != nil {
 				return usagef("%w: see `%s --help`", err, cmd.CommandPath())
+			}
+			if f := cmd.Flags().Lookup("output"); f != nil {
+				return (&outputFlag{f.Value.String()}).check()
 			}
 			return nil
 		}

@@ -74,24 +74,25 @@ func parseSize(s string) (uint64, error) {
 	num = strings.TrimSuffix(strings.TrimSuffix(num, "B"), "I")
 	for _, u := range sizeUnits {
 		if n, ok := strings.CutSuffix(num, u.suffix); ok {
-			num, shift = n, u.shift
+			num, shift = strings.TrimSpace(n), u.shift
 			break
 		}
 	}
 	n, err := strconv.ParseUint(num, 10, 64)
 	if err != nil || n > 1<<62>>shift {
-		return 0, usagef("%q is not a size: write 512M, 10G or 1T", s)
+		return 0, usagef("%q is not a size: write a whole number and its unit, as in 512M, 10G or 1T", s)
 	}
 	return n << shift, nil
 }
 
 func formatSize(n uint64) string { return ids.FormatSize(n) }
 
+// formatTime writes a moment with its zone, to the second.
 func formatTime(ns int64) string {
 	if ns == 0 {
 		return "-"
 	}
-	return time.Unix(0, ns).Format("2006-01-02 15:04:05")
+	return time.Unix(0, ns).Format(time.RFC3339)
 }
 
 func dash(s string) string {

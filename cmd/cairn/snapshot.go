@@ -329,7 +329,6 @@ func snapshotRemove(c *cli) *cobra.Command {
 	var wait bool
 	cmd := &cobra.Command{
 		Use: "rm VOLUME@SNAPSHOT…", Short: "Delete snapshots; their space comes back", Args: cobra.MinimumNArgs(1),
-		ValidArgsFunction: c.completeSnapshots(-1),
 		Long: `Delete snapshots, in any order. What only they showed is dropped; what a newer snapshot
 or the volume still shows is merged into that, in the background while the volume is
 attached. A snapshot that clones read from is refused, naming them.`,
@@ -407,7 +406,6 @@ func (s *session) whileAttached(ctx context.Context, name string, f func(host st
 func volumeRollback(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "rollback VOLUME@SNAPSHOT", Short: "Make a detached volume show a snapshot again", Args: cobra.ExactArgs(1),
-		ValidArgsFunction: c.completeSnapshots(1),
 		Long: `Make a detached volume show a snapshot again, at the size it had then. What was written
 since the last snapshot is dropped: take one more before, if it may be wanted.`,
 		Example: "  cairn volume rollback db@monday",
@@ -496,7 +494,6 @@ func (s *session) closeSnapshot(ctx context.Context, name string) error {
 func volumeClone(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "clone VOLUME@SNAPSHOT NEW", Short: "Make a volume that begins as a snapshot", Args: cobra.ExactArgs(2),
-		ValidArgsFunction: c.completeSnapshots(1),
 		Long: `Make a volume that begins as a snapshot. Nothing is copied: the clone reads from the
 snapshot's stores what it has not written itself, until it is flattened.`,
 		Example: "  cairn volume import debian debian.qcow2\n  cairn volume snapshot debian --name gold\n  cairn volume clone debian@gold vm1",

@@ -330,7 +330,8 @@ func metaTable(ms []metaView) ([]string, [][]string) {
 func metaListCommand(c *cli) *cobra.Command {
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "ls", Short: "List the metadata nodes and who leads", Args: cobra.NoArgs,
+		Example: "  cairn meta ls",
+		Use:     "ls", Short: "List the metadata nodes and who leads", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				ms := s.metaViews(ctx)
@@ -346,7 +347,8 @@ func metaListCommand(c *cli) *cobra.Command {
 func hostListCommand(c *cli) *cobra.Command {
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "ls", Short: "List the hosts", Args: cobra.NoArgs,
+		Example: "  cairn host ls\n  cairn host ls -o json",
+		Use:     "ls", Short: "List the hosts", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				hs, err := s.hostViews(ctx)

@@ -58,6 +58,9 @@ type runner interface {
 	failed() <-chan error // a part that cannot be had back
 }
 
+// minStoreSize is of a new cluster's stores: room for a chunk and the log around it.
+const minStoreSize = 128 << 20
+
 func up(ctx context.Context, dir string, f upFlags) (err error) {
 	if f.hosts < 1 || f.hosts > 64 {
 		return usagef("--hosts %d: a cluster on one machine has 1 to 64 hosts", f.hosts)
@@ -85,6 +88,9 @@ func up(ctx context.Context, dir string, f upFlags) (err error) {
 		size, serr := parseSize(f.storeSize)
 		if serr != nil {
 			return serr
+		}
+		if size < minStoreSize { // before anything is made that the next up would find
+			return usagef("--store-size %s: a store of a new cluster has at least %s", f.storeSize, formatSize(minStoreSize))
 		}
 		l, err = createCluster(dir, f, size)
 	}
@@ -242,10 +248,11 @@ func (e *embedded) stop() error {
 
 func downCommand(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use:   "down",
-		Short: "Stop the cluster of a directory; its data stays",
-		Args:  cobra.NoArgs,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return down(cmd.Context(), c.localDir()) },
+		Example: "  cairn down\n  cairn down --dir /srv/cairn",
+		Use:     "down",
+		Short:   "Stop the cluster of a directory; its data stays",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return down(cmd.Context(), c.localDir()) },
 	}
 }
 

@@ -107,7 +107,7 @@ func (s *session) vm(ctx context.Context, name string) (*pb.VM, error) {
 func vmStop(c *cli) *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
-		Use: "stop NAME", Short: "Shut a VM down and let its volumes go", Args: cobra.ExactArgs(1),
+		Use: "stop NAME", Short: "Shut a VM down and let its volumes go", Args: cobra.ExactArgs(1), Example: "  cairn vm stop web\n  cairn vm stop web --force",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), 4*cliWait, func(ctx context.Context, s *session) error { return s.stopVM(ctx, args[0], force) })
 		},
@@ -162,7 +162,7 @@ type vmCall func(pb.HostControlClient, context.Context, *pb.VMRef, ...grpc.CallO
 
 func vmSimple(c *cli, use, short, desired string, call vmCall) *cobra.Command {
 	return &cobra.Command{
-		Use: use + " NAME", Short: short, Args: cobra.ExactArgs(1),
+		Use: use + " NAME", Short: short, Args: cobra.ExactArgs(1), Example: "  cairn vm " + use + " web",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				vm, err := s.vm(ctx, args[0])
@@ -186,7 +186,8 @@ func vmSimple(c *cli, use, short, desired string, call vmCall) *cobra.Command {
 
 func vmRemove(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "rm NAME", Short: "Remove a VM's definition; its volumes stay", Args: cobra.ExactArgs(1),
+		Example: "  cairn vm rm web",
+		Use:     "rm NAME", Short: "Remove a VM's definition; its volumes stay", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVm{DeleteVm: &pb.DeleteVM{Name: args[0]}}})
@@ -225,7 +226,8 @@ func (s *session) vmView(ctx context.Context, vm *pb.VM) vmView {
 func vmList(c *cli) *cobra.Command {
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "ls", Short: "List the VMs", Args: cobra.NoArgs,
+		Example: "  cairn vm ls",
+		Use:     "ls", Short: "List the VMs", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Vms{Vms: true}})
@@ -249,7 +251,8 @@ func vmList(c *cli) *cobra.Command {
 func vmShow(c *cli) *cobra.Command {
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "show NAME", Short: "Show a VM", Args: cobra.ExactArgs(1),
+		Example: "  cairn vm show web",
+		Use:     "show NAME", Short: "Show a VM", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				vm, err := s.vm(ctx, args[0])

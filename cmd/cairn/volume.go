@@ -209,7 +209,8 @@ func volumeList(c *cli) *cobra.Command {
 	var out outputFlag
 	var deleted bool
 	cmd := &cobra.Command{
-		Use: "ls", Aliases: []string{"list"}, Short: "List the volumes", Args: cobra.NoArgs,
+		Example: "  cairn volume ls\n  cairn volume ls --deleted -o json",
+		Use:     "ls", Aliases: []string{"list"}, Short: "List the volumes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				q := &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}}
@@ -251,7 +252,8 @@ func showDeleted(out *outputFlag, vs []*pb.Volume) error {
 func volumeShow(c *cli) *cobra.Command {
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "show NAME", Short: "Show a volume, its replicas and their state", Args: cobra.ExactArgs(1),
+		Example: "  cairn volume show db",
+		Use:     "show NAME", Short: "Show a volume, its replicas and their state", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				w, err := s.volumeView(ctx, args[0])
@@ -328,7 +330,8 @@ func (w *volumeView) merge(v *pb.Volume, st *pb.HostStatusReply) {
 
 func volumeRename(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "rename NAME NEW", Short: "Give a volume another name", Args: cobra.ExactArgs(2),
+		Example: "  cairn volume rename db db-old",
+		Use:     "rename NAME NEW", Short: "Give a volume another name", Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_RenameVolume{RenameVolume: &pb.RenameVolume{Volume: args[0], Name: args[1]}}})

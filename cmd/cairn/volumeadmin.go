@@ -330,7 +330,8 @@ func tenantCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "tenant", Short: "Tenants: who volumes belong to, and their quotas"}
 	var out outputFlag
 	ls := &cobra.Command{
-		Use: "ls", Short: "List the tenants", Args: cobra.NoArgs,
+		Example: "  cairn tenant ls",
+		Use:     "ls", Short: "List the tenants", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				views, err := s.tenants(ctx)
@@ -464,7 +465,8 @@ func (s *session) liveBytes(ctx context.Context, p *poolView) (map[uint64]uint64
 func dfCommand(c *cli) *cobra.Command {
 	var out outputFlag
 	cmd := &cobra.Command{
-		Use: "df", Short: "Where the space went: promised, placed, live, reclaimable, free", Args: cobra.NoArgs,
+		Example: "  cairn df\n  cairn df -o json",
+		Use:     "df", Short: "Where the space went: promised, placed, live, reclaimable, free", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				p, err := s.pool(ctx)

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -59,7 +60,7 @@ func family() (*netlink.GenlFamily, error) {
 			return f, nil
 		}
 	}
-	return nil, status.Errorf(status.Unsupported, "this kernel has no NBD devices (%w; modprobe nbd: %w %.200s): attach the volume to a VM instead, or install the kernel's nbd module", err, merr, out)
+	return nil, status.Errorf(status.Unsupported, "this kernel has no NBD devices (%w; modprobe nbd: %w, %.200s): attach the volume to a VM instead, or install the kernel's nbd module", err, merr, bytes.TrimSpace(out))
 }
 
 // message is one request to the kernel.

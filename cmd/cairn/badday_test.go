@@ -1,0 +1,188 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	nbdclient "github.com/cairnstore/cairn/nbd/client"
+)
+
+// evidence returns what status finds, and its exit status with --exit-code.
+func (n *node) evidence() (string, int) {
+	n.t.Helper()
+	r := n.cairn("status", "--exit-code")
+	return r.out + r.err, r.status
+}
+
+// A write that waits for room holds a detach for some seconds and no longer; forced,
+// the detach ends, the write fails, and all that was acknowledged is there.
+func TestADetachOnAFullPool(t *testing.T) {
+	n := startUp(t, dir(t), "--store-size", "1G")
+	const size, chunk, piece = 640 << 20, 64 << 20, 1 << 20
+	devs := map[string]*nbdclient.Client{}
+	for _, name := range []string{"v", "w"} {
+		n.ok("volume", "create", name, "--size", "640M")
+		dev, err := nbdclient.Dial(context.Background(), n.ok("volume", "attach", name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for off := int64(0); off < size; off += chunk { // every chunk has its place: none is refused for want of room
+			if _, err := dev.WriteAt(bytes.Repeat([]byte{9}, 4096), off); err != nil {
+				t.Fatal(err)
+			}
+		}
+		devs[name] = dev
+	}
+	written := map[string]int64{}
+	fill := func(name string) (err error) {
+		buf := bytes.Repeat([]byte(name), piece)
+		for off := int64(0); off < size && err == nil; off += piece {
+			if _, err = devs[name].WriteAt(buf, off); err == nil {
+				written[name] = off + piece
+			}
+		}
+		return err
+	}
+	if err := fill("v"); err != nil {
+		t.Fatalf("the pool is full too soon: %v", err)
+	}
+	stuck := make(chan error, 1)
+	go func() { stuck <- fill("w") }()
+	until(t, "a write waits for room, and status says so", func() bool {
+		says, code := n.evidence()
+		return code == 2 && strings.Contains(says, "writes of volume w wait for room on host-")
+	})
+	n.fails("wait for room on host-", "volume", "detach", "w")
+	if w := decodeJSON[volumeView](t, n.ok("volume", "show", "w", "-o", "json")); w.Holder == "" {
+		t.Fatalf("after a detach that failed: %+v", w)
+	}
+	n.ok("volume", "detach", "w", "--force")
+	if err := <-stuck; err == nil {
+		t.Fatal("the write that waited was acknowledged")
+	}
+	if w := decodeJSON[volumeView](t, n.ok("volume", "show", "w", "-o", "json")); w.Holder != "" {
+		t.Fatalf("after a detach by force: %+v", w)
+	}
+	n.ok("volume", "detach", "v", "--force")
+	n.ok("volume", "rm", "v", "--now")
+	dev, err := nbdclient.Dial(context.Background(), n.ok("volume", "attach", "w"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, want := make([]byte, piece), bytes.Repeat([]byte("w"), piece)
+	for off := int64(0); off < written["w"]; off += piece {
+		if _, err := dev.ReadAt(got, off); err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("what was acknowledged at %d is not there: %v", off, err)
+		}
+	}
+	if err := dev.Close(); err != nil {
+		t.Error(err)
+	}
+	n.ok("volume", "detach", "w")
+}
+
+// On bad days status says what is wrong and for whom, and its exit status too.
+func TestStatusOnBadDays(t *testing.T) {
+	d := dir(t)
+	n := startUp(t, d, "--processes", "--store-size", "1G")
+	signal := func(sig syscall.Signal, names ...string) {
+		t.Helper()
+		for _, name := range names {
+			pid, err := readPid(filepath.Join(d, "run", name+".pid"))
+			if err == nil {
+				err = syscall.Kill(pid, sig)
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+	}
+	n.ok("volume", "create", "v", "--size", "64M")
+	tool(t, "qemu-io", "-f", "raw", n.ok("volume", "attach", "v", "--host", "host-1"), "-c", "write -P 1 0 64k")
+	says := func(code int, what ...string) {
+		t.Helper()
+		var seen string
+		defer func() {
+			if t.Failed() {
+				t.Log(seen)
+			}
+		}()
+		until(t, strings.Join(what, ", "), func() bool {
+			text, got := n.evidence()
+			seen = text
+			for _, w := range what {
+				if !strings.Contains(text, w) {
+					return false
+				}
+			}
+			return got == code
+		})
+	}
+	says(0, "healthy")
+	signal(syscall.SIGSTOP, "meta-2")
+	says(2, "metadata node meta-2 does not answer: 2 of 3 do, since 2", "0 more may fail")
+	signal(syscall.SIGSTOP, "meta-3")
+	says(2, "does not answer", "no leader", "2 of its 3 nodes", "nothing can be attached")
+	signal(syscall.SIGCONT, "meta-2", "meta-3")
+	says(0, "healthy")
+	signal(syscall.SIGSTOP, "host-2")
+	says(1, "host host-2 is down, since 2", "without their copy there: v", "volume v: 1 of its 3 stores are out of sync or away", "on host-2: host down", "2 good copies left")
+	signal(syscall.SIGCONT, "host-2")
+	says(0, "healthy")
+	n.ok("host", "drain", "host-3")
+	says(1, "host host-3 is drained", "copies of v", "it cannot finish", "the 2 hosts in service")
+	n.ok("host", "resume", "host-3")
+	signal(syscall.SIGSTOP, "host-2", "host-3")
+	n.ok("status")
+	says(2, "volume v: 2 of its 3 stores are out of sync or away", "one good copy left")
+	signal(syscall.SIGCONT, "host-2", "host-3")
+	says(0, "healthy")
+}
+
+// Every command that does something has an example, and offers the names there are.
+func TestEveryCommandHasAnExample(t *testing.T) {
+	var walk func(c *cobra.Command)
+	walk = func(c *cobra.Command) {
+		if !c.HasSubCommands() && !c.Hidden && c.Name() != "help" && c.Example == "" {
+			t.Errorf("`%s --help` has no example", c.CommandPath())
+		}
+		for _, s := range c.Commands() {
+			walk(s)
+		}
+	}
+	walk(rootCommand())
+	n := startUp(t, dir(t), "--store-size", "1G")
+	n.ok("volume", "create", "data", "--size", "64M")
+	n.ok("volume", "snapshot", "data", "--name", "monday")
+	for _, c := range []struct{ typed, offers string }{
+		{"volume show", "data"}, {"volume attach", "data@monday"}, {"volume snapshot rm", "data@monday"}, {"volume attach data --host", "host-2"},
+		{"host drain", "host-3"}, {"meta remove", "meta-1"}, {"store show", "on host-1"}, {"volume ls -o", "json"}, {"volume clone", "data@monday"},
+	} {
+		if r := run(t, bin(t), append(append([]string{"__complete", "--dir", n.dir}, strings.Fields(c.typed)...), "")...); !strings.Contains(r.out, c.offers) {
+			t.Errorf("`cairn %s` and Tab: %q, want %q", c.typed, r.out, c.offers)
+		}
+	}
+	if r := run(t, bin(t), "__complete", "--dir", n.dir, "volume", "create", ""); strings.Contains(r.out, "data") {
+		t.Errorf("a new name is completed: %q", r.out)
+	}
+}
+
+// A cluster that cannot be is refused before anything is made of it.
+func TestAStoreTooSmallMakesNoCluster(t *testing.T) {
+	d := filepath.Join(dir(t), "c")
+	if r := run(t, bin(t), "up", "--dir", d, "--store-size", "1"); r.status != exitUsage || !strings.Contains(r.err, "at least 128 MiB") {
+		t.Fatalf("status %d: %s", r.status, r.err)
+	}
+	if r := run(t, bin(t), "status", "--dir", d); !strings.Contains(r.err, "no cluster") {
+		t.Fatalf("afterwards there is a cluster: %s", r.err)
+	}
+	if r := run(t, bin(t), "--version"); r.status != 0 || !strings.Contains(r.out, "state version") {
+		t.Fatalf("--version: %q %q", r.out, r.err)
+	}
+}
