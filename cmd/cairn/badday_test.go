@@ -143,6 +143,36 @@ func TestStatusOnBadDays(t *testing.T) {
 	says(2, "volume v: 2 of its 3 stores are out of sync or away", "one good copy left")
 	signal(syscall.SIGCONT, "host-2", "host-3")
 	says(0, "healthy")
+	signal(syscall.SIGSTOP, "host-1")
+	says(1, "host host-1 is down", "attached there and without service: v", "--takeover")
+	n.refuses("--takeover` serves the volume elsewhere", "volume", "detach", "v", "--force")
+	signal(syscall.SIGCONT, "host-1")
+	says(0, "healthy")
+}
+
+// What a change does not name stays as it is: a volume's bounds, a tenant's quotas.
+func TestASettingNotGivenStays(t *testing.T) {
+	n := startUp(t, dir(t), "--store-size", "1G")
+	n.ok("volume", "create", "v", "--size", "64M", "--iops", "5000", "--tenant", "acme")
+	n.ok("volume", "set", "v", "--min-iops", "100")
+	n.ok("volume", "set", "v", "--bandwidth", "200M", "--iops", "4000")
+	if w := decodeJSON[volumeView](t, n.ok("volume", "show", "v", "-o", "json")); w.Qos == nil || w.Qos.IOPS != 4000 || w.Qos.MinIOPS != 100 || w.Qos.Bandwidth != 200<<20 {
+		t.Fatalf("bounds: %+v", w.Qos)
+	}
+	n.ok("tenant", "set", "acme", "--logical", "1G")
+	n.ok("tenant", "set", "acme", "--physical", "2G")
+	if ts := decodeJSON[[]tenantView](t, n.ok("tenant", "ls", "-o", "json")); len(ts) != 1 || ts[0].LogicalQuota != 1<<30 || ts[0].PhysicalQuota != 2<<30 {
+		t.Fatalf("quotas: %+v", ts)
+	}
+	n.refuses("may have 1 GiB", "volume", "create", "w", "--size", "1G", "--tenant", "acme", "--replicas", "1")
+	n.ok("tenant", "set", "acme", "--logical", "0")
+	n.ok("volume", "create", "w", "--size", "960M", "--tenant", "acme", "--replicas", "1")
+	n.ok("volume", "snapshot", "v", "--name", "s")
+	n.ok("volume", "clone", "v@s", "c")
+	if out := n.ok("volume", "show", "c"); !strings.Contains(out, "v@s") {
+		t.Errorf("a clone does not show what it is one of: %s", out)
+	}
+	n.refuses("c", "volume", "rm", "v")
 }
 
 // Every command that does something has an example, and offers the names there are.

@@ -123,6 +123,9 @@ func (s *session) hosts(ctx context.Context) ([]*pb.HostState, error) {
 	return rep.Hosts, nil
 }
 
+// downWait bounds the wait for a host that is known to be down.
+const downWait = 3 * time.Second
+
 // onHost asks one host's process.
 func onHost[R any](ctx context.Context, s *session, host string, ask func(context.Context, pb.HostControlClient) (R, error)) (r R, err error) {
 	hosts, err := s.hosts(ctx)
@@ -133,7 +136,16 @@ func onHost[R any](ctx context.Context, s *session, host string, ask func(contex
 		if h.Host.Name != host {
 			continue
 		}
-		return callHost(ctx, h.Host, ask)
+		if h.Up {
+			return callHost(ctx, h.Host, ask)
+		}
+		ctx, cancel := context.WithTimeout(ctx, downWait) // it may answer though its heartbeats do not get through
+		defer cancel()
+		r, err = callHost(ctx, h.Host, ask)
+		if k := status.Of(err); k == status.Unavailable || k == status.Timeout {
+			return r, status.Errorf(status.Unavailable, "host %s is %s, and does not answer at %s: `cairn status` says what that means", host, seen(viewHost(h)), h.Host.ControlAddr)
+		}
+		return r, err
 	}
 	return r, status.Errorf(status.NotFound, "there is no host %q: `cairn host ls` lists them", host)
 }
@@ -146,8 +158,11 @@ func callHost[R any](ctx context.Context, h *pb.Host, ask func(context.Context, 
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
 	r, err = ask(ctx, pb.NewHostControlClient(conn))
-	if k := status.Of(err); k == status.Unavailable {
+	switch k := status.Of(err); k {
+	case status.Unavailable:
 		return r, status.Errorf(k, "host %s at %s does not answer: is it up?", h.Name, h.ControlAddr)
+	case status.Timeout:
+		return r, status.Errorf(k, "host %s at %s has not answered in time: its process may hang, and `cairn status` says what is known of it", h.Name, h.ControlAddr)
 	}
 	return r, err
 }

@@ -182,7 +182,7 @@ func volumeCreate(c *cli) *cobra.Command {
 				if op.Tags, err = parseTags(tags); err != nil {
 					return err
 				}
-				if op.Qos, err = q.qos(cmd); err != nil {
+				if op.Qos, err = q.qos(cmd, nil); err != nil {
 					return err
 				}
 				res, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: op}})
@@ -264,8 +264,22 @@ func volumeShow(c *cli) *cobra.Command {
 					{"replicas", fmt.Sprintf("%d, one per %s", w.Replicas, w.Domain)}, {"state", w.State}, {"attached on", dash(w.Holder)},
 					{"uri", dash(w.URI)}, {"epoch, revision", fmt.Sprintf("%d, %d", w.Epoch, w.Revision)}, {"created", w.Created}}
 				rows = append(rows, w.adminRows()...)
+				if len(w.Snapshots) > 0 {
+					rows = append(rows, []string{"snapshots", strings.Join(w.Snapshots, " ")})
+				}
+				if w.Origin != nil {
+					from, err := s.originName(ctx, w.Origin)
+					if err != nil {
+						return err
+					}
+					rows = append(rows, []string{"clone of", from})
+				}
 				for _, m := range w.Members {
-					rows = append(rows, []string{"replica on " + m.Host, fmt.Sprintf("%s  store %s, %s live", m.State, m.Store[:8], formatSize(m.LiveBytes))})
+					since := ""
+					if m.OutSince != "" {
+						since = " since " + m.OutSince
+					}
+					rows = append(rows, []string{"replica on " + m.Host, fmt.Sprintf("%s%s  store %s, %s live", m.State, since, m.Store[:8], formatSize(m.LiveBytes))})
 				}
 				return out.show(w, nil, rows)
 			})
@@ -273,6 +287,20 @@ func volumeShow(c *cli) *cobra.Command {
 	}
 	out.register(cmd)
 	return cmd
+}
+
+// originName is VOLUME@SNAPSHOT of what a clone reads through.
+func (s *session) originName(ctx context.Context, o *originView) (string, error) {
+	v, err := s.volume(ctx, fmt.Sprintf("id:%d", o.VolumeID))
+	if err != nil {
+		return "", err
+	}
+	for _, l := range v.Layers {
+		if l.Id == o.Layer {
+			return v.Name + "@" + l.Name, nil
+		}
+	}
+	return v.Name, nil
 }
 
 // volumeView joins what metadata, the gateway and the stores' hosts say.
@@ -474,7 +502,11 @@ func (s *session) detachBy(ctx context.Context, name string, force bool) error {
 	if err := deviceFree(name); err != nil {
 		return err
 	}
-	return hostDone(onHost(ctx, s, v.HolderHost, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
+	rep, err := onHost(ctx, s, v.HolderHost, func(ctx context.Context, hc pb.HostControlClient) (*pb.HostReply, error) {
 		return hc.DetachVolume(ctx, &pb.DetachVolumeRequest{Volume: name, Force: force})
-	}))
+	})
+	if err != nil {
+		return fmt.Errorf("%w; `cairn volume attach %s --takeover` serves the volume elsewhere", err, name)
+	}
+	return hostDone(rep, nil)
 }

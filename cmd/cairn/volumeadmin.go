@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -208,16 +209,27 @@ func (q *qosFlags) register(cmd *cobra.Command) {
 	f.StringVar(&q.minBandwidth, "min-bandwidth", "", "so many bytes a second at least, before other volumes of its host")
 }
 
-// qos returns what was given, nil if nothing was.
-func (q *qosFlags) qos(cmd *cobra.Command) (*pb.Qos, error) {
-	given := false
-	for _, f := range []string{"iops", "bandwidth", "burst", "min-iops", "min-bandwidth"} {
-		given = given || cmd.Flags().Changed(f)
-	}
-	if !given {
+// given reports whether any of them was.
+func (q *qosFlags) given(cmd *cobra.Command) bool {
+	return slices.ContainsFunc([]string{"iops", "bandwidth", "burst", "min-iops", "min-bandwidth"}, cmd.Flags().Changed)
+}
+
+// qos returns the bounds a volume had with those changed that were given; nil if
+// none was.
+func (q *qosFlags) qos(cmd *cobra.Command, had *pb.Qos) (*pb.Qos, error) {
+	if !q.given(cmd) {
 		return nil, nil
 	}
-	out := &pb.Qos{IopsMax: q.iops, IopsMin: q.minIOPS, BurstMs: uint32(q.burst.Milliseconds())}
+	out := &pb.Qos{IopsMax: had.GetIopsMax(), IopsMin: had.GetIopsMin(), BurstMs: had.GetBurstMs(), BytesPerSecondMax: had.GetBytesPerSecondMax(), BytesPerSecondMin: had.GetBytesPerSecondMin()}
+	if cmd.Flags().Changed("iops") {
+		out.IopsMax = q.iops
+	}
+	if cmd.Flags().Changed("min-iops") {
+		out.IopsMin = q.minIOPS
+	}
+	if cmd.Flags().Changed("burst") {
+		out.BurstMs = uint32(q.burst.Milliseconds())
+	}
 	return out, errors.Join(parseInto(&out.BytesPerSecondMax, q.bandwidth), parseInto(&out.BytesPerSecondMin, q.minBandwidth))
 }
 
@@ -248,15 +260,14 @@ func volumeSet(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "set NAME", Short: "Change a volume's tags, bounds and number of copies", Args: cobra.ExactArgs(1),
 		Long: `Change a volume's tags, bounds and number of copies. Bounds hold within seconds, for a
-running VM too; all of them are replaced by those given. A minimum (--min-iops,
+running VM too; those not given stay as they are, and 0 takes one away. A minimum (--min-iops,
 --min-bandwidth) is kept by holding back the other volumes attached on the same host while
 this one asks for more than it gets; of two minima, either keeps the promise. Copies are
 made, or given up, in the background while the volume is used; a further one goes to its
 host first.`,
-		Example: "  cairn volume set db --tag tier=gold --untag old\n  cairn volume set db --iops 5000 --bandwidth 200M\n  cairn volume set db --min-iops 1000\n  cairn volume set db --iops 0   # no bounds\n  cairn volume set db --replicas 3",
+		Example: "  cairn volume set db --tag tier=gold --untag old\n  cairn volume set db --iops 5000 --bandwidth 200M\n  cairn volume set db --min-iops 1000\n  cairn volume set db --iops 0   # no such bound\n  cairn volume set db --replicas 3",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			qos, err := q.qos(cmd)
-			if err != nil {
+			if _, err := q.qos(cmd, nil); err != nil {
 				return err
 			}
 			set, err := parseTags(tags)
@@ -267,7 +278,7 @@ host first.`,
 			if more && (replicas < 1 || replicas > 5) {
 				return usagef("--replicas %d: 1 to 5 are possible", replicas)
 			}
-			if qos == nil && len(set)+len(untag) == 0 && !more {
+			if !q.given(cmd) && len(set)+len(untag) == 0 && !more {
 				return usagef("volume set: nothing to change: see `cairn volume set --help`")
 			}
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
@@ -277,10 +288,19 @@ host first.`,
 						return err
 					}
 				}
-				if qos == nil && len(set)+len(untag) == 0 {
+				if !q.given(cmd) && len(set)+len(untag) == 0 {
 					return nil
 				}
-				op := &pb.UpdateVolume{Volume: args[0], SetTags: set, RemoveTags: untag, Qos: qos}
+				op := &pb.UpdateVolume{Volume: args[0], SetTags: set, RemoveTags: untag}
+				if q.given(cmd) {
+					v, err := s.volume(ctx, args[0])
+					if err != nil {
+						return err
+					}
+					if op.Qos, err = q.qos(cmd, v.Qos); err != nil {
+						return err
+					}
+				}
 				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_UpdateVolume{UpdateVolume: op}})
 				return err
 			})
@@ -350,14 +370,32 @@ func tenantCommand(c *cli) *cobra.Command {
 	var logical, physical string
 	set := &cobra.Command{
 		Use: "set NAME", Short: "Set a tenant's quotas", Args: cobra.ExactArgs(1),
-		Example: "  cairn tenant set acme --logical 10T --physical 12T\n  cairn tenant set acme   # none",
+		Example: "  cairn tenant set acme --logical 10T --physical 12T\n  cairn tenant set acme --physical 0   # none",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if logical == "" && physical == "" {
+				return usagef("tenant set: nothing to change: --logical or --physical, 0 for no quota")
+			}
 			op := &pb.SetTenant{Tenant: args[0]}
-			if err := errors.Join(parseInto(&op.LogicalQuotaBytes, logical), parseInto(&op.PhysicalQuotaBytes, physical)); err != nil {
+			quotas := func() error {
+				return errors.Join(parseInto(&op.LogicalQuotaBytes, logical), parseInto(&op.PhysicalQuotaBytes, physical))
+			}
+			if err := quotas(); err != nil {
 				return err
 			}
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_SetTenant{SetTenant: op}})
+				had, err := s.tenants(ctx)
+				if err != nil {
+					return err
+				}
+				for _, t := range had { // what is not given stays
+					if t.Name == args[0] {
+						op.LogicalQuotaBytes, op.PhysicalQuotaBytes = t.LogicalQuota, t.PhysicalQuota
+					}
+				}
+				if err := quotas(); err != nil {
+					return err
+				}
+				_, err = s.meta.Do(ctx, &pb.Command{Op: &pb.Command_SetTenant{SetTenant: op}})
 				return err
 			})
 		},
