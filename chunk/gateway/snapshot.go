@@ -41,14 +41,18 @@ type Cut struct {
 	For    time.Duration // writes were held for so long
 }
 
-// PrepareCut flushes a volume while it runs and gets its next layer.
+// PrepareCut gets a volume's next layer and flushes the volume while it runs. The
+// layer comes first: what is written while metadata answers is flushed too, and every
+// flush costs the writes beside it some of the disk.
 func (g *Gateway) PrepareCut(ctx context.Context, name string) error {
 	v, err := g.Volume(name)
 	if err != nil {
 		return err
 	}
-	if err := v.settle(ctx); err != nil {
-		return err
+	if v.State() != volume.Serving { // a flush waits until it does, or says why it does not
+		if err := v.settle(ctx); err != nil {
+			return err
+		}
 	}
 	v.mu.Lock()
 	top := v.engine.Top()

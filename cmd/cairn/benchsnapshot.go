@@ -17,9 +17,11 @@ func benchSnapshotCommand() *cobra.Command {
 		Short: "Measure snapshots and clones of a volume of 1 TiB while it is written",
 		Long: `Measure, on a cluster of real processes, snapshots and clones of a volume of 1 TiB with all
 its chunks, while it is written: what the commands take, and how long writes wait. Little
-is written, but the file system must be as large as three such volumes; a sparse one does:
+is written, but the file system must be as large as three such volumes; a sparse one does,
+whose inode tables are there from the start and that goes around the page cache:
 
-  truncate -s 5T big && mkfs.ext4 -q -i 1048576 big && mount -o loop big /mnt`,
+  truncate -s 5T big && mkfs.ext4 -q -i 1048576 -E lazy_itable_init=0,lazy_journal_init=0 big
+  mount $(losetup --direct-io=on --find --show big) /mnt`,
 		Example: "  cairn bench snapshot --dir /mnt\n  cairn bench snapshot --dir /mnt --rounds 3 -o json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
