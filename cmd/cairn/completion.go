@@ -145,10 +145,12 @@ var flagNames = map[string]names{"host": hostNames, "to": hostNames, "volume": v
 func (c *cli) completion(cmd *cobra.Command) {
 	for flag, of := range flagNames {
 		if f := cmd.LocalNonPersistentFlags().Lookup(flag); f != nil && f.Value.Type() == "string" {
-			must(cmd.RegisterFlagCompletionFunc(flag, c.complete(-1, of)))
+			if _, there := cmd.GetFlagCompletionFunc(flag); !there { // commands may share a flag
+				must(cmd.RegisterFlagCompletionFunc(flag, c.complete(-1, of)))
+			}
 		}
 	}
-	if cmd.Flags().Lookup("output") != nil {
+	if _, there := cmd.GetFlagCompletionFunc("output"); !there && cmd.Flags().Lookup("output") != nil {
 		must(cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp)))
 	}
 	of, n := special[cmd.CommandPath()], 1
