@@ -66,9 +66,9 @@ already is not written again. The snapshot stays until the next backup. A backup
 cut short, by kill -9 too, goes on where it was when the command is given again. Every
 object is named by its SHA-256.` + repoHelp,
 		Example: "  cairn volume backup db /mnt/backup\n  cairn volume backup db s3://disks/cluster-1\n  cairn volume backup ls /mnt/backup\n  cairn volume restore /mnt/backup db db-restored",
-		Args:    cobra.ArbitraryArgs, RunE: create, ValidArgsFunction: c.completeVolumes,
+		Args:    cobra.ArbitraryArgs, RunE: create,
 	}
-	sub := &cobra.Command{Use: "create VOLUME REPO", Short: "The same, whatever the volume is called", Args: cobra.ExactArgs(2), RunE: create, ValidArgsFunction: c.completeVolumes,
+	sub := &cobra.Command{Use: "create VOLUME REPO", Short: "The same, whatever the volume is called", Args: cobra.ExactArgs(2), RunE: create,
 		Example: "  cairn volume backup create db /mnt/backup"}
 	for _, x := range []*cobra.Command{cmd, sub} {
 		x.Flags().BoolVar(&full, "full", false, "read all of the volume, not only what has changed")

@@ -56,7 +56,7 @@ func TestADetachOnAFullPool(t *testing.T) {
 	go func() { stuck <- fill("w") }()
 	until(t, "a write waits for room, and status says so", func() bool {
 		says, code := n.evidence()
-		return code == 2 && strings.Contains(says, "writes of volume w wait for room on host-")
+		return code == 2 && strings.Contains(says, "volume w: writes wait for room on host-")
 	})
 	n.fails("wait for room on host-", "volume", "detach", "w")
 	if w := decodeJSON[volumeView](t, n.ok("volume", "show", "w", "-o", "json")); w.Holder == "" {
@@ -126,7 +126,7 @@ func TestStatusOnBadDays(t *testing.T) {
 	}
 	says(0, "healthy")
 	signal(syscall.SIGSTOP, "meta-2")
-	says(2, "metadata node meta-2 does not answer: 2 of 3 do, since 2", "0 more may fail")
+	says(2, "metadata node meta-2 does not answer: 2 of 3 do, since", "0 more may fail")
 	signal(syscall.SIGSTOP, "meta-3")
 	says(2, "does not answer", "no leader", "2 of its 3 nodes", "nothing can be attached")
 	signal(syscall.SIGCONT, "meta-2", "meta-3")
@@ -192,7 +192,7 @@ func TestEveryCommandHasAnExample(t *testing.T) {
 	n.ok("volume", "snapshot", "data", "--name", "monday")
 	for _, c := range []struct{ typed, offers string }{
 		{"volume show", "data"}, {"volume attach", "data@monday"}, {"volume snapshot rm", "data@monday"}, {"volume attach data --host", "host-2"},
-		{"host drain", "host-3"}, {"meta remove", "meta-1"}, {"store show", "on host-1"}, {"volume ls -o", "json"}, {"volume clone", "data@monday"},
+		{"host drain", "host-3"}, {"meta remove", "meta-1"}, {"store show", "on host-1"}, {"volume ls -o", "json"}, {"volume clone", "data@monday"}, {"volume backup", "data"}, {"why --volume", "data"},
 	} {
 		if r := run(t, bin(t), append(append([]string{"__complete", "--dir", n.dir}, strings.Fields(c.typed)...), "")...); !strings.Contains(r.out, c.offers) {
 			t.Errorf("`cairn %s` and Tab: %q, want %q", c.typed, r.out, c.offers)

@@ -114,6 +114,7 @@ func (c *cli) complete(n int, of names) cobra.CompletionFunc {
 var argument = map[string]map[string]names{
 	"volume":   {"NAME": volumeNames, "VOLUME": volumeNames, "NAME|id:N": deletedNames},
 	"snapshot": {"VOLUME…": volumeNames, "[VOLUME]": volumeNames, "VOLUME@SNAPSHOT…": snapshotNames},
+	"backup":   {"VOLUME": volumeNames},
 	"host":     {"NAME": hostNames},
 	"store":    {"STORE": storeNames, "STORE|PATH": storeNames},
 	"meta":     {"NAME": nodeNames},
@@ -145,12 +146,10 @@ var flagNames = map[string]names{"host": hostNames, "to": hostNames, "volume": v
 func (c *cli) completion(cmd *cobra.Command) {
 	for flag, of := range flagNames {
 		if f := cmd.LocalNonPersistentFlags().Lookup(flag); f != nil && f.Value.Type() == "string" {
-			if _, there := cmd.GetFlagCompletionFunc(flag); !there { // commands may share a flag
-				must(cmd.RegisterFlagCompletionFunc(flag, c.complete(-1, of)))
-			}
+			must(cmd.RegisterFlagCompletionFunc(flag, c.complete(-1, of)))
 		}
 	}
-	if _, there := cmd.GetFlagCompletionFunc("output"); !there && cmd.Flags().Lookup("output") != nil {
+	if cmd.Flags().Lookup("output") != nil {
 		must(cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp)))
 	}
 	of, n := special[cmd.CommandPath()], 1

@@ -121,7 +121,10 @@ func metaHealth(ms []metaView) (out []finding) {
 		voters++
 		if m.State == "unreachable" {
 			silent = append(silent, name)
-			if m.Heard != "" {
+			if m.Heard == "" {
+				m.Heard = "some time before the leader was elected"
+			}
+			if !slices.Contains(since, m.Heard) {
 				since = append(since, m.Heard)
 			}
 			continue
@@ -308,7 +311,7 @@ func serviceHealth(v volumeView) (out []finding) {
 			Next: "it serves by itself once that is over"})
 	}
 	if v.full > 0 {
-		out = append(out, finding{Severity: critical, What: fmt.Sprintf("%d writes of volume %s wait for room on %s", v.full, v.Name, strings.Join(v.fullOn, ", ")), Means: "its user hangs; nothing is lost, and reads go on",
+		out = append(out, finding{Severity: critical, What: fmt.Sprintf("volume %s: writes wait for room on %s (%d of them)", v.Name, strings.Join(v.fullOn, ", "), v.full), Means: "its user hangs; nothing is lost, and reads go on",
 			Next: "they go on by themselves when there is room: add a store, or remove or trim data"})
 	}
 	return out
@@ -344,8 +347,17 @@ func whenFull(room uint64, perSecond int64, watched time.Duration) string {
 	return fmt.Sprintf("at the rate of the last %v (%s/s) it is full in %v", watched.Round(time.Minute), formatSize(uint64(perSecond)), left.Round(time.Minute))
 }
 
+// comesBack says how much of what is in use holds nothing any more, if it is worth a
+// word.
+func comesBack(used, live, capacity uint64) string {
+	if used < live || used-live < capacity/20 {
+		return ""
+	}
+	return fmt.Sprintf("; %s of it was overwritten or removed, and comes back by compaction", formatSize(used-live))
+}
+
 func spaceHealth(w *clusterView) (out []finding) {
-	var used, capacity uint64
+	var used, live, capacity uint64
 	var rate int64
 	var watched time.Duration
 	for _, h := range w.Hosts {
@@ -353,13 +365,13 @@ func spaceHealth(w *clusterView) (out []finding) {
 			if s.Retired || s.Capacity == 0 {
 				continue
 			}
-			used, capacity, rate = used+s.Used, capacity+s.Capacity, rate+s.FillRate
+			used, live, capacity, rate = used+s.Used, live+s.Live, capacity+s.Capacity, rate+s.FillRate
 			over := time.Duration(s.WatchedMs) * time.Millisecond
 			watched = max(watched, over)
 			if sev := level(s.Used * 100 / s.Capacity); sev != "" {
 				out = append(out, finding{sev, fmt.Sprintf("store %s on host %s is %d %% full", s.ID[:8], h.Name, s.Used*100/s.Capacity), "",
-					"full, it takes no new data: writes wait or fail for want of space; deletes and TRIM go on",
-					whenFull(s.Capacity-min(s.Used, s.Capacity), s.FillRate, over) + "; add stores, or remove data"})
+					"a full store takes no new data: writes wait or fail for want of space; deletes and TRIM go on",
+					whenFull(s.Capacity-min(s.Used, s.Capacity), s.FillRate, over) + comesBack(s.Used, s.Live, s.Capacity) + "; add stores, or remove data"})
 			}
 		}
 	}
@@ -368,7 +380,7 @@ func spaceHealth(w *clusterView) (out []finding) {
 	}
 	if sev := level(used * 100 / capacity); sev != "" {
 		out = append(out, finding{sev, fmt.Sprintf("the pool is %d %% full: %s of %s", used*100/capacity, formatSize(used), formatSize(capacity)), "",
-			"a lost host's copies need room elsewhere", whenFull(capacity-min(used, capacity), rate, watched) + "; add hosts or stores, or purge deleted volumes"})
+			"a lost host's copies need room elsewhere", whenFull(capacity-min(used, capacity), rate, watched) + comesBack(used, live, capacity) + "; add hosts or stores, or purge deleted volumes"})
 	}
 	return out
 }

@@ -57,7 +57,7 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 		{"a host's clock", func(w *clusterView) { w.Hosts[1].ClockMs = -93_000 }, notice, []string{"clock of host host-2 is 1m33s behind"}},
 		{"a metadata node's clock", func(w *clusterView) { w.Meta[1].ClockMs = 3_600_000 }, notice, []string{"meta-2 is 1h0m0s ahead", "deadlines"}},
 		{"a volume that waits", func(w *clusterView) { w.Volumes[0].serves = "attaching: waiting for a member" }, critical, []string{"volume v does not serve on host host-1", "waiting for a member"}},
-		{"a full store under a volume", func(w *clusterView) { w.Volumes[0].full, w.Volumes[0].fullOn = 3, []string{"host-2"} }, critical, []string{"3 writes of volume v wait for room on host-2"}},
+		{"a full store under a volume", func(w *clusterView) { w.Volumes[0].full, w.Volumes[0].fullOn = 3, []string{"host-2"} }, critical, []string{"volume v: writes wait for room on host-2 (3 of them)"}},
 		{"no copy to be reached", func(w *clusterView) {
 			for i := range w.Hosts {
 				w.Hosts[i].Up, w.Hosts[i].LastSeenMs = false, 5_000
@@ -75,8 +75,8 @@ func TestHealthFindsWhatIsWrong(t *testing.T) {
 		{"a store at 76 %", func(w *clusterView) { w.Hosts[1].Stores[0].Used = 76 << 30 }, notice, []string{"76 % full", "does not fill now"}},
 		{"a store at 86 % that fills", func(w *clusterView) {
 			s := &w.Hosts[1].Stores[0]
-			s.Used, s.FillRate, s.WatchedMs = 86<<30, 1<<20, 600_000
-		}, warning, []string{"86 % full", "full in 3h59m0s"}},
+			s.Used, s.Live, s.FillRate, s.WatchedMs = 86<<30, 80<<30, 1<<20, 600_000
+		}, warning, []string{"86 % full", "full in 3h59m0s", "6 GiB of it was overwritten or removed"}},
 		{"a pool at 95 %", func(w *clusterView) {
 			for i := range w.Hosts {
 				w.Hosts[i].Stores[0].Used = 95 << 30

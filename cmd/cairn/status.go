@@ -187,6 +187,18 @@ func (s *session) said(ctx context.Context, hosts []*pb.HostState, views []hostV
 	return out
 }
 
+// fresh takes what a host says of its stores itself: metadata knows it since the last
+// heartbeat, and a new leader not at all before the first.
+func (h *hostView) fresh(st *pb.HostStatusReply) {
+	for _, u := range st.GetStores() {
+		for i := range h.Stores {
+			if s := &h.Stores[i]; s.ID == fmt.Sprintf("%x", u.Store) && u.CapacityBytes > 0 {
+				s.Capacity, s.Used, s.Live = u.CapacityBytes, u.UsedBytes, u.LiveBytes
+			}
+		}
+	}
+}
+
 // cluster gathers everything `cairn status` shows. What it waits for is asked for at
 // the same time: it is to answer within 5 seconds whoever is away.
 func (s *session) cluster(ctx context.Context) (*clusterView, error) {
@@ -218,6 +230,9 @@ func (s *session) cluster(ctx context.Context) (*clusterView, error) {
 	said := s.said(ctx, hosts, w.Hosts)
 	w.Meta = <-nodes
 	wg.Wait()
+	for i := range w.Hosts {
+		w.Hosts[i].fresh(said[w.Hosts[i].Name])
+	}
 	for _, v := range rep.Volumes {
 		x := viewVolume(v)
 		if st := said[v.HolderHost]; st != nil {
@@ -304,6 +319,9 @@ func printStatus(w *clusterView) error {
 		for _, s := range h.Stores {
 			hosts = append(hosts, []string{h.Name, seen(h), s.ID[:8], formatSize(s.Used), formatSize(s.Live), formatSize(s.Capacity), s.State})
 		}
+	}
+	if len(hosts) == 0 {
+		return nil
 	}
 	if err := printTable([]string{"HOST", "IS", "STORE", "USED", "LIVE", "CAPACITY", "STATE"}, hosts); err != nil {
 		return err

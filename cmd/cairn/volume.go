@@ -18,27 +18,7 @@ func volumeCommand(c *cli) *cobra.Command {
 	cmd.AddCommand(volumeCreate(c), volumeList(c), volumeShow(c), volumeRename(c), volumeResize(c), volumeRemove(c), volumeUndelete(c), volumePurge(c), volumeUndoShrink(c), volumeSet(c), volumeTrust(c),
 		volumeAttach(c), volumeDetach(c), volumeStats(c), volumeImport(c), volumeExport(c), volumeSnapshot(c), volumeRollback(c), volumeClone(c), volumeFlatten(c),
 		volumeDiff(c), volumeMap(c), volumeBackup(c), volumeRestore(c))
-	for _, s := range cmd.Commands() {
-		if s.ValidArgsFunction == nil && strings.Contains(s.Use, "NAME") && s.Name() != "create" && s.Name() != "import" {
-			s.ValidArgsFunction = c.completeVolumes
-		}
-	}
 	return cmd
-}
-
-// completeVolumes completes the name of a volume.
-func (c *cli) completeVolumes(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	var names []string
-	if len(args) == 0 {
-		_ = c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error { // no completion without a cluster
-			rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
-			for _, v := range rep.GetVolumes() {
-				names = append(names, v.Name)
-			}
-			return err
-		})
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
 // volumeView is a volume as `-o json` shows it.

@@ -152,7 +152,6 @@ func whyCommand(c *cli) *cobra.Command {
 	cmd.Flags().StringVar(&volume, "volume", "", "the volume")
 	cmd.Flags().IntVar(&top, "top", 15, "how many requests to show")
 	must(cmd.MarkFlagRequired("volume"))
-	must(cmd.RegisterFlagCompletionFunc("volume", c.completeVolumes))
 	return cmd
 }
 
