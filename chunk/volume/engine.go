@@ -144,6 +144,8 @@ type Engine struct {
 	moves     moveState
 	hand      *handOver // nil: it stays here
 	pace      pacer
+	tellings  []*telling
+	lookFor   *MetaCall // asked for tellings, in this step
 	lag       lagState
 	lastTick  time.Duration
 	damageAt  time.Duration // when the replicas are asked again what is bad
@@ -342,6 +344,7 @@ func (e *Engine) settle() {
 	e.startChange()
 	e.stepCut()
 	e.stepReclaim()
+	e.startTelling()
 	e.startMoves()
 	e.stepDetach()
 	e.stepHandOver()

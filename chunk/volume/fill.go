@@ -14,7 +14,7 @@ import (
 // member: of the chunks it has, which this one is not yet.
 //
 //	wait → copy what is older than from, while new writes go to it too →
-//	required → everything answered → flush → ask metadata: it takes the other's place
+//	required → everything answered → told the layers → flush → ask metadata: it takes the other's place
 //
 // It is what a join is for one chunk, with the same rules, and the same care for
 // an outcome that is unknown: once asked for it stays required until metadata has
@@ -176,6 +176,18 @@ func (e *Engine) requireFill(f *fill) {
 func (e *Engine) flushFill(f *fill) {
 	f.phase = fillFlush
 	try := f.tries
+	e.tellLast(f.r, func(rep *wire.Reply) {
+		switch {
+		case f.over || f.phase != fillFlush || f.tries != try:
+		case rep.Status != status.OK:
+			e.failFill(f, rep.Err().Error())
+		default:
+			e.flushTold(f, try)
+		}
+	})
+}
+
+func (e *Engine) flushTold(f *fill, try int) {
 	e.call(f.r, &wire.Request{Kind: wire.Flush, Floor: e.floor}, func(rep *wire.Reply) {
 		switch {
 		case f.over || f.phase != fillFlush || f.tries != try:

@@ -12,8 +12,8 @@ import (
 // join is a member that was out catching up:
 //
 //	seal → (new writes go to it too) → per chunk: compare digests and copy from a
-//	member that has accepted all that is older → required → flush and settle →
-//	add by a commit → in-sync
+//	member that has accepted all that is older → required → told the layers →
+//	flush and settle → add by a commit → in-sync
 //
 // Below the join's version it takes the survivor's state, even where that is
 // older or a hole; from it on, the higher version wins. A write below it that is
@@ -106,7 +106,15 @@ func (e *Engine) stepJoin(r *replica, jn *join) {
 	case joinSettle:
 		if e.answeredUpTo(r, nil, jn.mark) {
 			jn.phase = joinSettling
-			e.settleJoin(r, jn)
+			e.tellLast(r, func(rep *wire.Reply) {
+				switch {
+				case r.join != jn:
+				case rep.Status != status.OK:
+					e.abortJoin(r, rep.Err().Error())
+				default:
+					e.settleJoin(r, jn)
+				}
+			})
 		}
 	}
 }

@@ -473,6 +473,35 @@ func TestAJoinWaitsForMerges(t *testing.T) {
 	}
 }
 
+// While a member was away a layer was dropped by the others, and the engine has not
+// heard of it: what the member catches up has nothing of that layer. It is told before
+// it counts, or a late read of the layer would fall through it.
+// Guard: tellLast, with what metadata says after the copying.
+func TestAMemberThatReturnsHearsOfLayersThatWent(t *testing.T) {
+	for seed := range uint64(30) {
+		w := filled(t, seed, 6)
+		w.step(&Cut{Volume: w.prepare(), Until: w.now + time.Hour})
+		w.until("held", func() bool { return len(w.cuts) > 0 })
+		w.step(&Release{w.cuts[0].Cut})
+		w.vol.LastLayer++ // a branch that the volume was rolled back from
+		w.vol.Layers = append(w.vol.Layers, &pb.Layer{Id: w.vol.LastLayer, HasParent: true, State: pb.LayerState_LAYER_STATE_SNAPSHOT})
+		w.step(&Refresh{Volume: w.known()})
+		for i := range w.stores {
+			w.tell(i)
+		}
+		w.fall(2)
+		w.until("excluded", func() bool { return !w.vol.Members[2].InSync })
+		w.vol.Layers = w.vol.Layers[:len(w.vol.Layers)-1]
+		w.tell(0)
+		w.tell(1)
+		w.fall(2)
+		w.until("in sync", w.allInSync)
+		if !w.stores[2].gone(ids.LayerID(w.vol.LastLayer)) {
+			w.fail("it is in sync, and has not heard that layer %d is gone", w.vol.LastLayer)
+		}
+	}
+}
+
 // A layer went, by another's word, after an attach has listed what it held: the
 // attach lists again, and nobody is excluded for it.
 func TestALayerGoesWhileAttaching(t *testing.T) {

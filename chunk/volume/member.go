@@ -207,6 +207,7 @@ func (e *Engine) metaDone(ev *MetaDone) {
 	case ev.Call == e.look:
 		e.look = nil
 		e.looked(ev.Call)
+		e.toldLast(ev)
 	case e.reclaim != nil && ev.Call == e.reclaim.call:
 		e.prunedLayer(ev)
 	}

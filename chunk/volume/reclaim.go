@@ -239,6 +239,56 @@ func (e *Engine) prunedLayer(ev *MetaDone) {
 	rc.call, rc.after = nil, e.now+reclaimRetry
 }
 
+// telling is a replica that is to hear which layers there are before a copy on it
+// counts. Those it takes the copy from may have dropped a layer since it heard last:
+// then it has nothing of that layer either, and would take a late read of it for one
+// of holes, through which older layers show.
+type telling struct {
+	r    *replica
+	call *MetaCall // what metadata answers to it is new enough; nil: not asked yet
+	then func(*wire.Reply)
+}
+
+// tellLast tells a replica the layers as they are after this. What its sources had
+// dropped by now was deleted before.
+func (e *Engine) tellLast(r *replica, then func(*wire.Reply)) {
+	if len(e.layers.all) == 0 {
+		then(&wire.Reply{Kind: wire.Layers})
+		return
+	}
+	e.tellings = append(e.tellings, &telling{r: r, then: then})
+}
+
+// startTelling has metadata asked, for all that wait.
+func (e *Engine) startTelling() {
+	for _, t := range e.tellings {
+		if t.call == nil && e.look != nil && e.lookFor != e.look {
+			return // after that one, which was asked before
+		}
+		if t.call == nil {
+			e.lookAgain()
+			e.lookFor, t.call = e.look, e.look
+		}
+	}
+	e.lookFor = nil
+}
+
+// toldLast goes on with those that a call was asked for.
+func (e *Engine) toldLast(ev *MetaDone) {
+	waiting := e.tellings
+	e.tellings = nil
+	for _, t := range waiting {
+		switch {
+		case t.call != ev.Call:
+			e.tellings = append(e.tellings, t)
+		case ev.Err != nil:
+			t.then(&wire.Reply{Kind: wire.Layers, Status: status.Of(ev.Err), Detail: ev.Err.Error()})
+		default:
+			e.call(t.r, &wire.Request{Kind: wire.Layers, Layer: e.layers.last, Entries: e.layerList()}, t.then)
+		}
+	}
+}
+
 // lookAgain has the shell bring the volume as metadata knows it.
 func (e *Engine) lookAgain() {
 	if e.look == nil && e.state != Ended {
