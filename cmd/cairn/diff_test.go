@@ -70,7 +70,7 @@ func TestDiffAndMap(t *testing.T) {
 	}
 	n.fails("no snapshot \"nope\"", "volume", "diff", "v@nope", "v")
 	n.fails("no volume", "volume", "map", "nope")
-	for _, c := range []struct{ args, say string }{{"volume diff v@b c", "different volumes"}, {"volume diff v v@b", "does not name a snapshot"}, {"volume diff", "arg"}} {
+	for _, c := range []struct{ args, say string }{{"volume diff v@b c", "different volumes"}, {"volume diff v v@b", "does not name a snapshot"}, {"volume diff", "takes VOLUME@SNAPSHOT"}} {
 		if r := n.cairn(strings.Fields(c.args)...); r.status != exitUsage || !strings.Contains(r.err, c.say) {
 			t.Errorf("cairn %s: status %d, %q", c.args, r.status, r.err)
 		}
