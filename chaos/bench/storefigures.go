@@ -122,10 +122,13 @@ func (b *storeBench) flushes(ctx context.Context) (err error) {
 		return err
 	}
 	var own, bare, cpu []float64
-	for range b.cfg.Rounds {
+	for i := range b.cfg.Rounds + 1 {
 		r, err := o.run(ctx, load{depth: 1, flush: true, each: b.cfg.Each, next: m.randomWrite})
 		if err != nil {
 			return err
+		}
+		if i == 0 {
+			continue // the next segment will be one for flushed writes
 		}
 		d, err := b.bare(ctx, path, "randwrite", "4k", 1, "--fdatasync=1")
 		if err != nil {
@@ -244,6 +247,11 @@ func (b *storeBench) sequential(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, o.remove()) }()
 	m := newMaker(o.capacity() / 3 / bigBlocks * bigBlocks)
+	for range 5 { // once round: the segments are recycled ones, as the bare file is written
+		if err := o.fill(ctx, m); err != nil {
+			return err
+		}
+	}
 	var own, bare, cpu []float64
 	for range b.cfg.Rounds {
 		start, cpuBefore := time.Now(), ownCPU()

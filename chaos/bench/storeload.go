@@ -35,13 +35,16 @@ type openStore struct {
 	done  chan struct{}
 }
 
-// makeStore formats a store of its own.
+// makeStore formats a store of its own, whose file keeps its room: a host makes
+// no other unless it is told to.
 func (b *storeBench) makeStore(name string, size int64) (*openStore, error) {
 	d, err := disk.Create(b.path(name), size)
 	if err != nil {
 		return nil, err
 	}
-	err = store.Make(d, store.Format{ID: ids.NewStoreID(), Incarnation: 1})
+	if err = d.Reserve(); err == nil {
+		err = store.Make(d, store.Format{ID: ids.NewStoreID(), Incarnation: 1})
+	}
 	if err = errors.Join(err, d.Close()); err != nil {
 		return nil, err
 	}
@@ -53,6 +56,9 @@ func runStore(path string, indexBytes int64) (*openStore, error) {
 	d, err := disk.Open(path)
 	if err != nil {
 		return nil, err
+	}
+	if err := d.Reserve(); err != nil {
+		return nil, errors.Join(err, d.Close())
 	}
 	p, err := checkpoint.Open(path + "-pages")
 	if err != nil {

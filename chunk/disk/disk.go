@@ -52,7 +52,8 @@ type Op struct {
 	Len    int64 // bytes, Discard and Allocate only
 	Bufs   [][]byte
 	// Done is called exactly once, from any goroutine, possibly before Submit
-	// returns. nil error means every byte was transferred.
+	// returns. nil error means every byte was transferred. It does not wait for
+	// another operation.
 	Done func(error)
 }
 

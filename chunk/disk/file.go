@@ -15,7 +15,8 @@ import (
 
 const (
 	readers     = 16
-	maxIOVector = 1024 // IOV_MAX of Linux
+	maxIOVector = 1024     // IOV_MAX of Linux
+	largeBytes  = 64 << 10 // an operation that is worth a goroutine's waking up
 )
 
 // Bounds of the operations that wait for a worker; more are answered
@@ -23,10 +24,13 @@ const (
 // allocations are one per segment at most, of which 16 TiB have 262,144.
 var maxQueued = [lanes]int{laneWrite: 4096, laneSync: 4096, laneSpace: 1 << 19, laneRead: 4096}
 
-// File is a Disk in a regular file or a block device. Writes, syncs, discards
-// and reads have goroutines of their own, so that none waits for another kind:
-// a disk that hangs in one of them is a completion that does not come. ReadNow
-// answers from the page cache.
+// File is a Disk in a regular file or a block device. No kind of operation
+// waits for another: a disk that hangs in one of them is a completion that does
+// not come. ReadNow answers from the page cache.
+//
+// Each kind has a lane, each crew of goroutines one lane or two. Something small
+// that is submitted while a member of its crew is in a Done waits for that one to
+// be back: the sync behind a write wakes nobody up.
 type File struct {
 	k      kernel
 	f      *os.File // through the page cache
@@ -36,16 +40,17 @@ type File struct {
 	device bool
 	wg     sync.WaitGroup
 
-	mu     sync.Mutex // guards the fields below
+	mu     sync.Mutex // guards the fields below, and the crews
 	keep   bool       // see Reserve
-	cond   [lanes]*sync.Cond
+	crews  [crews]crew
 	queue  [lanes]fifo
+	busy   [lanes]int // operations under way
 	closed bool
 }
 
 const (
-	laneWrite = iota
-	laneSync
+	laneSync = iota // somebody waits for it
+	laneWrite
 	laneSpace
 	laneRead
 	lanes
@@ -53,8 +58,25 @@ const (
 
 var laneOf = [kinds]int{Read: laneRead, Write: laneWrite, Sync: laneSync, Discard: laneSpace, Allocate: laneSpace}
 
-// workers is how many goroutines serve each lane. One writer keeps the order.
-var workers = [lanes]int{laneWrite: 1, laneSync: 1, laneSpace: 1, laneRead: readers}
+// width is how many operations of a lane are under way at most. One write at a
+// time keeps the order.
+var width = [lanes]int{laneWrite: 1, laneSync: 1, laneSpace: 1, laneRead: readers}
+
+const (
+	crewLog = iota
+	crewSpace
+	crewRead
+	crews
+)
+
+var crewOf = [lanes]int{laneWrite: crewLog, laneSync: crewLog, laneSpace: crewSpace, laneRead: crewRead}
+
+// crew is one goroutine more than its lanes are wide: there is one for every
+// operation that may begin, while another is in a Done.
+type crew struct {
+	idle *sync.Cond
+	done int // members in a Done: each looks for work once it is back
+}
 
 var (
 	_ Disk      = (*File)(nil)
@@ -163,11 +185,15 @@ func start(k kernel, f *os.File, path string, mode int) (_ *File, err error) {
 	default:
 		return nil, fmt.Errorf("open %s around the page cache: %w", path, err)
 	}
-	for lane, n := range workers {
-		d.cond[lane] = sync.NewCond(&d.mu)
+	members := [crews]int{1, 1, 1}
+	for lane, n := range width {
+		members[crewOf[lane]] += n
+	}
+	for c, n := range members {
+		d.crews[c].idle = sync.NewCond(&d.mu)
 		for range n {
 			d.wg.Add(1)
-			go d.work(lane)
+			go d.work(c)
 		}
 	}
 	return d, nil
@@ -235,8 +261,8 @@ func (d *File) Extend(size int64, reserve bool) error {
 func (d *File) Close() error {
 	d.mu.Lock()
 	d.closed = true
-	for _, c := range d.cond {
-		c.Broadcast()
+	for c := range d.crews {
+		d.crews[c].idle.Broadcast()
 	}
 	d.mu.Unlock()
 	d.wg.Wait()
@@ -266,8 +292,20 @@ func (d *File) Submit(op *Op) {
 		return
 	}
 	q.ops = append(q.ops, op)
-	d.cond[lane].Signal()
+	if c := &d.crews[crewOf[lane]]; d.busy[lane] < width[lane] && (c.done == 0 || total(op.Bufs) >= largeBytes) {
+		c.idle.Signal()
+	}
 	d.mu.Unlock()
+}
+
+// ready returns a lane of a crew that has something to begin with.
+func (d *File) ready(crew int) (lane int, ok bool) {
+	for lane := range d.queue {
+		if crewOf[lane] == crew && d.queue[lane].len() > 0 && d.busy[lane] < width[lane] {
+			return lane, true
+		}
+	}
+	return 0, false
 }
 
 // ReadNow reads if the page cache has all of it.
@@ -276,20 +314,34 @@ func (d *File) ReadNow(b []byte, off int64) bool {
 	return err == nil && n == len(b)
 }
 
-func (d *File) work(lane int) {
+// work is a member of a crew.
+func (d *File) work(crew int) {
 	defer d.wg.Done()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for {
-		d.mu.Lock()
-		for d.queue[lane].len() == 0 && !d.closed {
-			d.cond[lane].Wait()
-		}
-		if d.queue[lane].len() == 0 {
-			d.mu.Unlock()
+		lane, ok := d.ready(crew)
+		if !ok && d.closed {
 			return
 		}
+		if !ok {
+			d.crews[crew].idle.Wait()
+			continue
+		}
 		op, keep := d.queue[lane].take(), d.keep
+		d.busy[lane]++
+		if _, more := d.ready(crew); more {
+			d.crews[crew].idle.Signal()
+		}
 		d.mu.Unlock()
-		op.Done(explain(op, d.run(op, keep)))
+		err := explain(op, d.run(op, keep))
+		d.mu.Lock()
+		d.busy[lane]--
+		d.crews[crew].done++
+		d.mu.Unlock()
+		op.Done(err)
+		d.mu.Lock()
+		d.crews[crew].done--
 	}
 }
 

@@ -310,7 +310,7 @@ func TestLanesAreBounded(t *testing.T) {
 	for _, kind := range []Kind{Read, Write, Sync} {
 		var mu sync.Mutex
 		refused, done := 0, 0
-		n := maxQueued[laneOf[kind]] + workers[laneOf[kind]] + 100
+		n := maxQueued[laneOf[kind]] + width[laneOf[kind]] + 100
 		for range n {
 			d.Submit(&Op{Kind: kind, Bufs: [][]byte{make([]byte, 1)}, Done: func(err error) {
 				mu.Lock()

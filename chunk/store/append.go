@@ -21,6 +21,8 @@ import (
 const (
 	// groupBytes is when a group takes no further batch.
 	groupBytes = 1 << 20
+	// largeGroup is the mean size from which on groups go around the page cache.
+	largeGroup = 512 << 10
 	// maxStaged bounds the bytes staged and not written; writes beyond it wait.
 	maxStaged = 32 << 20
 	// maxWaiting bounds the bytes of writes that wait; more are refused.
@@ -211,10 +213,11 @@ func (s *Store) openSegment() error {
 
 // chooseWay decides how a segment is written. Where nearly every write is
 // flushed at once, a way around the page cache saves the sync from writing the
-// page cache out; where not, the page cache answers sooner, and reads later.
+// page cache out, and where writes are large it saves the copy; where neither,
+// the page cache answers sooner, and reads later.
 func (s *Store) chooseWay(g *segment) {
-	g.direct = s.flushes*2 > s.groups && s.groups > 0
-	s.groups, s.flushes = 0, 0
+	g.direct = s.groups > 0 && (s.flushes*2 > s.groups || (s.logged-s.openFrom)/int64(s.groups) >= largeGroup)
+	s.groups, s.flushes, s.openFrom = 0, 0, s.logged
 }
 
 // takeBuffer takes a group buffer, reused if there is one.

@@ -121,6 +121,7 @@ type Store struct {
 	syncedFrom      int64  // logged, when the last sync began
 	groups, flushes int    // written and synced since the open segment was opened
 	logged          int64  // bytes of log written since the opening
+	openFrom        int64  // logged, when the open segment was opened
 	copied          uint64 // blocks compaction appended since then
 	replayed        int64  // bytes of log the opening read behind its checkpoint
 	badSums         atomic.Uint64

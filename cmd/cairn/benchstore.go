@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"time"
 
@@ -21,6 +22,7 @@ func benchStoreCommand() *cobra.Command {
 		Short:   "Measure one chunk store beside the bare disk below it",
 		Example: "  cairn bench store\n  cairn bench store recovery sustained --overwrites 2\n  cairn bench store flushes --dir /mnt/fast -o json",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			debug.SetGCPercent(gcPercent) // as in a host
 			exe, err := os.Executable()
 			if err != nil {
 				return err
