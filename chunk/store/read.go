@@ -205,17 +205,20 @@ func (s *Store) startRead(r *read, out *outbox) {
 	}
 	asked := r.into && len(r.ents) == 1 // and it was not there
 	r.buf, r.into = make([]byte, len(r.ents)*blockBytes), false
-	r.left.Store(1) // until all have begun
-	done := r.gotRun
+	var ops []*disk.Op
 	r.eachRun(func(off int64, b []byte) bool {
 		if s.now == nil || asked || !s.now.ReadNow(b, off) {
-			r.left.Add(1)
-			s.disk.Submit(&disk.Op{Kind: disk.Read, Off: off, Bufs: [][]byte{b}, Done: done})
+			ops = append(ops, &disk.Op{Kind: disk.Read, Off: off, Bufs: [][]byte{b}, Done: r.gotRun})
 		}
 		return true
 	})
-	if r.left.Add(-1) == 0 {
+	if len(ops) == 0 {
 		s.finishRead(r, out)
+		return
+	}
+	r.left.Store(int32(len(ops)))
+	for _, op := range ops {
+		s.disk.Submit(op)
 	}
 }
 
