@@ -1,11 +1,14 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
+	"sort"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -72,6 +75,9 @@ func step(s register, in asked, out answer) (bool, register) {
 		next.epoch++
 	}
 	if out.unknown {
+		return true, next
+	}
+	if want == status.OK && in.kind == opAttach && out.kind == status.Fenced { // done, and overtaken before it was answered
 		return true, next
 	}
 	fits := out.kind == want
@@ -218,6 +224,9 @@ func TestMetadataIsLinearizable(t *testing.T) {
 	res := porcupine.CheckOperationsTimeout(model, history, 5*time.Minute)
 	t.Logf("%d operations (%d of unknown outcome) over %v in %v: %v", len(history), unknown, faults, took.Round(time.Second), res)
 	if res != porcupine.Ok {
+		for _, volume := range model.Partition(history) {
+			explain(t, volume)
+		}
 		t.Fatalf("seed %d: the history is %v", seed, res)
 	}
 	tr.agree()
@@ -274,4 +283,33 @@ func (tr *trio) fault(rng *rand.Rand, wires map[[2]int]*wire, shift *[3]atomic.I
 	}
 	shift[rng.IntN(3)].Store(rng.Int64N(int64(40*time.Minute)) - int64(20*time.Minute))
 	return "clock jump"
+}
+
+// explain prints where one volume's history goes wrong: the first answer that fits
+// nothing, and what was asked and answered shortly before.
+func explain(t *testing.T, ops []porcupine.Operation) {
+	fits := func(until int64) bool { // what is answered later may be done or not
+		var h []porcupine.Operation
+		for _, o := range ops {
+			if o.Call > until {
+				continue
+			}
+			if o.Return > until {
+				o.Output, o.Return = answer{unknown: true}, int64(100*time.Hour)
+			}
+			h = append(h, o)
+		}
+		return porcupine.CheckOperationsTimeout(model, h, time.Minute) == porcupine.Ok
+	}
+	slices.SortFunc(ops, func(a, b porcupine.Operation) int { return cmp.Compare(a.Return, b.Return) })
+	wrong := sort.Search(len(ops), func(i int) bool { return !fits(ops[i].Return) })
+	if wrong == len(ops) {
+		return
+	}
+	for _, o := range ops[max(0, wrong-20) : wrong+1] {
+		in, out := o.Input.(asked), o.Output.(answer)
+		t.Logf("volume %d: %s of size %d asked at %v and answered at %v: unknown %v, %v, %+v", in.volume,
+			[]string{"creation", "removal", "growth", "attach", "read"}[in.kind], in.size, time.Duration(o.Call), time.Duration(o.Return), out.unknown, out.kind, out.register)
+	}
+	t.Log("and there is no order that this fits")
 }
