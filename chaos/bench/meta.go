@@ -5,37 +5,26 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	metaclient "github.com/cairnstore/cairn/meta/client"
-	metaserver "github.com/cairnstore/cairn/meta/server"
-	"github.com/cairnstore/cairn/placement/driver"
 	"github.com/cairnstore/cairn/proto/pb"
 )
 
-// The metadata service by itself: three nodes with logs on this machine's disk,
-// real TCP, and clients that keep many commands in flight.
+// The metadata service by itself: three nodes, a process each, with logs on this
+// machine's disk, real TCP, and clients that keep many commands in flight.
 
 const (
 	metaClients = 16 // each with up to 8 commands in flight
 	metaFlights = 8
 	allocBatch  = 64 // chunks of one allocation, as a gateway gathers them
-
-	// Four processes' worth of threads, for three nodes and the clients: with one's,
-	// a node that waits for its disk keeps a processor from the other two for up to
-	// 10 ms, until Go's runtime takes it away.
-	metaThreads = 4
 )
 
 // MetaFigures is what RunMeta measures.
@@ -50,34 +39,31 @@ type MetaFigures struct {
 	MixedChunks      float64 `json:"mixedAllocationsPerSecond"`
 	FullReadP50Ms    float64 `json:"fullReadP50Ms"`
 	FullReadP99Ms    float64 `json:"fullReadP99Ms"` // the same while as much is asked for as can be
-	LeaderLossMs     float64 `json:"leaderLossMs"`  // from its end to the next command's answer; heartbeats of 1 s
+	LeaderLossMs     float64 `json:"leaderLossMs"`  // from its kill -9 to the next command's answer; heartbeats of 1 s
 }
 
-// trio is three nodes in this process.
+// metaTrio is three nodes of this machine.
 type metaTrio struct {
-	dir   string
-	peers []metaserver.Peer
-	nodes []*metaserver.Server
+	peers [3]metaPeer
+	nodes [3]*program
 }
 
-func (m *metaTrio) start(i int, timeout time.Duration) (err error) {
+type metaPeer struct{ id, raft, api string }
+
+// metaConfigText is the file of one node: its name and directory, then every peer.
+func (m *metaTrio) config(i int, dir string) string {
+	var b strings.Builder
 	p := m.peers[i]
-	raftL, err := net.Listen("tcp", p.RaftAddr)
-	if err != nil {
-		return err
+	fmt.Fprintf(&b, "id = %q\ncluster = \"bench\"\ndir = %q\nraft = %q\napi = %q\ntimeout_ms = 1000\n", p.id, filepath.Join(dir, p.id), p.raft, p.api)
+	for _, p := range m.peers {
+		fmt.Fprintf(&b, "[[peer]]\nid = %q\nraft = %q\napi = %q\n", p.id, p.raft, p.api)
 	}
-	apiL, err := net.Listen("tcp", p.APIAddr)
-	if err != nil {
-		return errors.Join(err, raftL.Close())
-	}
-	m.nodes[i], err = metaserver.New(metaserver.Config{ID: p.ID, Dir: filepath.Join(m.dir, p.ID), RaftListener: raftL, APIListener: apiL, Peers: m.peers,
-		Placer: driver.New(), Timeout: timeout, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
-	return err
+	return b.String()
 }
 
-func newMetaTrio(dir string) (m *metaTrio, err error) {
-	m = &metaTrio{dir: dir, nodes: make([]*metaserver.Server, 3)}
-	for i := range 3 {
+func startMetaTrio(ctx context.Context, bin, dir string) (m *metaTrio, err error) {
+	m = &metaTrio{}
+	for i := range m.peers {
 		var addr [2]string
 		for k := range addr {
 			l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -89,10 +75,14 @@ func newMetaTrio(dir string) (m *metaTrio, err error) {
 				return m, err
 			}
 		}
-		m.peers = append(m.peers, metaserver.Peer{ID: fmt.Sprintf("meta-%d", i+1), RaftAddr: addr[0], APIAddr: addr[1]})
+		m.peers[i] = metaPeer{fmt.Sprintf("meta-%d", i+1), addr[0], addr[1]}
 	}
-	for i := range m.nodes {
-		if err := m.start(i, time.Second); err != nil {
+	for i, p := range m.peers {
+		file := filepath.Join(dir, p.id+".toml")
+		if err := os.WriteFile(file, []byte(m.config(i, dir)), 0o600); err != nil {
+			return m, err
+		}
+		if m.nodes[i], err = startProgram(ctx, p.id, "tcp", p.api, bin, "meta", "run", "--config", file); err != nil {
 			return m, err
 		}
 	}
@@ -102,37 +92,37 @@ func newMetaTrio(dir string) (m *metaTrio, err error) {
 func (m *metaTrio) close() (err error) {
 	for _, n := range m.nodes {
 		if n != nil {
-			err = errors.Join(err, n.Close())
+			err = errors.Join(err, n.close())
 		}
 	}
 	return err
 }
 
+// cpuTime is the processor time that nodes and clients have used so far.
+func (m *metaTrio) cpuTime() (time.Duration, error) {
+	pids := []int{os.Getpid()}
+	for _, n := range m.nodes {
+		pids = append(pids, n.cmd.Process.Pid)
+	}
+	return cpuOf(pids)
+}
+
 func (m *metaTrio) client() *metaclient.Client {
 	c := metaclient.Config{Who: "bench"}
 	for _, p := range m.peers {
-		c.Addrs = append(c.Addrs, p.APIAddr)
+		c.Addrs = append(c.Addrs, p.api)
 	}
 	return metaclient.New(c)
 }
 
-func cpuTime() time.Duration {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		panic(err) // it has no way to fail with these arguments
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
 // RunMeta measures and prints.
 func RunMeta(ctx context.Context, cfg Config) (err error) {
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(metaThreads * runtime.NumCPU()))
-	dir, err := os.MkdirTemp("", "cairn-bench-")
+	dir, err := os.MkdirTemp(cfg.Dir, "cairn-bench-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	m, err := newMetaTrio(dir)
+	m, err := startMetaTrio(ctx, cfg.Bin, dir)
 	defer func() { err = errors.Join(err, m.close()) }()
 	if err != nil {
 		return err
@@ -241,12 +231,13 @@ const (
 
 // mixed waits for the worker's turn: most make a volume, some allocate.
 func (b *metaBench) mixed(ctx context.Context, c *metaclient.Client, worker int, creates, chunks *atomic.Int64) (int, error) {
-	const workers, allocators = metaClients * metaFlights, 16
-	each := time.Second * (workers - allocators) / metaMixedCreates
-	if worker < allocators {
-		each = time.Second * allocators / metaMixedAllocs
+	const allocators = 16
+	rank, of, rate := worker, allocators, metaMixedAllocs
+	if worker >= allocators {
+		rank, of, rate = worker-allocators, metaClients*metaFlights-allocators, metaMixedCreates
 	}
-	due := time.NewTimer(each - time.Duration(time.Now().UnixNano()+int64(worker)*int64(each)/workers)%each)
+	each := time.Second * time.Duration(of) / time.Duration(rate)
+	due := time.NewTimer(each - time.Duration(time.Now().UnixNano()+int64(rank)*int64(each)/int64(of))%each)
 	defer due.Stop()
 	select {
 	case <-due.C:
@@ -307,7 +298,10 @@ func (b *metaBench) load(ctx context.Context, do func(ctx context.Context, c *me
 	end, cancel := context.WithTimeout(ctx, b.each)
 	defer cancel()
 	errs := make(chan error, metaClients*metaFlights+2)
-	began := cpuTime()
+	began, err := b.m.cpuTime()
+	if err != nil {
+		return 0, 0, err
+	}
 	for w := range metaClients * metaFlights {
 		wg.Go(func() {
 			for end.Err() == nil {
@@ -340,12 +334,12 @@ func (b *metaBench) load(ctx context.Context, do func(ctx context.Context, c *me
 		}
 	})
 	wg.Wait()
-	cpu = cpuTime() - began
+	ended, err := b.m.cpuTime()
 	close(errs)
 	for e := range errs {
 		err = errors.Join(err, e)
 	}
-	return done.Load(), cpu, err
+	return done.Load(), ended - began, err
 }
 
 // metaReadEvery is when the next read is due, whether the one before is answered
@@ -373,17 +367,21 @@ func (b *metaBench) read(ctx, end context.Context) (err error) {
 	}
 }
 
-// leaderLoss ends the leader and times the next command.
+// leaderLoss kills the leader and times the next command.
 func (b *metaBench) leaderLoss(ctx context.Context) (ms float64, err error) {
-	for i, n := range b.m.nodes {
-		if !n.NodeInfo().Leader {
+	nodes, err := b.clients[1].Members(ctx)
+	if err != nil {
+		return 0, err
+	}
+	for i, p := range b.m.peers {
+		if !slices.ContainsFunc(nodes, func(n *pb.NodeReply) bool { return n.Leader && n.Name == p.id }) {
 			continue
 		}
-		b.m.nodes[i] = nil
 		at := time.Now()
-		if err := n.Close(); err != nil {
+		if err := b.m.nodes[i].kill(); err != nil {
 			return 0, err
 		}
+		b.m.nodes[i] = nil
 		if _, err := b.clients[1].Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: "after", SizeBytes: 1 << 30}}}); err != nil {
 			return 0, err
 		}
@@ -398,7 +396,7 @@ func printMeta(cfg Config, f *MetaFigures) error {
 		enc.SetIndent("", "  ")
 		return enc.Encode(f)
 	}
-	_, err := fmt.Fprintf(cfg.Out, `metadata, three nodes in one process, %v each
+	_, err := fmt.Fprintf(cfg.Out, `metadata, three nodes, a process each, %v each
 linearizable read      p50 %.2f ms, p99 %.2f ms, during %.0f creations and %.0f allocations a second together, goal p99 < 10: %s
 volume creations       %8.0f /s   %6.0f µs CPU each (three nodes and clients), goal ≥ 1000: %s
 chunk allocations      %8.0f /s   %6.1f µs CPU each, %d in a command, goal ≥ 5000: %s

@@ -129,7 +129,7 @@ func (b *bench) nbd(ctx context.Context, dir string) (r *NBDResult, err error) {
 		}
 	}()
 	kit := filepath.Join(dir, "kit.sock")
-	p, err := startProgram(ctx, "nbdkit memory, its defaults", kit, "v", "nbdkit", "-f", "-U", kit, "-e", "v", "memory", fmt.Sprint(b.cfg.SizeBytes))
+	p, err := startExport(ctx, "nbdkit memory, its defaults", kit, "nbdkit", "-f", "-U", kit, "-e", "v", "memory", fmt.Sprint(b.cfg.SizeBytes))
 	if err != nil {
 		return nil, err
 	}

@@ -29,11 +29,10 @@ const startMaxWait = 10 * time.Second
 
 // program is a server of somebody else's.
 type program struct {
-	name   string
-	socket string
-	at     string // its export's URI
-	cmd    *exec.Cmd
-	gone   chan struct{} // closed when it ended
+	name string
+	at   string // its export's URI
+	cmd  *exec.Cmd
+	gone chan struct{} // closed when it ended
 }
 
 // startQemu starts the reference: qemu-nbd with its defaults on a raw file.
@@ -47,13 +46,22 @@ func startQemu(ctx context.Context, dir string, sizeBytes uint64) (*program, err
 		return nil, fmt.Errorf("the reference's raw file: %w", err)
 	}
 	socket := filepath.Join(dir, "qemu.sock")
-	return startProgram(ctx, "qemu-nbd, one raw file", socket, "v",
+	return startExport(ctx, "qemu-nbd, one raw file", socket,
 		"qemu-nbd", "--format=raw", "--persistent", "--shared=8", "--export-name=v", "--socket="+socket, raw)
 }
 
-// startProgram runs a server until close, and returns once it accepts.
-func startProgram(ctx context.Context, name, socket, export string, argv ...string) (*program, error) {
-	q := &program{name: name, socket: socket, at: "nbd+unix:///" + export + "?socket=" + socket, gone: make(chan struct{})}
+// startExport runs an NBD server that exports v at a unix socket.
+func startExport(ctx context.Context, name, socket string, argv ...string) (*program, error) {
+	q, err := startProgram(ctx, name, "unix", socket, argv...)
+	if err == nil {
+		q.at = "nbd+unix:///v?socket=" + socket
+	}
+	return q, err
+}
+
+// startProgram runs a server until close, and returns once it accepts there.
+func startProgram(ctx context.Context, name, network, addr string, argv ...string) (*program, error) {
+	q := &program{name: name, gone: make(chan struct{})}
 	q.cmd = exec.Command(argv[0], argv[1:]...)
 	var said strings.Builder
 	q.cmd.Stderr = &said
@@ -69,7 +77,7 @@ func startProgram(ctx context.Context, name, socket, export string, argv ...stri
 	ctx, cancel := context.WithTimeout(ctx, startMaxWait)
 	defer cancel()
 	for {
-		c, err := net.Dial("unix", q.socket)
+		c, err := net.Dial(network, addr)
 		if err == nil {
 			return q, c.Close()
 		}
@@ -96,6 +104,10 @@ func (q *program) close() error {
 		return nil
 	case <-time.After(startMaxWait):
 	}
+	return q.kill()
+}
+
+func (q *program) kill() error {
 	if err := q.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("%s cannot be killed: %w", q.cmd.Path, err)
 	}

@@ -18,7 +18,11 @@ func benchMetaCommand() *cobra.Command {
 		Example: "  cairn bench meta\n  cairn bench meta --each 10s -o json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return bench.RunMeta(cmd.Context(), bench.Config{Out: os.Stdout, Talk: os.Stderr, JSON: out.format == "json", Each: each})
+			exe, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			return bench.RunMeta(cmd.Context(), bench.Config{Bin: exe, Out: os.Stdout, Talk: os.Stderr, JSON: out.format == "json", Each: each})
 		},
 	}
 	out.register(cmd)

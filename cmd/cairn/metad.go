@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -168,6 +169,11 @@ func metaCommand(c *cli) *cobra.Command {
 			cfg, err := loadMetaConfig(config)
 			if err != nil {
 				return err
+			}
+			// A thread that waits for the log's disk keeps its processor from Go's
+			// runtime for up to 10 ms; reads must not wait for that.
+			if os.Getenv("GOMAXPROCS") == "" {
+				runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
 			}
 			m, err := startMeta(cfg, daemonLog(cfg.LogFormat))
 			if err != nil {
