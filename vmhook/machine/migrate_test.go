@@ -24,7 +24,8 @@ func (r *rig) receiver(dir string) (*Machine, string) {
 		r.t.Fatal(err)
 	}
 	r.t.Cleanup(func() {
-		if err := m.Stop(context.Background(), true); err != nil && !errors.Is(err, status.Unavailable) {
+		// It has ended, or the test has released it, found it again and stopped that.
+		if err := m.Stop(context.Background(), true); err != nil && !errors.Is(err, status.Unavailable) && !errors.Is(err, status.Shutdown) {
 			r.t.Error(err)
 		}
 		m.Release()
