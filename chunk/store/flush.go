@@ -174,8 +174,9 @@ func (s *Store) lifeOf(v *vol, c ids.ChunkID) uint64 {
 // returns reports whether a request may name a chunk that was dropped: its
 // volume's writer brings a copy of it back to this store, which a sweep had
 // dropped when it was moved away. It begins by asking what is there (FlagFilled),
-// not before all of the old one is forgotten; reads come when there is something. A write that nobody has announced so
-// is a late one of before the drop: its copy is nobody's, and would stay for ever.
+// not before all of the old one is forgotten; reads come when there is something. A
+// write that nobody has announced so is a late one of before the drop: its copy is
+// nobody's, and would stay for ever.
 func (s *Store) returns(v *vol, q *wire.Request) bool {
 	k := dropKey{q.Volume, q.Chunk}
 	if v == nil || q.Chunk == 0 || s.drops[dropKey{q.Volume, 0}] > 0 ||
