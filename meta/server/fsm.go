@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -279,12 +281,16 @@ func (f *fsm) applyPart(logs []*raft.Log, cmds []*pb.Command) []any {
 			out[i] = state.Apply(over, cmds[i])
 		}
 	}
-	var changes []*pb.Change
+	byKey := map[string]*pb.Change{}
 	hash := f.hash + over.Sum(func(k, old, val []byte) {
 		if c := state.Hint(k, old, val); c != nil {
-			changes = append(changes, c)
+			byKey[string(k)] = c
 		}
 	})
+	changes := make([]*pb.Change, 0, len(byKey))
+	for _, k := range slices.Sorted(maps.Keys(byKey)) { // of events: as they happened
+		changes = append(changes, byKey[k])
+	}
 	if kv.err != nil {
 		panic(fmt.Sprintf("reading the metadata state: %v", kv.err))
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/hashicorp/raft"
@@ -255,5 +256,23 @@ func TestSnapshotGivesTheStateBackOrNothing(t *testing.T) {
 		t.Fatal("a half restored state was kept")
 	} else {
 		shut(t, g)
+	}
+}
+
+// What a batch changed is told in the order of the keys, so of its events in the
+// order in which they happened.
+func TestABatchTellsItsEventsInOrder(t *testing.T) {
+	f, _ := openState(t, t.TempDir(), 0, 0)
+	defer shut(t, f)
+	f.ApplyBatch(history(t, 60))
+	rep, _ := f.news.since(0)
+	var events []uint64
+	for _, c := range rep.Changes {
+		if e := c.GetEvent(); e > 0 {
+			events = append(events, e)
+		}
+	}
+	if len(events) < 20 || !slices.IsSorted(events) {
+		t.Fatalf("events %v, want at least 20 in order", events)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/cairnstore/cairn/meta/client"
+	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/pb"
 )
 
@@ -67,7 +68,12 @@ func TestWatchGoesOnOverNodes(t *testing.T) {
 	tr := newTrio(t, nil)
 	ctx, c := tr.ctx(), tr.client()
 	hostUp(t, ctx, c, 1)
-	tr.leader()
+	until(t, func() string { // by the leader itself, and an event of its own
+		if n := tr.nodes[tr.leader()].node(); n.FormatInUse != state.Format {
+			return fmt.Sprintf("state version %d is in use", n.FormatInUse)
+		}
+		return ""
+	})
 	var mu sync.Mutex
 	var heard []uint64
 	var before atomic.Uint64
