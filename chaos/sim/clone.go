@@ -233,9 +233,9 @@ func (s *cloneSession) flush(then func()) {
 // flatten copies what the clone shows from its origin, flushes, and lets go of the
 // origin, as chunk/gateway does.
 func (s *cloneSession) flatten() {
-	left, bad := 0, status.OK
-	for _, i := range s.a.e.OriginChunks() {
-		left++
+	chunks := s.a.e.OriginChunks()
+	left, bad := len(chunks), status.OK // before the first is done: it may be answered at once
+	for _, i := range chunks {
 		s.do(&volume.Op{Kind: volume.OpCopy, Off: uint64(i) * chunkBytes, Len: chunkBytes}, func(k status.Kind) {
 			if k != status.OK {
 				bad = k

@@ -284,11 +284,7 @@ func (e *Engine) toldLast(ev *MetaDone) {
 		case ev.Err != nil:
 			t.then(&wire.Reply{Kind: wire.Layers, Status: status.Of(ev.Err), Detail: ev.Err.Error()})
 		default:
-			living := e.layerList()
-			for i := range living { // merges begin for all at once, when nothing is being copied
-				living[i].Kind, living[i].Block = wire.EntryHole, 0
-			}
-			e.call(t.r, &wire.Request{Kind: wire.Layers, Layer: e.layers.last, Entries: living}, t.then)
+			e.call(t.r, &wire.Request{Kind: wire.Layers, Layer: e.layers.last, Entries: e.layerList()}, t.then)
 		}
 	}
 }
