@@ -229,11 +229,12 @@ func deadGateway(ctx context.Context, l *lab) error {
 				return err
 			}
 		}
-		if err := l.Kill(old); err != nil {
+		// Its clients leave: started again it would serve them, until the takeover.
+		if err := errors.Join(l.Kill(old), l.stop()); err != nil {
 			return err
 		}
 		uri, err := l.takeover(ctx, volumeName, next)
-		if err := errors.Join(err, l.stop()); err != nil {
+		if err != nil {
 			return err
 		}
 		load.SetDial(check.NBD(uri, nil))
