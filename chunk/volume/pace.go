@@ -12,9 +12,10 @@ import (
 // the guest does not feel. What a guest feels is its slowest operations, and
 // those grow long before the mean does. So the pacer learns, while nothing is
 // copied, the time that only every hundredth operation exceeds; while something
-// is, it counts the operations that take half as long again. As many as before:
-// the rate rises a little; clearly more: it is halved. From time to time copies
-// rest, so that what is usual is learned anew.
+// is, it counts the operations that take a quarter longer, and owes the guest
+// those that are more than one in a hundred. While it owes nothing the rate rises a
+// little; when it owes some, it is halved. From time to time copies rest, so that
+// what is usual is learned anew.
 //
 // A rate alone is not enough: a store that is given a MiB in one piece answers
 // nobody else meanwhile. While the guest is active copies go in small pieces, few
@@ -32,6 +33,7 @@ type pacer struct {
 	windowAt  time.Duration
 	activeAt  time.Duration // the guest's last answer; < 0: none
 	ops, slow int           // of the guest in this window; slow: longer than limit
+	owed      float64       // slow operations beyond one in a hundred since the rate was halved; ≥ −paceOwed
 	copied    int           // bytes in this window
 	quiet     int           // windows without copies, in a row
 	copying   int           // windows with copies since the last rest
@@ -47,6 +49,7 @@ const (
 	paceActive = time.Second            // a guest is active for so long after an answer
 	paceSlack  = 500 * time.Microsecond // what an operation may take longer in any case
 	paceSample = 100                    // operations, before anything is said of the slowest of a hundred
+	paceOwed   = 2                      // operations, before the rate is halved
 
 	// While the guest is active:
 	pieceBlocks = 16 // of a run: 64 KiB
@@ -89,13 +92,15 @@ func (p *pacer) turn(now time.Duration) {
 		p.quiet++
 		if p.usual.count >= paceSample {
 			usual := p.usual.exceededBy(100)
-			p.limit = usual + max(usual/2, paceSlack)
+			p.limit = usual + max(usual/4, paceSlack)
 		}
-	case p.limit == 0:
-	case p.slow > 1+p.ops/50:
-		p.rate = max(min(p.rate, did)/2, paceFloor)
-	case p.slow <= p.ops/100 && did >= p.rate/2: // else it is not the pacer that holds them
-		p.rate = min(p.rate*1.125, p.max)
+	case p.limit > 0:
+		p.owed = max(p.owed+float64(p.slow)-float64(p.ops)/100, -paceOwed)
+		if p.owed > paceOwed {
+			p.rate, p.owed = max(min(p.rate, did)/2, paceFloor), 0
+		} else if p.owed <= 0 && did >= p.rate/2 { // else it is not the pacer that holds them
+			p.rate = min(p.rate*1.125, p.max)
+		}
 	}
 	if p.copied > 0 {
 		p.quiet = 0
