@@ -117,6 +117,30 @@ func TestCopiesMoveToAnotherStore(t *testing.T) {
 	}
 }
 
+// Trap: rebuild racing writes. A chunk comes back to a store that has dropped it, and a
+// write overtakes what announces it: the store refuses that write, and the copy begins
+// again.
+// Guard: failFill in accepted.
+func TestARefusedWriteIsCopiedAgain(t *testing.T) {
+	for seed := range uint64(20) {
+		w := filled(t, seed, 4)
+		w.stores = append(w.stores, newMemStore(3))
+		w.stores[3].dropped = map[ids.ChunkID]bool{w.key(1).chunk: true}
+		w.spare, w.leaving[2] = []int{3}, true
+		w.keep = target(wire.Digest)
+		w.step(&Refresh{Volume: w.known()})
+		w.until("announced", func() bool { return len(w.kept) > 0 })
+		w.write(1, 77)
+		w.until("written", w.idle)
+		w.settleFor(100 * time.Millisecond)
+		w.release()
+		w.until("moved", w.moved)
+		w.fall(0)
+		w.fall(1)
+		w.must(1, 77)
+	}
+}
+
 // Trap: rebuild racing writes. A copy counts only when it has everything that
 // was acknowledged, durably: it is asked for after its flush.
 // Guards: answeredUpTo and flushFill.

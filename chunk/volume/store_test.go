@@ -25,6 +25,7 @@ type memStore struct {
 	lastLayer   ids.LayerID
 	marks       map[ids.LayerID]ids.LayerID // living layers, and what each is merged into (0: nothing); nil: not told
 	lives       map[ids.ChunkID]uint64      // drops of a chunk
+	dropped     map[ids.ChunkID]bool        // and not announced again: nothing is written to it
 	intact      bool
 	page        int // entries of one Newer reply
 
@@ -86,6 +87,13 @@ func (s *memStore) do(q *wire.Request) *wire.Reply {
 	s.log = append(s.log, lean)
 	if q.Epoch < s.epoch && q.Kind != wire.Ping && q.Flags&wire.FlagFrozen == 0 {
 		r.Status, r.Epoch = status.Fenced, s.epoch
+		return r
+	}
+	switch {
+	case q.Flags&wire.FlagFilled != 0:
+		delete(s.dropped, q.Chunk)
+	case s.dropped[q.Chunk] && (q.Kind == wire.Write || q.Kind == wire.Zero || q.Kind == wire.Install):
+		r.Status = status.NotFound
 		return r
 	}
 	switch q.Kind {

@@ -264,8 +264,12 @@ func (e *Engine) accepted(r *replica, j *job, pos int, rep *wire.Reply) {
 			e.abortJoin(r, "no space")
 		}
 	default:
-		gone := j.c.replicas[pos] != r || rep.Status == status.NotFound && !j.c.shows(r)
-		if !gone { // else its copy has moved away, or may have, and it has dropped it
+		f, dropped := j.c.fills[pos], rep.Status == status.NotFound
+		switch {
+		case j.c.replicas[pos] != r || f == nil && dropped && !j.c.shows(r): // its copy has moved away, or may have
+		case f != nil && dropped && !f.asked: // this came before what says that the chunk is back
+			e.failFill(f, rep.Detail)
+		default:
 			e.replicaFailed(r, rep)
 		}
 	}
