@@ -20,7 +20,7 @@ import (
 const (
 	maxCommand = 1 << 20  // encoded; raft's log and Badger's values take more
 	freeFloor  = 64 << 20 // below it only what keeps volumes running is taken
-	freeLast   = 16 << 20 // below it nothing: Badger dies of a full disk
+	freeLast   = 16 << 20 // below it nothing (room.go)
 	maxEvents  = 1000     // in one answer
 )
 
@@ -362,8 +362,8 @@ func (s *Server) node() *pb.NodeReply {
 	rep.AuditIndex, rep.AuditHash = s.fsm.audit()
 	servers := s.servers()
 	rep.Role = role(servers, s.id)
-	if free, err := s.cfg.free(s.cfg.Dir); err == nil { // without it, it is shown as 0
-		rep.FreeBytes = free
+	if free, err := s.cfg.free(s.cfg.Dir); err == nil { // without it, it is shown as 0, which no full disk is
+		rep.FreeBytes = max(free, 1)
 	}
 	r := s.raft.Load()
 	if r == nil {

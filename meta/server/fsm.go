@@ -48,9 +48,10 @@ type fsm struct {
 	db     *badger.DB
 	broken bool // a restore failed half way: only another one may follow
 
-	knows uint32      // the newest state version this program knows
-	fatal func(error) // the node cannot go on
-	newer atomic.Bool // the cluster uses a newer one: nothing is applied, read or kept any more
+	knows uint32       // the newest state version this program knows
+	fatal func(error)  // the node cannot go on
+	room  func() error // whether a restore may go on; nil: always
+	newer atomic.Bool  // the cluster uses a newer one: nothing is applied, read or kept any more
 
 	mu      sync.RWMutex // guards all below; held for writing while a batch is applied
 	applied uint64

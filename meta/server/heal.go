@@ -77,11 +77,31 @@ func (s *Server) heal() error {
 
 const auditEvery = 5 * time.Second
 
-// audits proposes audits while this node leads, and compares what every node
-// has noted.
+// audits proposes audits while this node leads.
 func (s *Server) audits() {
-	every := s.cfg.audit
-	t := time.NewTicker(every)
+	t := time.NewTicker(s.cfg.audit)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-t.C:
+		}
+		if _, err := s.lead(); err != nil {
+			continue
+		}
+		if a, _ := s.fsm.at(); a > s.fsm.auditIndex() { // something has happened since the last
+			if err := s.proposeAudit(); err != nil {
+				s.log.Warn("metadata audit", "err", err)
+			}
+		}
+	}
+}
+
+// compare compares what every node has noted, and hears how full their disks
+// are: also while nothing can be committed because those are full.
+func (s *Server) compare() {
+	t := time.NewTicker(s.cfg.audit)
 	defer t.Stop()
 	for {
 		select {
@@ -94,14 +114,6 @@ func (s *Server) audits() {
 		if why := s.outvoted(replies); why != nil {
 			s.inDoubt(doubtState, why)
 			return
-		}
-		if _, err := s.lead(); err != nil {
-			continue
-		}
-		if a, _ := s.fsm.at(); a > s.fsm.auditIndex() { // something has happened since the last
-			if err := s.proposeAudit(); err != nil {
-				s.log.Warn("metadata audit", "err", err)
-			}
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -358,12 +359,14 @@ func TestFullDisksOfTheOthersRefuseToo(t *testing.T) {
 	for i := range full {
 		full[i] = make(chan struct{})
 	}
+	var left atomic.Uint64
+	left.Store(20 << 20)
 	tr := newTrio(t, func(i int, c *Config) {
 		c.audit = 20 * time.Millisecond
 		c.free = func(string) (uint64, error) {
 			select {
 			case <-full[i]:
-				return 20 << 20, nil
+				return left.Load(), nil
 			default:
 				return 1 << 30, nil
 			}
@@ -388,5 +391,21 @@ func TestFullDisksOfTheOthersRefuseToo(t *testing.T) {
 		}
 		return err.Error()
 	})
-	must(t, ctx, c, &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: "a"}}})
+	rm := func() error {
+		_, err := c.Do(ctx, &pb.Command{Op: &pb.Command_DeleteVolume{DeleteVolume: &pb.DeleteVolume{Volume: "none"}}})
+		return err
+	}
+	if err := rm(); !errors.Is(err, status.NotFound) {
+		t.Errorf("a deletion with 20 MiB left: %v", err)
+	}
+	left.Store(0) // not one byte is an answer too
+	until(t, func() string {
+		if got := tr.nodes[lead].quorumFree.Load(); got > 1 {
+			return fmt.Sprintf("the leader takes a majority to have %d bytes left", got)
+		}
+		return ""
+	})
+	if err := rm(); !errors.Is(err, status.NoSpace) {
+		t.Errorf("a deletion with nothing left: %v", err)
+	}
 }

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cairnstore/cairn/meta/client"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -59,12 +61,17 @@ type killable struct {
 	procs []*exec.Cmd // nil: dead
 }
 
-func newKillable(t *testing.T) *killable {
+// prepare is called for each node's directory before it runs.
+func newKillable(t *testing.T, prepare ...func(dir string)) *killable {
 	k := &killable{t: t, procs: make([]*exec.Cmd, 3)}
 	for i := range 3 {
 		a, b := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0")
 		k.peers = append(k.peers, Peer{ID: fmt.Sprintf("meta-%d", i+1), RaftAddr: a.Addr().String(), APIAddr: b.Addr().String()})
-		k.dirs = append(k.dirs, filepath.Join(t.TempDir(), "meta"))
+		dir := t.TempDir()
+		for _, fn := range prepare {
+			fn(dir)
+		}
+		k.dirs = append(k.dirs, filepath.Join(dir, "meta"))
 		if err := errors.Join(a.Close(), b.Close()); err != nil {
 			t.Fatal(err)
 		}
@@ -82,6 +89,14 @@ func newKillable(t *testing.T) *killable {
 
 func (k *killable) start(i int) {
 	k.t.Helper()
+	if line := k.tryStart(i); line != "runs\n" {
+		k.t.Fatalf("%s: %q", k.peers[i].ID, line)
+	}
+}
+
+// tryStart starts a node and returns the first line it prints: "runs", or why not.
+func (k *killable) tryStart(i int) string {
+	k.t.Helper()
 	conf, err := json.Marshal(map[string]any{"ID": k.peers[i].ID, "Dir": k.dirs[i], "Peers": k.peers})
 	if err != nil {
 		k.t.Fatal(err)
@@ -98,9 +113,18 @@ func (k *killable) start(i int) {
 		k.t.Fatal(err)
 	}
 	k.procs[i] = cmd
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != "runs\n" {
-		k.t.Fatalf("%s: %q %v", k.peers[i].ID, line, err)
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		k.t.Errorf("%s: %v", k.peers[i].ID, err)
 	}
+	return line
+}
+
+// ended reports whether a node's process has ended by itself.
+func (k *killable) ended(i int) bool {
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_PID, k.procs[i].Process.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return err != nil || info.Signo != 0
 }
 
 func (k *killable) kill(i int) {
@@ -235,7 +259,17 @@ func TestKilledLeadersLoseAndDoubleNothing(t *testing.T) {
 			t.Errorf("volume %s is there and nobody was told", name)
 		}
 	}
-	until(t, func() string { // every node comes to the same state
+	agree(t, ctx, c)
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%d commands over %d kills", done, kills)
+}
+
+// agree waits until every node has come to the same state.
+func agree(t *testing.T, ctx context.Context, c *client.Client) {
+	t.Helper()
+	until(t, func() string {
 		nodes := c.Nodes(ctx)
 		for _, n := range nodes {
 			if n.Applied != nodes[0].Applied || n.StateHash != nodes[0].StateHash || n.Applied == 0 {
@@ -244,10 +278,6 @@ func TestKilledLeadersLoseAndDoubleNothing(t *testing.T) {
 		}
 		return ""
 	})
-	if err := c.Close(); err != nil {
-		t.Error(err)
-	}
-	t.Logf("%d commands over %d kills", done, kills)
 }
 
 // progress returns once some commands have been answered from now on.

@@ -245,13 +245,16 @@ func (s *Server) watchdog() {
 		case <-t.C:
 		}
 		r := s.raft.Load()
-		if s.flight.tick() >= hungTicks && r.State() == raft.Leader {
+		if s.flight.tick() >= hungTicks && r.State() == raft.Leader && !s.full() {
 			s.fail(status.Errorf(status.IO, "a metadata command has hung for %v on the leader: is its disk %s well?", hungTicks*s.cfg.tick, s.dir.path))
 			return
 		}
 		if r.State() == raft.Shutdown && s.ctx.Err() == nil {
 			s.fail(s.ended())
 			return
+		}
+		if err := s.putAside(); err != nil {
+			s.log.Warn("for a disk that is full", "err", err)
 		}
 		if err := s.remember(r); err != nil {
 			s.fail(err)
@@ -277,7 +280,7 @@ func (s *Server) remember(r *raft.Raft) error {
 	d := s.dir
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	rec, changed := &d.rec, false
+	rec, was, changed := &d.rec, d.rec, false
 	if rec.Life != "" && !rec.Added && r.LastIndex() > 0 {
 		rec.Added, changed = true, true
 	}
@@ -291,7 +294,12 @@ func (s *Server) remember(r *raft.Raft) error {
 	if !changed {
 		return nil
 	}
-	return d.save()
+	err := d.save()
+	if errors.Is(err, unix.ENOSPC) { // at the next tick, then
+		*rec = was
+		return nil
+	}
+	return err
 }
 
 const enqueueTimeout = time.Second // to get into raft's queue

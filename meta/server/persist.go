@@ -241,7 +241,7 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 	}
 	// Nothing has a mark before the last one is set: an empty mark and any pairs
 	// are a state that is not trusted.
-	applied, hash, err := load(f.db, bufio.NewReaderSize(rc, 1<<20))
+	applied, hash, err := load(f.db, bufio.NewReaderSize(rc, 1<<20), f.room)
 	if err != nil {
 		return fmt.Errorf("restoring a metadata snapshot: %w", err)
 	}
@@ -264,8 +264,8 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 }
 
 // load writes a snapshot's pairs as finished tables, which takes them in order;
-// those that are not go in afterwards.
-func load(db *badger.DB, r io.Reader) (applied, sum uint64, err error) {
+// those that are not go in afterwards. room may end it between two pieces.
+func load(db *badger.DB, r io.Reader, room func() error) (applied, sum uint64, err error) {
 	sw := db.NewStreamWriter()
 	if err := sw.Prepare(); err != nil {
 		sw.Cancel()
@@ -278,6 +278,11 @@ func load(db *badger.DB, r io.Reader) (applied, sum uint64, err error) {
 	var late [][2][]byte
 	write := func() error {
 		defer buf.Reset()
+		if room != nil {
+			if err := room(); err != nil {
+				return err
+			}
+		}
 		return sw.Write(buf)
 	}
 	applied, sum, err = readPairs(r, func(k, v []byte) error {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
@@ -29,7 +30,8 @@ import (
 // damaged page into errors.
 type sealedLog struct {
 	raft.LogStore
-	doubt func(error) // told of damage; may be nil
+	doubt func(error)  // told of damage; may be nil
+	room  func() error // whether commands may be stored; nil: always
 }
 
 var _ raft.LogStore = (*sealedLog)(nil)
@@ -69,7 +71,13 @@ func (s *sealedLog) GetLog(index uint64, l *raft.Log) error {
 func (s *sealedLog) StoreLog(l *raft.Log) error { return s.StoreLogs([]*raft.Log{l}) }
 
 // StoreLogs implements raft.LogStore. The entries are raft's: copies are sealed.
+// What raft needs to elect somebody is always stored (room.go).
 func (s *sealedLog) StoreLogs(logs []*raft.Log) error {
+	if s.room != nil && slices.ContainsFunc(logs, func(l *raft.Log) bool { return l.Type == raft.LogCommand }) {
+		if err := s.room(); err != nil {
+			return err
+		}
+	}
 	sealed := make([]*raft.Log, len(logs))
 	for i, l := range logs {
 		c := *l
@@ -185,7 +193,8 @@ func (s sealedVote) check() error {
 // the state's hash.
 type sealedSnaps struct {
 	*raft.FileSnapshotStore
-	dir string // with the snapshots
+	dir  string       // with the snapshots
+	room func() error // whether one may be stored
 }
 
 var _ raft.SnapshotStore = (*sealedSnaps)(nil)
@@ -240,6 +249,9 @@ func (s *sealedSnaps) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error)
 
 // Create implements raft.SnapshotStore.
 func (s *sealedSnaps) Create(v raft.SnapshotVersion, index, term uint64, c raft.Configuration, ci uint64, t raft.Transport) (raft.SnapshotSink, error) {
+	if err := s.room(); err != nil {
+		return nil, err
+	}
 	sink, err := s.FileSnapshotStore.Create(v, index, term, c, ci, t)
 	if err != nil {
 		return nil, err

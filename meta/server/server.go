@@ -197,10 +197,16 @@ func begin(cfg Config) (_ *Server, err error) {
 	if s.dir, err = openDir(cfg.Dir, cfg.ID, cfg.Cluster); err != nil {
 		return nil, err
 	}
+	if err = s.room(freeOpen); err != nil {
+		return nil, err
+	}
 	if err = s.begins(); err != nil {
 		return nil, err
 	}
 	if err = s.openHealing(); err != nil {
+		return nil, err
+	}
+	if err = s.putAside(); err != nil {
 		return nil, err
 	}
 	s.serve()
@@ -281,7 +287,7 @@ func (s *Server) openFiles() (err error) {
 	if err != nil {
 		return fmt.Errorf("opening the metadata snapshots in %s: %w", s.dir.path, err)
 	}
-	s.snaps = &sealedSnaps{files, s.dir.file("snapshots")}
+	s.snaps = &sealedSnaps{files, s.dir.file("snapshots"), s.roomToStore}
 	has, err := raft.HasExistingState(s.logs, s.vote, s.snaps)
 	if err != nil {
 		return fmt.Errorf("reading the metadata log: %w", err)
@@ -313,7 +319,7 @@ func (s *Server) openFiles() (err error) {
 	if s.fsm, s.kept, err = openFSM(s.dir.file("state"), newest, last); err != nil {
 		return err
 	}
-	s.fsm.knows, s.fsm.fatal = s.cfg.format, s.fail
+	s.fsm.knows, s.fsm.fatal, s.fsm.room = s.cfg.format, s.fail, s.roomToStore
 	var used uint32
 	if err := s.fsm.read(func(kv state.KV) { used = state.FormatOf(kv) }); err != nil {
 		return err
@@ -343,6 +349,7 @@ func (s *Server) openLog() error {
 		return fmt.Errorf("reading the metadata log %s: %w", name, err)
 	}
 	s.logs.doubt = func(err error) { s.inDoubt(doubtAll, err) }
+	s.logs.room = s.roomToStore
 	return nil
 }
 
@@ -473,6 +480,7 @@ func (s *Server) start() error {
 		s.wg.Go(s.watchdog)
 		s.wg.Go(s.keepHouse)
 		s.wg.Go(s.audits)
+		s.wg.Go(s.compare)
 		s.wg.Go(s.scheduleLoop)
 		s.wg.Go(s.rebalanceLoop)
 		s.wg.Go(s.warnLoop)
