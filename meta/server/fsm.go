@@ -56,6 +56,8 @@ type fsm struct {
 	mu      sync.RWMutex // guards all below; held for writing while a batch is applied
 	applied uint64
 	hash    uint64
+	words   uint64 // of hash: state.HashWords of all pairs
+	format  uint32 // the state version in use
 
 	news news // what changed lately, for watchers
 
@@ -171,8 +173,9 @@ func (f *fsm) trusted() (ok bool) {
 	default:
 		f.applied, f.hash = binary.BigEndian.Uint64(m), binary.BigEndian.Uint64(m[8:])
 	}
-	sum, err := hashAll(f.db, kv.txn)
-	return err == nil && sum == f.hash
+	sum, words, err := hashAll(f.db, kv.txn)
+	f.words, f.format = words, state.FormatOf(kv)
+	return err == nil && kv.err == nil && sum == f.hash
 }
 
 // wipe leaves an empty database. The directory holds only what the log and
@@ -188,15 +191,24 @@ func (f *fsm) wipe() error {
 	if err != nil {
 		return fmt.Errorf("opening the state in %s: %w", f.dir, err)
 	}
-	f.db, f.applied, f.hash = db, 0, 0
+	f.db, f.applied, f.hash, f.words, f.format = db, 0, 0, 0, 1
 	return nil
 }
 
-// at returns the applied index of the state and its hash there.
+// at returns the applied index of the state and its hash there, as nodes compare it.
 func (f *fsm) at() (applied, hash uint64) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	return f.applied, f.hash
+	return f.applied, f.compared()
+}
+
+// compared is the hash that is the same on all nodes: from a state version on
+// without the words of answers and events.
+func (f *fsm) compared() uint64 {
+	if f.format >= state.WordlessFormat {
+		return f.hash - f.words
+	}
+	return f.hash
 }
 
 // read runs fn over the applied state.
@@ -248,7 +260,7 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		}
 		out = append(out, f.applyPart(logs[:n], cmds)...)
 		if audit && f.applied == logs[n-1].Index {
-			f.auditAt, f.auditHash = f.applied, f.hash
+			f.auditAt, f.auditHash = f.applied, f.compared()
 		}
 		logs = logs[n:]
 	}
@@ -283,7 +295,9 @@ func (f *fsm) applyPart(logs []*raft.Log, cmds []*pb.Command) []any {
 		}
 	}
 	byKey := map[string]*pb.Change{}
+	words := f.words
 	hash := f.hash + over.Sum(func(k, old, val []byte) {
+		words += state.HashWords(k, val) - state.HashWords(k, old)
 		if c := state.Hint(k, old, val); c != nil {
 			byKey[string(k)] = c
 		}
@@ -292,13 +306,14 @@ func (f *fsm) applyPart(logs []*raft.Log, cmds []*pb.Command) []any {
 	for _, k := range slices.Sorted(maps.Keys(byKey)) { // of events: as they happened
 		changes = append(changes, byKey[k])
 	}
+	format := state.FormatOf(over)
 	if kv.err != nil {
 		panic(fmt.Sprintf("reading the metadata state: %v", kv.err))
 	}
 	if err := f.commit(over, last, hash); err != nil {
 		panic(fmt.Sprintf("writing the metadata state: %v", err))
 	}
-	f.applied, f.hash = last, hash
+	f.applied, f.hash, f.words, f.format = last, hash, words, format
 	f.news.add(last, changes)
 	return out
 }

@@ -321,6 +321,75 @@ func TestADifferentStateIsFoundAndMended(t *testing.T) {
 	}
 }
 
+// A node whose program words its events otherwise is not in doubt, and neither is
+// one that has read its state again.
+func TestOtherWordsAreNoOtherState(t *testing.T) {
+	t.Parallel()
+	tr := newTrio(t, func(_ int, c *Config) { c.audit = 50 * time.Millisecond })
+	ctx, c := tr.ctx(), tr.client()
+	hostUp(t, ctx, c, 1)
+	until(t, func() string {
+		for _, s := range tr.nodes {
+			if n := s.node(); n.FormatInUse < state.WordlessFormat {
+				return fmt.Sprintf("%s uses state version %d", n.Id, n.FormatInUse)
+			}
+		}
+		return ""
+	})
+	victim := (tr.leader() + 1) % 3
+	f := tr.nodes[victim].fsm
+	f.mu.Lock()
+	kv := newView(f.db)
+	over := state.NewOverlay(kv)
+	var k, v []byte
+	over.Scan([]byte{'e'}, nil, func(key, val []byte) bool { k, v = key, bytes.Clone(val); return false })
+	e := &pb.Event{}
+	if err := proto.Unmarshal(v, e); err != nil || e.What == "" {
+		t.Fatal(e, err)
+	}
+	e.What = "the same in other words"
+	b, err := proto.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	over.Set(k, b)
+	hash := f.hash + over.HashDelta()
+	err = f.commit(over, f.applied, hash)
+	f.hash, f.words = hash, f.words+state.HashWords(k, b)-state.HashWords(k, v)
+	kv.close()
+	f.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	audited := func() {
+		t.Helper()
+		must(t, ctx, c, create(fmt.Sprintf("v%d", time.Now().UnixNano())))
+		applied, _ := tr.nodes[victim].fsm.at()
+		until(t, func() string {
+			at, hash := tr.nodes[victim].fsm.audit()
+			if at <= applied {
+				return "no audit"
+			}
+			for _, s := range tr.nodes {
+				if i, h := s.fsm.audit(); i != at {
+					return "audits of several commands"
+				} else if h != hash {
+					t.Fatalf("the state hash of %s is %x and another %x", s.id, h, hash)
+				}
+			}
+			return ""
+		})
+		tr.agree()
+	}
+	audited()
+	tr.stop(victim)
+	tr.start(victim)
+	if !tr.nodes[victim].kept {
+		t.Error("its state was not kept")
+	}
+	audited()
+}
+
 // An audit notes the hash at its own entry, however entries are batched.
 func TestAuditsAreAtOneEntry(t *testing.T) {
 	t.Parallel()

@@ -50,12 +50,13 @@ func each(txn *badger.Txn, from, to []byte, fn func(k, v []byte) bool) error {
 	return nil
 }
 
-// hashAll is the state hash by a look at every pair, on all processors: it is a
-// sum, so any cut of the keys into ranges will do. Damage shows as an error.
-func hashAll(db *badger.DB, txn *badger.Txn) (sum uint64, err error) {
+// hashAll is the state hash, and what of it is due to words, by a look at every
+// pair, on all processors: both are sums, so any cut of the keys into ranges will
+// do. Damage shows as an error.
+func hashAll(db *badger.DB, txn *badger.Txn) (sum, words uint64, err error) {
 	const perProc = 4 // so that none is left alone with the last range
 	bounds := cuts(db, perProc*runtime.GOMAXPROCS(0))
-	var mu sync.Mutex // guards sum, err and next
+	var mu sync.Mutex // guards sum, words, err and next
 	var wg sync.WaitGroup
 	next := 0
 	work := func() {
@@ -75,9 +76,10 @@ func hashAll(db *badger.DB, txn *badger.Txn) (sum uint64, err error) {
 			if i < len(bounds) {
 				to = bounds[i]
 			}
-			part, e := hashRange(txn, from, to)
+			part, its, e := hashRange(txn, from, to)
 			mu.Lock()
 			sum += part
+			words += its
 			err = errors.Join(err, e)
 			mu.Unlock()
 		}
@@ -86,14 +88,18 @@ func hashAll(db *badger.DB, txn *badger.Txn) (sum uint64, err error) {
 		wg.Go(work)
 	}
 	wg.Wait()
-	return sum, err
+	return sum, words, err
 }
 
-func hashRange(txn *badger.Txn, from, to []byte) (sum uint64, err error) {
+func hashRange(txn *badger.Txn, from, to []byte) (sum, words uint64, err error) {
 	err = guard("the metadata state", func() error {
-		return each(txn, from, to, func(k, v []byte) bool { sum += state.HashPair(k, v); return true })
+		return each(txn, from, to, func(k, v []byte) bool {
+			sum += state.HashPair(k, v)
+			words += state.HashWords(k, v)
+			return true
+		})
 	})
-	return sum, err
+	return sum, words, err
 }
 
 // cuts returns at most n keys in order that divide the state evenly, as far as
@@ -241,7 +247,7 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 	}
 	// Nothing has a mark before the last one is set: an empty mark and any pairs
 	// are a state that is not trusted.
-	applied, hash, err := load(f.db, bufio.NewReaderSize(rc, 1<<20), f.room)
+	applied, hash, words, err := load(f.db, bufio.NewReaderSize(rc, 1<<20), f.room)
 	if err != nil {
 		return fmt.Errorf("restoring a metadata snapshot: %w", err)
 	}
@@ -258,18 +264,18 @@ func (f *fsm) Restore(rc io.ReadCloser) (err error) {
 	if err := setMark(f.db, mark(applied, hash, 0)); err != nil {
 		return err
 	}
-	f.applied, f.hash, f.broken = applied, hash, false
+	f.applied, f.hash, f.words, f.format, f.broken = applied, hash, words, used, false
 	f.news.begin(applied)
 	return nil
 }
 
 // load writes a snapshot's pairs as finished tables, which takes them in order;
 // those that are not go in afterwards. room may end it between two pieces.
-func load(db *badger.DB, r io.Reader, room func() error) (applied, sum uint64, err error) {
+func load(db *badger.DB, r io.Reader, room func() error) (applied, sum, words uint64, err error) {
 	sw := db.NewStreamWriter()
 	if err := sw.Prepare(); err != nil {
 		sw.Cancel()
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	const piece = 1 << 20
 	buf := z.NewBuffer(piece+piece/4, "meta")
@@ -286,6 +292,7 @@ func load(db *badger.DB, r io.Reader, room func() error) (applied, sum uint64, e
 		return sw.Write(buf)
 	}
 	applied, sum, err = readPairs(r, func(k, v []byte) error {
+		words += state.HashWords(k, v)
 		if bytes.Compare(k, last) <= 0 {
 			late = append(late, [2][]byte{k, v})
 			return nil
@@ -302,19 +309,19 @@ func load(db *badger.DB, r io.Reader, room func() error) (applied, sum uint64, e
 	}
 	if err != nil {
 		sw.Cancel()
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	if err := sw.Flush(); err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	wb := db.NewWriteBatch()
 	defer wb.Cancel()
 	for _, kv := range late {
 		if err := wb.Set(kv[0], kv[1]); err != nil {
-			return 0, 0, err
+			return 0, 0, 0, err
 		}
 	}
-	return applied, sum, wb.Flush()
+	return applied, sum, words, wb.Flush()
 }
 
 // readPairs reads a snapshot to its end and compares its hash. What fn was

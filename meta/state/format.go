@@ -13,12 +13,13 @@ import (
 //
 //	1  the first
 //	2  a copy being made remembers that placement wished for it (Filling.wish)
+//	3  the same state; nodes compare it without words (words.go)
 //
 // Which one a cluster uses is in its state, the same on every node, and never
 // falls: the leader raises it once every member knows a newer one. Until then, what
 // is newer is left out by every program just as an older one leaves it out, so that
 // nodes of both make one state of one log.
-const Format = uint32(2)
+const Format = uint32(3)
 
 var formatKey = key(tMeta, "format")
 

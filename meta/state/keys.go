@@ -63,12 +63,18 @@ func u64(b []byte) uint64 {
 
 func put64(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }
 
-// put writes a message; the encoding must be the same on every node.
-func put(kv KV, k []byte, m proto.Message) {
+// encode makes the same bytes on every node.
+func encode(m proto.Message) []byte {
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
 	if err != nil {
 		panic(fmt.Sprintf("state: encoding %T: %v", m, err)) // only invalid UTF-8, refused at the door
 	}
+	return b
+}
+
+// put writes a message.
+func put(kv KV, k []byte, m proto.Message) {
+	b := encode(m)
 	if v, is := m.(*pb.Volume); is && k[0] == tVolume {
 		recount(kv, VolumeByID(kv, v.Id), v)
 	}

@@ -5692,7 +5692,7 @@ type NodeReply struct {
 	FormatInUse   uint32                 `protobuf:"varint,50,opt,name=format_in_use,json=formatInUse,proto3" json:"format_in_use,omitempty"`  // the cluster's, as far as it has applied
 	Detail        string                 `protobuf:"bytes,46,opt,name=detail,proto3" json:"detail,omitempty"`                                  // what is wrong with it, or what it waits for
 	AuditIndex    uint64                 `protobuf:"varint,47,opt,name=audit_index,json=auditIndex,proto3" json:"audit_index,omitempty"`       // of the last audit it has applied
-	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`          // of its state there
+	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`          // of its state there; both without words from state version 3 on
 	UnixNs        int64                  `protobuf:"varint,110,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`                  // its clock
 	HeardUnixNs   int64                  `protobuf:"varint,111,opt,name=heard_unix_ns,json=heardUnixNs,proto3" json:"heard_unix_ns,omitempty"` // of an unreachable one, by the leader: when it was last heard of; 0: not since that leads
 	VotingTerm    uint64                 `protobuf:"varint,49,opt,name=voting_term,json=votingTerm,proto3" json:"voting_term,omitempty"`       // with term_only: the term in which it votes; 0: it does not vote yet
