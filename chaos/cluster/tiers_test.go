@@ -63,13 +63,19 @@ func (s *shelf) cairn(args ...string) string {
 
 func (s *shelf) qemu(commands ...string) {
 	s.t.Helper()
+	qemuIO(s.t, s.uri, commands...)
+}
+
+// qemuIO runs commands of qemu-io, none of which may fail.
+func qemuIO(t *testing.T, uri string, commands ...string) {
+	t.Helper()
 	args := []string{"-f", "raw"}
 	for _, c := range commands {
 		args = append(args, "-c", c)
 	}
-	out, err := exec.CommandContext(s.t.Context(), "qemu-io", append(args, s.uri)...).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), "qemu-io", append(args, uri)...).CombinedOutput()
 	if err != nil || strings.Contains(string(out), "failed") {
-		s.t.Fatalf("qemu-io %v: %v\n%s", commands, err, out)
+		t.Fatalf("qemu-io %v: %v\n%s", commands, err, out)
 	}
 }
 

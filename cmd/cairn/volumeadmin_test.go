@@ -37,8 +37,8 @@ func decodeJSON[T any](t *testing.T, text string) (v T) {
 
 // A shrink names what is in its way, cuts it when told to, gives every byte back
 // until it is final, and then its space; the place reads as zeros after growing
-// again. A removed volume comes back with every byte. The sums of df are right
-// at each step.
+// again. A removed volume comes back with every byte; once its time is over, the
+// space it had on the stores is free. The sums of df are right at each step.
 func TestShrinkUndoRemoveUndelete(t *testing.T) {
 	n := startUp(t, dir(t))
 	n.ok("volume", "create", "v", "--size", "1G", "--tag", "tier=gold", "--tenant", "acme")
@@ -110,7 +110,10 @@ func TestShrinkUndoRemoveUndelete(t *testing.T) {
 	reads("7", "0 4M")
 	reads("5", "700M 1M")
 	n.ok("volume", "detach", "w")
+	n.ok("volume", "rm", "w", "--keep", "1s") // and then by itself
+	until(t, "the removed volume's space comes back", func() bool { p := df(); return p.Live == 0 && len(p.Volumes) == 0 })
+	n.fails("no deleted volume", "volume", "undelete", "w")
+	n.ok("volume", "create", "w", "--size", "1G")
 	n.ok("volume", "rm", "w", "--now")
 	n.fails("no deleted volume", "volume", "undelete", "w")
-	until(t, "the removed volume's space comes back", func() bool { p := df(); return p.Live == 0 && len(p.Volumes) == 0 })
 }
