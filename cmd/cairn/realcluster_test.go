@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -289,5 +290,11 @@ func TestThreeMachinesFromTheSamples(t *testing.T) {
 	tool(t, "qemu-io", "-f", "raw", "-c", "read -P 8 64k 64k", "-c", "read -P 7 0 64k", uri)
 	for _, name := range []string{"host-1", "host-2", "host-3", "meta-1", "meta-3"} {
 		m.stop(name, syscall.SIGTERM)
+		for line := range strings.Lines(m.said[name].String()) { // as the samples ask for
+			var l struct{ Time, Level, Msg string }
+			if err := json.Unmarshal([]byte(line), &l); err != nil || l.Time == "" || l.Level == "" || l.Msg == "" {
+				t.Errorf("%s logs %q: %v", name, line, err)
+			}
+		}
 	}
 }

@@ -380,3 +380,34 @@ func TestRefusalsAreEvents(t *testing.T) {
 		t.Fatal("a gateway's refused command is an event")
 	}
 }
+
+// A renamed volume is the same one, and its old name is free; but no VM loses a
+// disk by it, and no volume its name.
+func TestARenamedVolumeIsTheSame(t *testing.T) {
+	rename := func(name, to string) *pb.Command {
+		return &pb.Command{Op: &pb.Command_RenameVolume{RenameVolume: &pb.RenameVolume{Volume: name, Name: to}}}
+	}
+	c := newCluster(t)
+	v := c.filled("v", 2) // attached, too
+	c.ok(create("w"))
+	c.refused(status.Exists, "w exists already", rename("v", "w"))
+	c.refused(status.Invalid, "is not a name", rename("v", "Not A Name"))
+	c.refused(status.NotFound, "none", rename("none", "x"))
+	c.ok(rename("v", "v"))
+	c.ok(rename("v", "x"))
+	if x := c.volume("x"); x.GetId() != v.Id || x.HolderSession != v.HolderSession || len(Chunks(c.kv, x.Id)) != 2 || c.volume("v") != nil {
+		t.Errorf("renamed: %v", x)
+	}
+	c.ok(create("v"))
+	vm := &pb.VM{Name: "m", Cpus: 1, MemoryBytes: 1 << 20, Volume: "v", Disks: []string{"w"}, Desired: "stopped"}
+	c.ok(&pb.Command{Op: &pb.Command_PutVm{PutVm: &pb.PutVM{Vm: vm, Create: true}}})
+	c.refused(status.Held, "a disk of VM m", rename("v", "y"))
+	c.refused(status.Held, "a disk of VM m", removeVolume("v", 60))
+	c.refused(status.Held, "a disk of VM m", removeVolume("w", 60))
+	before, seq := c.kv.Clone(), c.seq
+	c.ok(rename("w", "y")) // as all programs did before version 3
+	c.kv, c.seq = before, seq
+	c.raise(3)
+	c.refused(status.Held, "a disk of VM m", rename("w", "y"))
+	c.audit()
+}

@@ -13,7 +13,8 @@ import (
 //
 //	1  the first
 //	2  a copy being made remembers that placement wished for it (Filling.wish)
-//	3  the same state; nodes compare it without words (words.go)
+//	3  nodes compare states without words (words.go); no disk of a VM is renamed,
+//	   also not one of its further ones
 //
 // Which one a cluster uses is in its state, the same on every node, and never
 // falls: the leader raises it once every member knows a newer one. Until then, what

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"math/bits"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -169,8 +170,9 @@ func (a *apply) renameVolume(op *pb.RenameVolume) (*pb.Result, error) {
 	}
 	old := v.Name
 	for _, vm := range VMs(a.kv) {
-		if vm.Volume == old && old != op.Name {
-			return nil, status.Errorf(status.Held, "volume %s is the disk of VM %s: remove the VM first", old, vm.Name)
+		disk := vm.Volume == old || FormatOf(a.kv) >= 3 && slices.Contains(vm.Disks, old)
+		if disk && old != op.Name {
+			return nil, status.Errorf(status.Held, "volume %s is a disk of VM %s: remove the VM first", old, vm.Name)
 		}
 	}
 	a.kv.Delete(key(tName, old))
