@@ -2,8 +2,10 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -30,5 +32,27 @@ func (s sink) Accept(_ string, level hclog.Level, msg string, args ...any) {
 	case hclog.Info:
 		to = slog.LevelInfo
 	}
-	s.log.Log(context.Background(), to, "raft: "+msg, args...)
+	s.log.Log(context.Background(), to, "raft: "+msg, readable(args)...)
+}
+
+// readable gives raft's keys and values names that a line of ours does not have
+// yet, and makes text of what is to be formatted.
+func readable(args []any) []any {
+	out := make([]any, len(args))
+	for i, a := range args {
+		switch a := a.(type) {
+		case hclog.Format:
+			if format, is := a[0].(string); is {
+				out[i] = fmt.Sprintf(format, a[1:]...)
+			}
+		case string:
+			out[i] = a
+			if i%2 == 0 && slices.Contains([]string{slog.TimeKey, slog.LevelKey, slog.MessageKey, "node"}, a) {
+				out[i] = "raft-" + a
+			}
+		default:
+			out[i] = a
+		}
+	}
+	return out
 }
