@@ -411,3 +411,34 @@ func TestARenamedVolumeIsTheSame(t *testing.T) {
 	c.refused(status.Held, "a disk of VM m", rename("w", "y"))
 	c.audit()
 }
+
+// No two copies of a chunk are in one rack or zone if the volume says so, whatever
+// placement answers; a host without the label is one of its own; and a volume that
+// cannot be spread so is refused.
+func TestCopiesAreInDifferentFailureDomains(t *testing.T) {
+	c := newCluster(t)
+	for i, labels := range []map[string]string{{"rack": "r1", "zone": "z"}, {"rack": "r1", "zone": "z"}, {"zone": "z"}} {
+		name := fmt.Sprintf("host-%d", i+1)
+		c.ok(&pb.Command{Op: &pb.Command_RegisterHost{RegisterHost: &pb.RegisterHost{Host: &pb.Host{Name: name, DataAddr: name + ":1", Labels: labels}}}})
+	}
+	of := func(name, domain string, replicas uint32) *pb.Command {
+		return &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: name, SizeBytes: 1 << 30, Replicas: replicas, Domain: domain}}}
+	}
+	c.refused(status.Invalid, "use host, rack or zone", of("x", "shelf", 2))
+	c.refused(status.NoSpace, "3 replicas need 3 failure domains (rack) with stores and there are 2", of("x", "rack", 3))
+	c.refused(status.NoSpace, "2 replicas need 2 failure domains (zone) with stores and there are 1", of("x", "zone", 2))
+	c.ok(of("v", "rack", 2))
+	v := c.ok(attach("v", "host-1", false)).Volume
+	on := func(stores ...byte) *pb.Command {
+		cmd := allocate(v, v.Epoch, 0)
+		chunk := cmd.GetAllocate().Chunks[0]
+		chunk.Stores = nil
+		for _, s := range stores {
+			chunk.Stores = append(chunk.Stores, storeID(s))
+		}
+		return cmd
+	}
+	c.refused(status.Conflict, "placed twice in rack r1", on(0, 1))
+	c.ok(on(1, 2))
+	c.audit()
+}
