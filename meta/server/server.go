@@ -17,7 +17,6 @@ import (
 
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -66,7 +65,7 @@ type Server struct {
 	log   *slog.Logger
 	dir   *nodeDir
 	fsm   *fsm
-	bolt  *raftboltdb.BoltStore
+	bolt  *logFile
 	logs  *sealedLog // in bolt
 	vote  sealedVote // in bolt
 	snaps *sealedSnaps
@@ -334,7 +333,7 @@ func (s *Server) openFiles() (err error) {
 func (s *Server) openLog() error {
 	name := s.dir.file("raft.db")
 	err := guard("the metadata log "+name, func() (err error) {
-		s.bolt, err = raftboltdb.New(raftboltdb.Options{Path: name, BoltOptions: &bbolt.Options{Timeout: time.Second}})
+		s.bolt, err = openLogFile(name, s.log)
 		return err
 	})
 	switch {
