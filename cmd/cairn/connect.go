@@ -152,12 +152,21 @@ func onHost[R any](ctx context.Context, s *session, host string, ask func(contex
 
 // callHost makes one call to a host whose address is known.
 func callHost[R any](ctx context.Context, h *pb.Host, ask func(context.Context, pb.HostControlClient) (R, error)) (r R, err error) {
-	conn, err := grpc.NewClient("passthrough:///"+h.ControlAddr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := dialHost(h)
 	if err != nil {
 		return r, err
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
-	r, err = ask(ctx, pb.NewHostControlClient(conn))
+	return askHost(ctx, h, conn, ask)
+}
+
+// dialHost is for more than one call; it connects at the first.
+func dialHost(h *pb.Host) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+h.ControlAddr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+}
+
+func askHost[R any](ctx context.Context, h *pb.Host, conn *grpc.ClientConn, ask func(context.Context, pb.HostControlClient) (R, error)) (R, error) {
+	r, err := ask(ctx, pb.NewHostControlClient(conn))
 	switch k := status.Of(err); k {
 	case status.Unavailable:
 		return r, status.Errorf(k, "host %s at %s does not answer: is it up?", h.Name, h.ControlAddr)

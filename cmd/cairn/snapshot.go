@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -76,7 +77,8 @@ func wantSnapshot(s string) (volume, snapshot string, err error) {
 // member is one volume of a group that is being cut.
 type groupMember struct {
 	volume, host string
-	attached     bool // by us, for this
+	attached     bool             // by us, for this
+	conn         *grpc.ClientConn // to the host: writes held wait for no new one
 	cut          *pb.Cut
 }
 
@@ -184,25 +186,33 @@ func (s *session) cutGroup(ctx context.Context, group []*groupMember) (began, cu
 	for _, h := range hosts {
 		addr[h.Host.Name] = h.Host
 	}
-	call := func(m *groupMember, ask func(context.Context, pb.HostControlClient) (*pb.CutReply, error)) (*pb.CutReply, error) {
+	for _, m := range group {
 		h := addr[m.host]
 		if h == nil {
-			return nil, status.Errorf(status.NotFound, "there is no host %q: `cairn host ls` lists them", m.host)
+			return began, cut, 0, status.Errorf(status.NotFound, "there is no host %q: `cairn host ls` lists them", m.host)
 		}
-		rep, err := callHost(ctx, h, ask)
+		if m.conn, err = dialHost(h); err != nil {
+			return began, cut, 0, err
+		}
+		defer func() { err = errors.Join(err, m.conn.Close()) }()
+	}
+	call := func(m *groupMember, ask func(context.Context, pb.HostControlClient) (*pb.CutReply, error)) (*pb.CutReply, error) {
+		rep, err := askHost(ctx, addr[m.host], m.conn, ask)
 		if err != nil {
 			return nil, err
 		}
 		return rep, status.New(status.Kind(rep.Status), rep.Detail)
 	}
 	began = time.Now()
+	opened := make(chan error, 1)
+	go func() { opened <- s.meta.Open(ctx) }() // for the name: the cut does not wait for that
 	err = together(group, func(m *groupMember) error {
 		_, err := call(m, func(ctx context.Context, hc pb.HostControlClient) (*pb.CutReply, error) {
 			return hc.PrepareCut(ctx, &pb.CutRequest{Volume: m.volume})
 		})
 		return err
 	})
-	if err != nil {
+	if err = errors.Join(err, <-opened); err != nil {
 		return began, cut, 0, err
 	}
 	cut = time.Now()

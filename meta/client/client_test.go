@@ -85,6 +85,13 @@ func (n *node) vms() int {
 	return len(state.VMs(n.kv))
 }
 
+// commands is how many have arrived.
+func (n *node) commands() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.seen
+}
+
 func serve(t *testing.T, m pb.MetaServer) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -160,6 +167,19 @@ func TestOutcomes(t *testing.T) {
 			t.Errorf("%s: then one the state machine refuses: %v", x.what, err)
 		}
 		cancel()
+	}
+}
+
+// After Open a command is sent and nothing before it.
+func TestOpen(t *testing.T) {
+	n, c := newNode(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := errors.Join(c.Open(ctx), c.Open(ctx)); err != nil || n.commands() != 1 {
+		t.Fatalf("opened twice with %d commands: %v", n.commands(), err)
+	}
+	if _, err := c.Do(ctx, vm("a")); err != nil || n.commands() != 2 || n.vms() != 1 {
+		t.Errorf("it and a command took %d: %v", n.commands(), err)
 	}
 }
 

@@ -53,6 +53,17 @@ func (c *Client) Do(ctx context.Context, cmd *pb.Command) (*pb.Result, error) {
 	}
 }
 
+// Open makes the next command one commit and no more: the session it needs is
+// there. Only who cannot wait for two calls it.
+func (c *Client) Open(ctx context.Context) error {
+	s, err := c.take(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.give(s)
+	return c.ready(ctx, s)
+}
+
 // take waits for its turn and a session nobody else uses.
 func (c *Client) take(ctx context.Context) (*session, error) {
 	select {
