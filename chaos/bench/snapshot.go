@@ -37,6 +37,7 @@ const (
 	snapRounds    = 10
 	snapEach      = time.Second // of each window, beside what is done in it
 	snapFillDepth = 64
+	snapMergeMax  = 5 * time.Minute // of the layers of a deleted snapshot
 )
 
 // snapLoad is what runs meanwhile. Clients of a steady one write when they are
@@ -328,7 +329,7 @@ func (b *snapBench) group(ctx context.Context, l snapLoad, round int) error {
 	}
 	// Until its chunks are merged: the next window is to measure what it says.
 	began := time.Now()
-	_, err = b.Cairn(ctx, "volume", "snapshot", "rm", "--wait", volumeName+"@g"+snapName(l, round), "other@g"+snapName(l, round))
+	_, err = b.CairnWithin(ctx, snapMergeMax, "volume", "snapshot", "rm", "--wait", volumeName+"@g"+snapName(l, round), "other@g"+snapName(l, round))
 	fmt.Fprintf(b.cfg.Talk, "  its layers merged after %.1f s\n", time.Since(began).Seconds())
 	return err
 }

@@ -28,7 +28,12 @@ func (e *CommandError) Error() string {
 
 // Cairn runs one command on this cluster and returns its stdout.
 func (c *Cluster) Cairn(ctx context.Context, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, commandMaxWait)
+	return c.CairnWithin(ctx, commandMaxWait, args...)
+}
+
+// CairnWithin is Cairn for a command that may take so long.
+func (c *Cluster) CairnWithin(ctx context.Context, most time.Duration, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, c.cfg.Bin, append(args[:len(args):len(args)], "--dir", c.cfg.Dir)...)
