@@ -28,6 +28,7 @@ type Store struct {
 	CapacityBytes uint64
 	UsedBytes     uint64 // live data, as last heard; what compaction gives back is not in use
 	Slow          bool   // its class: for chunks that are cold
+	Drained       bool   // its host is to be emptied: the last resort
 }
 
 // ChunkRequest asks for places of new chunks of one volume.
@@ -73,8 +74,7 @@ func (c Class) String() string { return classNames[c] }
 // ready says whether a store of the class takes writes at once.
 func (c Class) ready() bool { return c <= Fresh }
 
-// Tier comes before Class among stores that are ready, where there are fast and
-// slow ones.
+// Tier comes before Class among stores that are ready, and after it among others.
 type Tier int
 
 // The tiers.
@@ -82,16 +82,19 @@ const (
 	Wanted Tier = iota // of the wanted kind: fast, unless the request says slow
 	Other              // of the other kind
 	Brim               // of any kind, with little more than the room its chunks grow into
+	Last               // on a drained host: a guest's write to a new chunk must not fail for a drain
 )
 
 // brimAt is the fill from which a store is left to the chunks it has.
 const brimAt = 0.9
 
-var tierNames = [...]string{"", ", of the other kind", ", nearly full"}
+var tierNames = [...]string{"", ", of the other kind", ", nearly full", ", drained"}
 
-// tierOf returns a store's tier; mixed says that there are both kinds.
+// tierOf returns a store's tier; mixed says that there are fast and slow ones.
 func tierOf(req ChunkRequest, s Store, mixed bool) Tier {
 	switch {
+	case s.Drained:
+		return Last
 	case !mixed:
 		return Wanted
 	case fillOf(s) >= brimAt:
@@ -198,7 +201,7 @@ func score(req ChunkRequest) []StoreScore {
 		}
 		fill := fills[s.Slow]
 		sc := StoreScore{Store: s, Class: classOf(req, s)}
-		if sc.Class.ready() {
+		if sc.Class.ready() || s.Drained {
 			sc.Tier = tierOf(req, s, both)
 		}
 		if hot(s, fill) && (sc.Class == Local || sc.Class == Member) {
@@ -215,6 +218,8 @@ func score(req ChunkRequest) []StoreScore {
 			return int(a.Tier - b.Tier)
 		case a.Class != b.Class:
 			return int(a.Class - b.Class)
+		case a.Tier != b.Tier:
+			return int(a.Tier - b.Tier)
 		case a.Lot > b.Lot:
 			return -1
 		case a.Lot < b.Lot:
@@ -282,21 +287,21 @@ func classOf(req ChunkRequest, s Store) Class {
 }
 
 // choose takes the best store of each of the best domains for one chunk, or
-// nil. Three passes over the sorted stores: ready ones with room for all that
+// nil. Four passes over the sorted stores: ready ones with room for all that
 // the request gave them; ready ones with room for one chunk (chunks are thin:
-// what was planned is mostly never written); the rest.
+// what was planned is mostly never written); ready ones of drained hosts; the rest.
 func choose(req ChunkRequest, scores []StoreScore) []*StoreScore {
 	var chosen []*StoreScore
 	taken := make(map[string]bool, req.Replicas)
 	ready := 0
-	for pass := range 3 {
+	for pass := range 4 {
 		for i := range scores {
 			s := &scores[i]
-			if s.Class == Full || (pass < 2 && !s.Class.ready()) {
+			if s.Class == Full || (pass < 3 && !s.Class.ready()) {
 				break // sorted: nothing usable comes after
 			}
 			roomy := free(s.Store.CapacityBytes, s.Store.UsedBytes) >= s.planned+req.ChunkBytes
-			if taken[s.Store.Domain] || (pass == 0 && !roomy) {
+			if taken[s.Store.Domain] || (pass == 0 && !roomy) || (pass < 2 && s.Tier == Last) {
 				continue
 			}
 			taken[s.Store.Domain] = true

@@ -33,10 +33,11 @@ func store(n int, change ...func(*Store)) Store {
 	return s
 }
 
-func down(s *Store)   { s.Up = false }
-func full(s *Store)   { s.UsedBytes = s.CapacityBytes - 10*mib }
-func member(s *Store) { s.Member, s.InSync = true, true }
-func behind(s *Store) { s.Member = true }
+func down(s *Store)    { s.Up = false }
+func full(s *Store)    { s.UsedBytes = s.CapacityBytes - 10*mib }
+func member(s *Store)  { s.Member, s.InSync = true, true }
+func behind(s *Store)  { s.Member = true }
+func drained(s *Store) { s.Drained = true }
 func in(domain string) func(*Store) {
 	return func(s *Store) { s.Domain = domain }
 }
@@ -76,6 +77,11 @@ func TestChunkGoesTo(t *testing.T) {
 		{"up and behind before down", "", 1, []Store{store(1, member), store(2, behind), store(3, behind, down), store(4, down)}, 1, []int{1, 2, 3}},
 		{"down and behind before down members", "", 1, []Store{store(1, member), store(2, member, down), store(3, behind, down), store(4, down)}, 1, []int{1, 3, 2}},
 		{"one host of three is dead", "host-1", 1, []Store{store(1, member), store(2, member, down), store(3, member)}, 1, []int{1, 3, 2}},
+		{"a drained host gets nothing", "host-1", 1, []Store{store(1, member, drained), store(2, member), store(3, used(5*gib)), store(4)}, 0, []int{2, 3, 4}},
+		{"not even before a nearly full one", "", 1, []Store{store(1, drained), store(2), store(3, used(9900*mib), func(s *Store) { s.Slow = true }), store(4)}, 0, []int{2, 3, 4}},
+		{"a drained host is the last resort", "", 1, []Store{store(1), store(2), store(3, drained)}, 0, []int{1, 2, 3}},
+		{"but before one that is down", "", 1, []Store{store(1), store(2, down, member), store(3, drained), store(4, behind)}, 0, []int{1, 3, 4}},
+		{"of those that are down, the drained one is last", "", 1, []Store{store(1), store(2), store(3, down, drained), store(4, down)}, 0, []int{1, 2, 4}},
 		{"racks differ", "", 0, []Store{store(1, member, in("a")), store(2, member, in("a")), store(3, in("b")), store(4, down, in("b")), store(5, in("c"))}, 0, []int{3, 5}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

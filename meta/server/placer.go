@@ -54,6 +54,7 @@ type StoreView struct {
 	CapacityBytes uint64
 	UsedBytes     uint64 // last heartbeat
 	Slow          bool   // its class
+	Drained       bool   // its host is: the last resort
 }
 
 // Picture is the cluster as placement sees it. It and what it returns are read

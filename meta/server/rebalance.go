@@ -193,7 +193,7 @@ func (t *tenure) wide(kv state.KV, now time.Duration) *Picture {
 		}
 		return false
 	}
-	p.Stores = t.storeViews(kv, &pb.Volume{}, now)
+	p.Stores = slices.DeleteFunc(t.storeViews(kv, &pb.Volume{}, now), func(s StoreView) bool { return s.Drained })
 	t.moves.used(p.Stores)
 	t.sweepUses(kv, now)
 	p.Sample = func() []VolumeView {

@@ -156,6 +156,7 @@ func (s *Server) place(t *tenure, op *pb.Allocate) error {
 	return nil
 }
 
+// storeViews are the stores in service as placement sees them, for chunks of v.
 func (t *tenure) storeViews(kv state.KV, v *pb.Volume, now time.Duration) []StoreView {
 	hosts := map[string]*pb.Host{}
 	for _, h := range state.Hosts(kv) {
@@ -169,13 +170,13 @@ func (t *tenure) storeViews(kv state.KV, v *pb.Volume, now time.Duration) []Stor
 	for _, st := range state.Stores(kv) {
 		id, err := ids.StoreIDFromBytes(st.Id)
 		h, m := hosts[st.Host], members[string(st.Id)]
-		if err != nil || st.Retired || h == nil || h.Drained && m == nil {
+		if err != nil || st.Retired || h == nil {
 			continue
 		}
 		b, up := t.host(st.Host, now)
 		u, sup := storeUp(b, up, st.Id)
 		view := StoreView{ID: id, Host: st.Host, Domain: state.Label(h, v.Domain), Up: sup,
-			Member: m != nil, InSync: m.GetInSync(), CapacityBytes: st.CapacityBytes, UsedBytes: u.GetLiveBytes(), Slow: state.ClassOf(st) == state.ClassSlow}
+			Member: m != nil, InSync: m.GetInSync(), CapacityBytes: st.CapacityBytes, UsedBytes: u.GetLiveBytes(), Slow: state.ClassOf(st) == state.ClassSlow, Drained: h.Drained}
 		if c := u.GetCapacityBytes(); c > 0 {
 			view.CapacityBytes = c
 		}

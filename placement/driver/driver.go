@@ -47,7 +47,7 @@ func ChunkRequest(req server.ChunkRequest) placement.ChunkRequest {
 		ChunkBytes: req.ChunkBytes, PreferHost: req.PreferHost, Slow: req.Slow, MinReady: minReady}
 	for _, s := range req.Stores {
 		out.Stores = append(out.Stores, placement.Store{ID: s.ID, Host: s.Host, Domain: s.Domain, Up: s.Up,
-			Member: s.Member, InSync: s.InSync, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes, Slow: s.Slow})
+			Member: s.Member, InSync: s.InSync, CapacityBytes: s.CapacityBytes, UsedBytes: s.UsedBytes, Slow: s.Slow, Drained: s.Drained})
 	}
 	return out
 }
