@@ -307,7 +307,7 @@ func (t *tenure) answer(kv state.KV, req *pb.QueryRequest, rep *pb.QueryReply) e
 	case *pb.QueryRequest_Volumes:
 		rep.Volumes = state.Volumes(kv)
 	case *pb.QueryRequest_Hosts:
-		rep.Hosts = t.hostStates(kv, boottime())
+		rep.Hosts, rep.PoolMark = t.hostStates(kv, boottime()), t.poolMark()
 	case *pb.QueryRequest_Vm:
 		vm := state.VMByName(kv, q.Vm)
 		if vm == nil {
@@ -354,7 +354,7 @@ func (s *Server) Node(_ context.Context, req *pb.NodeRequest) (*pb.NodeReply, er
 
 func (s *Server) node() *pb.NodeReply {
 	self := s.addrs[raft.ServerID(s.id)]
-	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: s.cfg.format, UnixNs: s.cfg.clock().UnixNano()}
+	rep := &pb.NodeReply{Id: s.id, Name: nameOf(s.id), Addr: self.APIAddr, RaftAddr: self.RaftAddr, Cluster: s.cfg.Cluster, Format: s.cfg.format, Program: s.cfg.Program, UnixNs: s.cfg.clock().UnixNano()}
 	if used, err := s.formatInUse(); err == nil { // without it, it is shown as 0
 		rep.FormatInUse = used
 	}

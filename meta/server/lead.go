@@ -44,6 +44,7 @@ type tenure struct {
 	heatSwept time.Duration
 	uses      map[uint64]*uses // by volume
 	usesSwept time.Duration
+	warned    warned // for those who ask; not changed, but replaced
 }
 
 // beat is a host's last heartbeat.

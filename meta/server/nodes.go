@@ -216,12 +216,23 @@ func (s *Server) nodes(ctx context.Context) []*pb.NodeReply {
 	return out
 }
 
-// heard is when this node, as leader, last heard of another, as Unix nanoseconds.
+// heard is when this node, as leader, last heard of another, as Unix nanoseconds;
+// 0: it cannot tell. What it knows of the time before it led is the word of the
+// leader it followed; of the others an earlier word says nothing, for they have
+// answered that leader since.
 func (s *Server) heard(id string) int64 {
-	if s.raft.Load() == nil {
+	r := s.raft.Load()
+	s.mu.Lock()
+	t := s.tenure
+	s.mu.Unlock()
+	if r == nil || t == nil {
 		return 0
 	}
-	return s.trans.reach.since(raft.ServerID(id))
+	at := s.trans.reach.last(raft.ServerID(id), time.Now().Add(t.since-boottime()), r.LastContact())
+	if at.IsZero() {
+		return 0
+	}
+	return at.UnixNano()
 }
 
 // AddNode implements pb.MetaServer.

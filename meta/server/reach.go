@@ -17,9 +17,10 @@ import (
 // nothing can be committed although a majority is up. Held back here, the
 // sender has failed once, and goes on at once.
 type reach struct {
-	mu    sync.Mutex // guards down and heard
-	down  map[raft.ServerID]chan struct{}
-	heard map[raft.ServerID]time.Time // when something got through last
+	mu     sync.Mutex // guards the fields below
+	down   map[raft.ServerID]chan struct{}
+	heard  map[raft.ServerID]time.Time // when something got through last
+	before raft.ServerID               // whom this node has followed last
 }
 
 // failed: entries did not get through.
@@ -48,15 +49,27 @@ func (r *reach) answered(id raft.ServerID) {
 	}
 }
 
-// since is when something got through to a peer last, as Unix nanoseconds; 0: it
-// did not since this node began.
-func (r *reach) since(id raft.ServerID) int64 {
+// last is when a peer was heard of last by a node that leads since led, and whose
+// leader before was heard of last at contact; zero: it cannot tell.
+func (r *reach) last(id raft.ServerID, led, contact time.Time) time.Time {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if at := r.heard[id]; !at.IsZero() {
-		return at.UnixNano()
+	switch at := r.heard[id]; {
+	case !at.Before(led):
+		return at
+	case id == r.before:
+		return contact
 	}
-	return 0
+	return time.Time{}
+}
+
+// follows notes who leads; "" is nobody.
+func (r *reach) follows(leader, self raft.ServerID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if leader != "" && leader != self {
+		r.before = leader
+	}
 }
 
 // wait returns when the peer may be tried, or when there is no reason to any

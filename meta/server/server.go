@@ -47,6 +47,7 @@ type Config struct {
 	Lease        time.Duration // 0: 8 s; the same on every node, and only tests change it
 	Fatal        func(error)   // called once when the node cannot go on, if set; Done is closed too
 	Log          *slog.Logger  // nil: slog.Default
+	Program      string        // the commit it was built from, for those who ask
 
 	// For tests of this package.
 	logs      func(raft.LogStore) raft.LogStore // wraps raft's log
@@ -470,6 +471,12 @@ func (s *Server) start() error {
 	if err != nil {
 		return errors.Join(cmp.Or(s.Err(), fmt.Errorf("starting raft: %w", err)), s.trans.Close())
 	}
+	r.RegisterObserver(raft.NewObserver(nil, false, func(o *raft.Observation) bool {
+		if l, ok := o.Data.(raft.LeaderObservation); ok {
+			s.trans.reach.follows(l.LeaderID, raft.ServerID(s.id))
+		}
+		return false
+	}))
 	s.verify.check, s.verify.done = s.confirm, s.done
 	s.mu.Lock()
 	closed := s.closed

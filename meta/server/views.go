@@ -101,6 +101,9 @@ func (t *tenure) hostStates(kv state.KV, now time.Duration) []*pb.HostState {
 		if b != nil {
 			hs.LastSeenMs = (now - b.at).Milliseconds()
 		}
+		if !up {
+			hs.ToldUnixNs = t.silentSince(h.Name)
+		}
 		for _, s := range stores[h.Name] {
 			u, sup := storeUp(b, up, s.Id)
 			rate, over := t.filling(s.Id)

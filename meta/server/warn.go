@@ -2,6 +2,7 @@ package server
 
 import (
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -24,8 +25,9 @@ var poolSteps = []int{95, 85, 75}
 // warned is what the event log says last: what a leader knows of its
 // predecessors' words.
 type warned struct {
-	silent map[string]bool // hosts
-	step   int             // of the pool; 0: below all
+	silent map[string]int64 // hosts, and when that was said, as Unix nanoseconds
+	step   int              // of the pool; 0: below all
+	stepAt int64            // when that was said
 }
 
 const (
@@ -35,8 +37,8 @@ const (
 	saidBelow  = "the pool is below %d %% again"
 )
 
-// hear reads one event.
-func (w *warned) hear(what string) {
+// hear reads one event of a moment in Unix nanoseconds.
+func (w *warned) hear(what string, at int64) {
 	host, step := "", 0
 	is := func(format string, to any) bool {
 		n, err := fmt.Sscanf(what, format, to)
@@ -44,13 +46,13 @@ func (w *warned) hear(what string) {
 	}
 	switch {
 	case is(saidSilent, &host):
-		w.silent[host] = true
+		w.silent[host] = at
 	case is(saidBack, &host):
 		delete(w.silent, host)
 	case is(saidPast, &step):
-		w.step = step
+		w.step, w.stepAt = step, at
 	case is(saidBelow, &step):
-		w.step = 0
+		w.step, w.stepAt = 0, at
 		for _, s := range poolSteps {
 			if s < step {
 				w.step = s
@@ -67,9 +69,9 @@ func (w *warned) news(hosts []*pb.HostState) (out []string) {
 		name := h.Host.Name
 		there[name] = true
 		switch {
-		case !h.Up && !w.silent[name] && (h.LastSeenMs < 0 || h.LastSeenMs >= silentFor.Milliseconds()):
+		case !h.Up && w.silent[name] == 0 && (h.LastSeenMs < 0 || h.LastSeenMs >= silentFor.Milliseconds()):
 			out = append(out, fmt.Sprintf(saidSilent, name)+": what its volumes' writers miss of it is left out, and made elsewhere if it stays away")
-		case h.Up && w.silent[name]:
+		case h.Up && w.silent[name] != 0:
 			out = append(out, fmt.Sprintf(saidBack, name)+": its copies catch up")
 		}
 	}
@@ -140,6 +142,7 @@ func (s *Server) warnLoop() {
 			of = nil // the state could not be read: again
 			continue
 		}
+		t.tell(w)
 		if err := c.warn(t, w); err != nil && s.ctx.Err() == nil {
 			s.log.Warn("telling what has changed", "err", err)
 		}
@@ -147,11 +150,11 @@ func (s *Server) warnLoop() {
 }
 
 func (s *Server) alreadyWarned() *warned {
-	w := &warned{silent: map[string]bool{}}
+	w := &warned{silent: map[string]int64{}}
 	err := s.fsm.read(func(kv state.KV) {
 		for _, e := range state.Events(kv, 0, state.KeptEvents) {
 			if strings.HasPrefix(e.What, "host ") || strings.HasPrefix(e.What, "the pool ") {
-				w.hear(e.What)
+				w.hear(e.What, e.TimeUnixNs)
 			}
 		}
 	})
@@ -181,7 +184,28 @@ func (c *scheduler) warn(t *tenure, w *warned) error {
 		if res.Status != 0 {
 			continue
 		}
-		w.hear(what)
+		w.hear(what, c.s.cfg.clock().UnixNano())
 	}
+	t.tell(w)
 	return nil
+}
+
+// tell lets those who ask for the hosts know since when something is so.
+func (t *tenure) tell(w *warned) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.warned = warned{silent: maps.Clone(w.silent), step: w.step, stepAt: w.stepAt}
+}
+
+// silentSince is when the event log said that a host is silent; 0: it did not.
+func (t *tenure) silentSince(host string) int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.warned.silent[host]
+}
+
+func (t *tenure) poolMark() *pb.PoolMark {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return &pb.PoolMark{Percent: uint32(t.warned.step), UnixNs: t.warned.stepAt}
 }

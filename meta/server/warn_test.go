@@ -5,6 +5,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
 
 	"github.com/cairnstore/cairn/proto/pb"
 )
@@ -22,7 +25,7 @@ func usedHost(name string, up bool, used uint64, rate float64) *pb.HostState {
 // Each change is told once, also by a leader that has only read what the one
 // before it told; a value at the edge of a threshold is not told again and again.
 func TestNewsAreToldOnce(t *testing.T) {
-	w := &warned{silent: map[string]bool{}}
+	w := &warned{silent: map[string]int64{}}
 	var log []string
 	for _, step := range []struct {
 		up   bool
@@ -43,9 +46,9 @@ func TestNewsAreToldOnce(t *testing.T) {
 		{true, 80, 0, []string{"the pool is below 85 % again"}},
 		{true, 80, 0, nil},
 	} {
-		next := &warned{silent: map[string]bool{}} // another leader
+		next := &warned{silent: map[string]int64{}} // another leader
 		for _, what := range log {
-			next.hear(what)
+			next.hear(what, 1)
 		}
 		hosts := []*pb.HostState{usedHost("h", step.up, step.used, step.rate)}
 		got := w.news(hosts)
@@ -60,14 +63,14 @@ func TestNewsAreToldOnce(t *testing.T) {
 			t.Errorf("at %d %%, up %v: told %q, want %q", step.used, step.up, got, step.want)
 		}
 		for _, what := range got {
-			w.hear(what)
+			w.hear(what, 1)
 		}
 		log = append(log, got...)
 	}
 }
 
 // The thresholds of the pool come into the event log of a real cluster, once,
-// whoever leads.
+// whoever leads; who asks for the hosts hears since when.
 func TestPoolThresholdsAreEvents(t *testing.T) {
 	t.Parallel()
 	tr := newTrio(t, nil)
@@ -104,7 +107,34 @@ func TestPoolThresholdsAreEvents(t *testing.T) {
 			tr.stop(tr.leader())
 		}
 	}
+	until(t, func() string {
+		rep, err := c.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Hosts{Hosts: true}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m := rep.PoolMark; m.GetPercent() != 95 || m.UnixNs == 0 {
+			return fmt.Sprintf("the pool's mark is %v", m)
+		}
+		return ""
+	})
 	if got := told(); len(got) != 3 {
 		t.Errorf("the event log has %q", got)
+	}
+}
+
+// A leader says since when a node is silent only if it can know: its own peers'
+// last answers, and the last word of the leader before; what a peer told an
+// earlier tenure says nothing.
+func TestSinceWhenANodeIsSilent(t *testing.T) {
+	at := func(s int64) time.Time { return time.Unix(s, 0) }
+	r := &reach{heard: map[raft.ServerID]time.Time{"asked": at(20), "before": at(3), "long ago": at(3)}}
+	r.follows("long ago", "me")
+	r.follows("before", "me")
+	r.follows("", "me")
+	r.follows("me", "me")
+	for id, want := range map[raft.ServerID]time.Time{"asked": at(20), "before": at(9), "long ago": {}, "never": {}} {
+		if got := r.last(id, at(10), at(9)); !got.Equal(want) {
+			t.Errorf("%s was heard of at %v, want %v", id, got, want)
+		}
 	}
 }

@@ -1780,6 +1780,8 @@ type HostStatusReply struct {
 	Volumes       []*VolumeUsage         `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`                // live bytes of each volume on this host's stores
 	Session       string                 `protobuf:"bytes,7,opt,name=session,proto3" json:"session,omitempty"`                // of its gateway
 	UnixNs        int64                  `protobuf:"varint,110,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"` // its clock
+	Program       string                 `protobuf:"bytes,111,opt,name=program,proto3" json:"program,omitempty"`              // the commit it was built from
+	Bad           []*BadCount            `protobuf:"bytes,112,rep,name=bad,proto3" json:"bad,omitempty"`                      // blocks of each volume and store that cannot be read now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1870,6 +1872,80 @@ func (x *HostStatusReply) GetUnixNs() int64 {
 	return 0
 }
 
+func (x *HostStatusReply) GetProgram() string {
+	if x != nil {
+		return x.Program
+	}
+	return ""
+}
+
+func (x *HostStatusReply) GetBad() []*BadCount {
+	if x != nil {
+		return x.Bad
+	}
+	return nil
+}
+
+type BadCount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	VolumeId      uint64                 `protobuf:"varint,2,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Blocks        uint64                 `protobuf:"varint,3,opt,name=blocks,proto3" json:"blocks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BadCount) Reset() {
+	*x = BadCount{}
+	mi := &file_proto_pb_host_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BadCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BadCount) ProtoMessage() {}
+
+func (x *BadCount) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_host_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BadCount.ProtoReflect.Descriptor instead.
+func (*BadCount) Descriptor() ([]byte, []int) {
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *BadCount) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+func (x *BadCount) GetVolumeId() uint64 {
+	if x != nil {
+		return x.VolumeId
+	}
+	return 0
+}
+
+func (x *BadCount) GetBlocks() uint64 {
+	if x != nil {
+		return x.Blocks
+	}
+	return 0
+}
+
 type CutRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -1880,7 +1956,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +1968,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[25]
+	mi := &file_proto_pb_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +1981,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CutRequest) GetVolume() string {
@@ -1937,7 +2013,7 @@ type CutReply struct {
 
 func (x *CutReply) Reset() {
 	*x = CutReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1949,7 +2025,7 @@ func (x *CutReply) String() string {
 func (*CutReply) ProtoMessage() {}
 
 func (x *CutReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[26]
+	mi := &file_proto_pb_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1962,7 +2038,7 @@ func (x *CutReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutReply.ProtoReflect.Descriptor instead.
 func (*CutReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CutReply) GetStatus() uint32 {
@@ -2025,7 +2101,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2037,7 +2113,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[27]
+	mi := &file_proto_pb_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2050,7 +2126,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DiffRequest) GetVolume() string {
@@ -2086,7 +2162,7 @@ type DiffReply struct {
 
 func (x *DiffReply) Reset() {
 	*x = DiffReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2098,7 +2174,7 @@ func (x *DiffReply) String() string {
 func (*DiffReply) ProtoMessage() {}
 
 func (x *DiffReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[28]
+	mi := &file_proto_pb_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2111,7 +2187,7 @@ func (x *DiffReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffReply.ProtoReflect.Descriptor instead.
 func (*DiffReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DiffReply) GetStatus() uint32 {
@@ -2146,7 +2222,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2158,7 +2234,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[29]
+	mi := &file_proto_pb_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2171,7 +2247,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Range) GetOffset() uint64 {
@@ -2206,7 +2282,7 @@ type LatencyBucket struct {
 
 func (x *LatencyBucket) Reset() {
 	*x = LatencyBucket{}
-	mi := &file_proto_pb_host_proto_msgTypes[30]
+	mi := &file_proto_pb_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2218,7 +2294,7 @@ func (x *LatencyBucket) String() string {
 func (*LatencyBucket) ProtoMessage() {}
 
 func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[30]
+	mi := &file_proto_pb_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2231,7 +2307,7 @@ func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
 func (*LatencyBucket) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *LatencyBucket) GetMaxUs() uint64 {
@@ -2266,7 +2342,7 @@ type OpStats struct {
 
 func (x *OpStats) Reset() {
 	*x = OpStats{}
-	mi := &file_proto_pb_host_proto_msgTypes[31]
+	mi := &file_proto_pb_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2278,7 +2354,7 @@ func (x *OpStats) String() string {
 func (*OpStats) ProtoMessage() {}
 
 func (x *OpStats) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[31]
+	mi := &file_proto_pb_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2291,7 +2367,7 @@ func (x *OpStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpStats.ProtoReflect.Descriptor instead.
 func (*OpStats) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{31}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *OpStats) GetOp() string {
@@ -2378,7 +2454,7 @@ type VolumeStatsReply struct {
 
 func (x *VolumeStatsReply) Reset() {
 	*x = VolumeStatsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[32]
+	mi := &file_proto_pb_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2390,7 +2466,7 @@ func (x *VolumeStatsReply) String() string {
 func (*VolumeStatsReply) ProtoMessage() {}
 
 func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[32]
+	mi := &file_proto_pb_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2403,7 +2479,7 @@ func (x *VolumeStatsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatsReply.ProtoReflect.Descriptor instead.
 func (*VolumeStatsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{32}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *VolumeStatsReply) GetStatus() uint32 {
@@ -2462,7 +2538,7 @@ type SlowLeg struct {
 
 func (x *SlowLeg) Reset() {
 	*x = SlowLeg{}
-	mi := &file_proto_pb_host_proto_msgTypes[33]
+	mi := &file_proto_pb_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2474,7 +2550,7 @@ func (x *SlowLeg) String() string {
 func (*SlowLeg) ProtoMessage() {}
 
 func (x *SlowLeg) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[33]
+	mi := &file_proto_pb_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2487,7 +2563,7 @@ func (x *SlowLeg) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowLeg.ProtoReflect.Descriptor instead.
 func (*SlowLeg) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{33}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SlowLeg) GetHost() string {
@@ -2545,7 +2621,7 @@ type SlowRequest struct {
 
 func (x *SlowRequest) Reset() {
 	*x = SlowRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[34]
+	mi := &file_proto_pb_host_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2557,7 +2633,7 @@ func (x *SlowRequest) String() string {
 func (*SlowRequest) ProtoMessage() {}
 
 func (x *SlowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[34]
+	mi := &file_proto_pb_host_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2570,7 +2646,7 @@ func (x *SlowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequest.ProtoReflect.Descriptor instead.
 func (*SlowRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{34}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SlowRequest) GetOp() string {
@@ -2661,7 +2737,7 @@ type SlowRequestsReply struct {
 
 func (x *SlowRequestsReply) Reset() {
 	*x = SlowRequestsReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[35]
+	mi := &file_proto_pb_host_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2749,7 @@ func (x *SlowRequestsReply) String() string {
 func (*SlowRequestsReply) ProtoMessage() {}
 
 func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[35]
+	mi := &file_proto_pb_host_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2762,7 @@ func (x *SlowRequestsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlowRequestsReply.ProtoReflect.Descriptor instead.
 func (*SlowRequestsReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SlowRequestsReply) GetStatus() uint32 {
@@ -2719,7 +2795,7 @@ type NetRequest struct {
 
 func (x *NetRequest) Reset() {
 	*x = NetRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[36]
+	mi := &file_proto_pb_host_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2731,7 +2807,7 @@ func (x *NetRequest) String() string {
 func (*NetRequest) ProtoMessage() {}
 
 func (x *NetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[36]
+	mi := &file_proto_pb_host_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2744,7 +2820,7 @@ func (x *NetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetRequest.ProtoReflect.Descriptor instead.
 func (*NetRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetRequest) GetAfter() uint64 {
@@ -2765,7 +2841,7 @@ type NetReply struct {
 
 func (x *NetReply) Reset() {
 	*x = NetReply{}
-	mi := &file_proto_pb_host_proto_msgTypes[37]
+	mi := &file_proto_pb_host_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2777,7 +2853,7 @@ func (x *NetReply) String() string {
 func (*NetReply) ProtoMessage() {}
 
 func (x *NetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[37]
+	mi := &file_proto_pb_host_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2790,7 +2866,7 @@ func (x *NetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetReply.ProtoReflect.Descriptor instead.
 func (*NetReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetReply) GetStatus() uint32 {
@@ -2823,7 +2899,7 @@ type RouteRequest struct {
 
 func (x *RouteRequest) Reset() {
 	*x = RouteRequest{}
-	mi := &file_proto_pb_host_proto_msgTypes[38]
+	mi := &file_proto_pb_host_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2835,7 +2911,7 @@ func (x *RouteRequest) String() string {
 func (*RouteRequest) ProtoMessage() {}
 
 func (x *RouteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_host_proto_msgTypes[38]
+	mi := &file_proto_pb_host_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2848,7 +2924,7 @@ func (x *RouteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteRequest.ProtoReflect.Descriptor instead.
 func (*RouteRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_host_proto_rawDescGZIP(), []int{38}
+	return file_proto_pb_host_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RouteRequest) GetRoute() string {
@@ -3011,7 +3087,7 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\vVolumeUsage\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x1d\n" +
 	"\n" +
-	"live_bytes\x18\x02 \x01(\x04R\tliveBytes\"\xa5\x02\n" +
+	"live_bytes\x18\x02 \x01(\x04R\tliveBytes\"\xe5\x02\n" +
 	"\x0fHostStatusReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
@@ -3020,7 +3096,13 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x06stores\x18\x05 \x03(\v2\x14.cairn.v1.StoreUsageR\x06stores\x12/\n" +
 	"\avolumes\x18\x06 \x03(\v2\x15.cairn.v1.VolumeUsageR\avolumes\x12\x18\n" +
 	"\asession\x18\a \x01(\tR\asession\x12\x17\n" +
-	"\aunix_ns\x18n \x01(\x03R\x06unixNs\"=\n" +
+	"\aunix_ns\x18n \x01(\x03R\x06unixNs\x12\x18\n" +
+	"\aprogram\x18o \x01(\tR\aprogram\x12$\n" +
+	"\x03bad\x18p \x03(\v2\x12.cairn.v1.BadCountR\x03bad\"U\n" +
+	"\bBadCount\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\fR\x05store\x12\x1b\n" +
+	"\tvolume_id\x18\x02 \x01(\x04R\bvolumeId\x12\x16\n" +
+	"\x06blocks\x18\x03 \x01(\x04R\x06blocks\"=\n" +
 	"\n" +
 	"CutRequest\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x17\n" +
@@ -3151,7 +3233,7 @@ func file_proto_pb_host_proto_rawDescGZIP() []byte {
 	return file_proto_pb_host_proto_rawDescData
 }
 
-var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_proto_pb_host_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_proto_pb_host_proto_goTypes = []any{
 	(*StoreRef)(nil),              // 0: cairn.v1.StoreRef
 	(*ScrubStoreRequest)(nil),     // 1: cairn.v1.ScrubStoreRequest
@@ -3178,108 +3260,110 @@ var file_proto_pb_host_proto_goTypes = []any{
 	(*AttachmentStatus)(nil),      // 22: cairn.v1.AttachmentStatus
 	(*VolumeUsage)(nil),           // 23: cairn.v1.VolumeUsage
 	(*HostStatusReply)(nil),       // 24: cairn.v1.HostStatusReply
-	(*CutRequest)(nil),            // 25: cairn.v1.CutRequest
-	(*CutReply)(nil),              // 26: cairn.v1.CutReply
-	(*DiffRequest)(nil),           // 27: cairn.v1.DiffRequest
-	(*DiffReply)(nil),             // 28: cairn.v1.DiffReply
-	(*Range)(nil),                 // 29: cairn.v1.Range
-	(*LatencyBucket)(nil),         // 30: cairn.v1.LatencyBucket
-	(*OpStats)(nil),               // 31: cairn.v1.OpStats
-	(*VolumeStatsReply)(nil),      // 32: cairn.v1.VolumeStatsReply
-	(*SlowLeg)(nil),               // 33: cairn.v1.SlowLeg
-	(*SlowRequest)(nil),           // 34: cairn.v1.SlowRequest
-	(*SlowRequestsReply)(nil),     // 35: cairn.v1.SlowRequestsReply
-	(*NetRequest)(nil),            // 36: cairn.v1.NetRequest
-	(*NetReply)(nil),              // 37: cairn.v1.NetReply
-	(*RouteRequest)(nil),          // 38: cairn.v1.RouteRequest
-	(*StoreUsage)(nil),            // 39: cairn.v1.StoreUsage
-	(*VM)(nil),                    // 40: cairn.v1.VM
+	(*BadCount)(nil),              // 25: cairn.v1.BadCount
+	(*CutRequest)(nil),            // 26: cairn.v1.CutRequest
+	(*CutReply)(nil),              // 27: cairn.v1.CutReply
+	(*DiffRequest)(nil),           // 28: cairn.v1.DiffRequest
+	(*DiffReply)(nil),             // 29: cairn.v1.DiffReply
+	(*Range)(nil),                 // 30: cairn.v1.Range
+	(*LatencyBucket)(nil),         // 31: cairn.v1.LatencyBucket
+	(*OpStats)(nil),               // 32: cairn.v1.OpStats
+	(*VolumeStatsReply)(nil),      // 33: cairn.v1.VolumeStatsReply
+	(*SlowLeg)(nil),               // 34: cairn.v1.SlowLeg
+	(*SlowRequest)(nil),           // 35: cairn.v1.SlowRequest
+	(*SlowRequestsReply)(nil),     // 36: cairn.v1.SlowRequestsReply
+	(*NetRequest)(nil),            // 37: cairn.v1.NetRequest
+	(*NetReply)(nil),              // 38: cairn.v1.NetReply
+	(*RouteRequest)(nil),          // 39: cairn.v1.RouteRequest
+	(*StoreUsage)(nil),            // 40: cairn.v1.StoreUsage
+	(*VM)(nil),                    // 41: cairn.v1.VM
 }
 var file_proto_pb_host_proto_depIdxs = []int32{
-	39, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
+	40, // 0: cairn.v1.StoreReply.usage:type_name -> cairn.v1.StoreUsage
 	3,  // 1: cairn.v1.StoreReply.scrub:type_name -> cairn.v1.ScrubState
 	4,  // 2: cairn.v1.StoreReply.bad:type_name -> cairn.v1.BadBlock
 	23, // 3: cairn.v1.StoreReply.volumes:type_name -> cairn.v1.VolumeUsage
 	13, // 4: cairn.v1.VMReply.migration:type_name -> cairn.v1.VMMigration
-	40, // 5: cairn.v1.ReceiveVMRequest.vm:type_name -> cairn.v1.VM
-	40, // 6: cairn.v1.LandVMRequest.vm:type_name -> cairn.v1.VM
+	41, // 5: cairn.v1.ReceiveVMRequest.vm:type_name -> cairn.v1.VM
+	41, // 6: cairn.v1.LandVMRequest.vm:type_name -> cairn.v1.VM
 	13, // 7: cairn.v1.LandVMRequest.so_far:type_name -> cairn.v1.VMMigration
 	21, // 8: cairn.v1.AttachmentStatus.replicas:type_name -> cairn.v1.ReplicaStatus
 	22, // 9: cairn.v1.HostStatusReply.attachments:type_name -> cairn.v1.AttachmentStatus
-	39, // 10: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
+	40, // 10: cairn.v1.HostStatusReply.stores:type_name -> cairn.v1.StoreUsage
 	23, // 11: cairn.v1.HostStatusReply.volumes:type_name -> cairn.v1.VolumeUsage
-	29, // 12: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
-	30, // 13: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
-	31, // 14: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
-	33, // 15: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
-	34, // 16: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
-	10, // 17: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
-	6,  // 18: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.DetachVolumeRequest
-	5,  // 19: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
-	8,  // 20: cairn.v1.HostControl.ShrinkVolume:input_type -> cairn.v1.ShrinkVolumeRequest
-	7,  // 21: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
-	7,  // 22: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
-	7,  // 23: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
-	7,  // 24: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
-	7,  // 25: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
-	14, // 26: cairn.v1.HostControl.ReceiveVM:input_type -> cairn.v1.ReceiveVMRequest
-	7,  // 27: cairn.v1.HostControl.ArriveVM:input_type -> cairn.v1.VMRef
-	16, // 28: cairn.v1.HostControl.LandVM:input_type -> cairn.v1.LandVMRequest
-	7,  // 29: cairn.v1.HostControl.AbandonVM:input_type -> cairn.v1.VMRef
-	7,  // 30: cairn.v1.HostControl.LookNow:input_type -> cairn.v1.VMRef
-	17, // 31: cairn.v1.HostControl.ReadVolume:input_type -> cairn.v1.ReadVolumeRequest
-	19, // 32: cairn.v1.HostControl.HandOverVolume:input_type -> cairn.v1.HandOverVolumeRequest
-	20, // 33: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
-	36, // 34: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
-	36, // 35: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
-	38, // 36: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
-	38, // 37: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
-	25, // 38: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
-	25, // 39: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
-	25, // 40: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
-	5,  // 41: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
-	5,  // 42: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
-	27, // 43: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
-	5,  // 44: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
-	5,  // 45: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
-	0,  // 46: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
-	1,  // 47: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
-	11, // 48: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
-	9,  // 49: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
-	9,  // 50: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
-	9,  // 51: cairn.v1.HostControl.ShrinkVolume:output_type -> cairn.v1.HostReply
-	9,  // 52: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
-	9,  // 53: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
-	9,  // 54: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
-	9,  // 55: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
-	12, // 56: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
-	15, // 57: cairn.v1.HostControl.ReceiveVM:output_type -> cairn.v1.ReceiveVMReply
-	9,  // 58: cairn.v1.HostControl.ArriveVM:output_type -> cairn.v1.HostReply
-	9,  // 59: cairn.v1.HostControl.LandVM:output_type -> cairn.v1.HostReply
-	9,  // 60: cairn.v1.HostControl.AbandonVM:output_type -> cairn.v1.HostReply
-	9,  // 61: cairn.v1.HostControl.LookNow:output_type -> cairn.v1.HostReply
-	18, // 62: cairn.v1.HostControl.ReadVolume:output_type -> cairn.v1.ReadVolumeReply
-	9,  // 63: cairn.v1.HostControl.HandOverVolume:output_type -> cairn.v1.HostReply
-	24, // 64: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
-	37, // 65: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
-	37, // 66: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
-	9,  // 67: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
-	9,  // 68: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
-	26, // 69: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
-	26, // 70: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
-	26, // 71: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
-	9,  // 72: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
-	9,  // 73: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
-	28, // 74: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
-	32, // 75: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
-	35, // 76: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
-	2,  // 77: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
-	9,  // 78: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
-	48, // [48:79] is the sub-list for method output_type
-	17, // [17:48] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	25, // 12: cairn.v1.HostStatusReply.bad:type_name -> cairn.v1.BadCount
+	30, // 13: cairn.v1.DiffReply.ranges:type_name -> cairn.v1.Range
+	31, // 14: cairn.v1.OpStats.buckets:type_name -> cairn.v1.LatencyBucket
+	32, // 15: cairn.v1.VolumeStatsReply.ops:type_name -> cairn.v1.OpStats
+	34, // 16: cairn.v1.SlowRequest.legs:type_name -> cairn.v1.SlowLeg
+	35, // 17: cairn.v1.SlowRequestsReply.requests:type_name -> cairn.v1.SlowRequest
+	10, // 18: cairn.v1.HostControl.AttachVolume:input_type -> cairn.v1.AttachVolumeRequest
+	6,  // 19: cairn.v1.HostControl.DetachVolume:input_type -> cairn.v1.DetachVolumeRequest
+	5,  // 20: cairn.v1.HostControl.RefreshVolume:input_type -> cairn.v1.VolumeRef
+	8,  // 21: cairn.v1.HostControl.ShrinkVolume:input_type -> cairn.v1.ShrinkVolumeRequest
+	7,  // 22: cairn.v1.HostControl.StartVM:input_type -> cairn.v1.VMRef
+	7,  // 23: cairn.v1.HostControl.StopVM:input_type -> cairn.v1.VMRef
+	7,  // 24: cairn.v1.HostControl.PauseVM:input_type -> cairn.v1.VMRef
+	7,  // 25: cairn.v1.HostControl.ResumeVM:input_type -> cairn.v1.VMRef
+	7,  // 26: cairn.v1.HostControl.ShowVM:input_type -> cairn.v1.VMRef
+	14, // 27: cairn.v1.HostControl.ReceiveVM:input_type -> cairn.v1.ReceiveVMRequest
+	7,  // 28: cairn.v1.HostControl.ArriveVM:input_type -> cairn.v1.VMRef
+	16, // 29: cairn.v1.HostControl.LandVM:input_type -> cairn.v1.LandVMRequest
+	7,  // 30: cairn.v1.HostControl.AbandonVM:input_type -> cairn.v1.VMRef
+	7,  // 31: cairn.v1.HostControl.LookNow:input_type -> cairn.v1.VMRef
+	17, // 32: cairn.v1.HostControl.ReadVolume:input_type -> cairn.v1.ReadVolumeRequest
+	19, // 33: cairn.v1.HostControl.HandOverVolume:input_type -> cairn.v1.HandOverVolumeRequest
+	20, // 34: cairn.v1.HostControl.HostStatus:input_type -> cairn.v1.HostStatusRequest
+	37, // 35: cairn.v1.HostControl.NetReport:input_type -> cairn.v1.NetRequest
+	37, // 36: cairn.v1.HostControl.NetEvents:input_type -> cairn.v1.NetRequest
+	39, // 37: cairn.v1.HostControl.AddRoute:input_type -> cairn.v1.RouteRequest
+	39, // 38: cairn.v1.HostControl.RemoveRoute:input_type -> cairn.v1.RouteRequest
+	26, // 39: cairn.v1.HostControl.PrepareCut:input_type -> cairn.v1.CutRequest
+	26, // 40: cairn.v1.HostControl.HoldCut:input_type -> cairn.v1.CutRequest
+	26, // 41: cairn.v1.HostControl.ReleaseCut:input_type -> cairn.v1.CutRequest
+	5,  // 42: cairn.v1.HostControl.FlattenVolume:input_type -> cairn.v1.VolumeRef
+	5,  // 43: cairn.v1.HostControl.ReclaimVolume:input_type -> cairn.v1.VolumeRef
+	28, // 44: cairn.v1.HostControl.DiffVolume:input_type -> cairn.v1.DiffRequest
+	5,  // 45: cairn.v1.HostControl.VolumeStats:input_type -> cairn.v1.VolumeRef
+	5,  // 46: cairn.v1.HostControl.SlowRequests:input_type -> cairn.v1.VolumeRef
+	0,  // 47: cairn.v1.HostControl.ShowStore:input_type -> cairn.v1.StoreRef
+	1,  // 48: cairn.v1.HostControl.ScrubStore:input_type -> cairn.v1.ScrubStoreRequest
+	11, // 49: cairn.v1.HostControl.AttachVolume:output_type -> cairn.v1.AttachVolumeReply
+	9,  // 50: cairn.v1.HostControl.DetachVolume:output_type -> cairn.v1.HostReply
+	9,  // 51: cairn.v1.HostControl.RefreshVolume:output_type -> cairn.v1.HostReply
+	9,  // 52: cairn.v1.HostControl.ShrinkVolume:output_type -> cairn.v1.HostReply
+	9,  // 53: cairn.v1.HostControl.StartVM:output_type -> cairn.v1.HostReply
+	9,  // 54: cairn.v1.HostControl.StopVM:output_type -> cairn.v1.HostReply
+	9,  // 55: cairn.v1.HostControl.PauseVM:output_type -> cairn.v1.HostReply
+	9,  // 56: cairn.v1.HostControl.ResumeVM:output_type -> cairn.v1.HostReply
+	12, // 57: cairn.v1.HostControl.ShowVM:output_type -> cairn.v1.VMReply
+	15, // 58: cairn.v1.HostControl.ReceiveVM:output_type -> cairn.v1.ReceiveVMReply
+	9,  // 59: cairn.v1.HostControl.ArriveVM:output_type -> cairn.v1.HostReply
+	9,  // 60: cairn.v1.HostControl.LandVM:output_type -> cairn.v1.HostReply
+	9,  // 61: cairn.v1.HostControl.AbandonVM:output_type -> cairn.v1.HostReply
+	9,  // 62: cairn.v1.HostControl.LookNow:output_type -> cairn.v1.HostReply
+	18, // 63: cairn.v1.HostControl.ReadVolume:output_type -> cairn.v1.ReadVolumeReply
+	9,  // 64: cairn.v1.HostControl.HandOverVolume:output_type -> cairn.v1.HostReply
+	24, // 65: cairn.v1.HostControl.HostStatus:output_type -> cairn.v1.HostStatusReply
+	38, // 66: cairn.v1.HostControl.NetReport:output_type -> cairn.v1.NetReply
+	38, // 67: cairn.v1.HostControl.NetEvents:output_type -> cairn.v1.NetReply
+	9,  // 68: cairn.v1.HostControl.AddRoute:output_type -> cairn.v1.HostReply
+	9,  // 69: cairn.v1.HostControl.RemoveRoute:output_type -> cairn.v1.HostReply
+	27, // 70: cairn.v1.HostControl.PrepareCut:output_type -> cairn.v1.CutReply
+	27, // 71: cairn.v1.HostControl.HoldCut:output_type -> cairn.v1.CutReply
+	27, // 72: cairn.v1.HostControl.ReleaseCut:output_type -> cairn.v1.CutReply
+	9,  // 73: cairn.v1.HostControl.FlattenVolume:output_type -> cairn.v1.HostReply
+	9,  // 74: cairn.v1.HostControl.ReclaimVolume:output_type -> cairn.v1.HostReply
+	29, // 75: cairn.v1.HostControl.DiffVolume:output_type -> cairn.v1.DiffReply
+	33, // 76: cairn.v1.HostControl.VolumeStats:output_type -> cairn.v1.VolumeStatsReply
+	36, // 77: cairn.v1.HostControl.SlowRequests:output_type -> cairn.v1.SlowRequestsReply
+	2,  // 78: cairn.v1.HostControl.ShowStore:output_type -> cairn.v1.StoreReply
+	9,  // 79: cairn.v1.HostControl.ScrubStore:output_type -> cairn.v1.HostReply
+	49, // [49:80] is the sub-list for method output_type
+	18, // [18:49] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_host_proto_init() }
@@ -3294,7 +3378,7 @@ func file_proto_pb_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_host_proto_rawDesc), len(file_proto_pb_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -4874,6 +4874,7 @@ type QueryReply struct {
 	Layers        []*VolumeLayers        `protobuf:"bytes,60,rep,name=layers,proto3" json:"layers,omitempty"`
 	Origins       []*OriginState         `protobuf:"bytes,61,rep,name=origins,proto3" json:"origins,omitempty"` // nearest first
 	Place         *PlaceAnswer           `protobuf:"bytes,80,opt,name=place,proto3" json:"place,omitempty"`
+	PoolMark      *PoolMark              `protobuf:"bytes,112,opt,name=pool_mark,json=poolMark,proto3" json:"pool_mark,omitempty"` // hosts: the threshold the event log says the pool has passed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5055,6 +5056,66 @@ func (x *QueryReply) GetPlace() *PlaceAnswer {
 	return nil
 }
 
+func (x *QueryReply) GetPoolMark() *PoolMark {
+	if x != nil {
+		return x.PoolMark
+	}
+	return nil
+}
+
+// PoolMark is a threshold and since when the pool is past it.
+type PoolMark struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Percent       uint32                 `protobuf:"varint,1,opt,name=percent,proto3" json:"percent,omitempty"`
+	UnixNs        int64                  `protobuf:"varint,2,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PoolMark) Reset() {
+	*x = PoolMark{}
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PoolMark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PoolMark) ProtoMessage() {}
+
+func (x *PoolMark) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PoolMark.ProtoReflect.Descriptor instead.
+func (*PoolMark) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *PoolMark) GetPercent() uint32 {
+	if x != nil {
+		return x.Percent
+	}
+	return 0
+}
+
+func (x *PoolMark) GetUnixNs() int64 {
+	if x != nil {
+		return x.UnixNs
+	}
+	return 0
+}
+
 // OriginState is a volume that another reads through, from a layer on down.
 type OriginState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5068,7 +5129,7 @@ type OriginState struct {
 
 func (x *OriginState) Reset() {
 	*x = OriginState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5080,7 +5141,7 @@ func (x *OriginState) String() string {
 func (*OriginState) ProtoMessage() {}
 
 func (x *OriginState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5093,7 +5154,7 @@ func (x *OriginState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OriginState.ProtoReflect.Descriptor instead.
 func (*OriginState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *OriginState) GetVolume() *Volume {
@@ -5137,7 +5198,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5149,7 +5210,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5162,7 +5223,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -5213,7 +5274,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5225,7 +5286,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5238,7 +5299,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -5281,6 +5342,7 @@ type HostState struct {
 	Host          *Host                  `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
 	Up            bool                   `protobuf:"varint,2,opt,name=up,proto3" json:"up,omitempty"`
 	LastSeenMs    int64                  `protobuf:"varint,3,opt,name=last_seen_ms,json=lastSeenMs,proto3" json:"last_seen_ms,omitempty"` // ago; -1 never
+	ToldUnixNs    int64                  `protobuf:"varint,5,opt,name=told_unix_ns,json=toldUnixNs,proto3" json:"told_unix_ns,omitempty"` // of one that is not up: when the event log said so; 0: it does not
 	Stores        []*StoreState          `protobuf:"bytes,4,rep,name=stores,proto3" json:"stores,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -5288,7 +5350,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5300,7 +5362,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5313,7 +5375,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -5337,6 +5399,13 @@ func (x *HostState) GetLastSeenMs() int64 {
 	return 0
 }
 
+func (x *HostState) GetToldUnixNs() int64 {
+	if x != nil {
+		return x.ToldUnixNs
+	}
+	return 0
+}
+
 func (x *HostState) GetStores() []*StoreState {
 	if x != nil {
 		return x.Stores
@@ -5354,7 +5423,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5366,7 +5435,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5379,7 +5448,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -5411,7 +5480,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5423,7 +5492,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5436,7 +5505,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -5509,7 +5578,7 @@ type RenewReply struct {
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5521,7 +5590,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5534,7 +5603,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -5637,7 +5706,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5649,7 +5718,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5662,7 +5731,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *NodeRequest) GetTermOnly() bool {
@@ -5695,6 +5764,7 @@ type NodeReply struct {
 	AuditHash     uint64                 `protobuf:"varint,48,opt,name=audit_hash,json=auditHash,proto3" json:"audit_hash,omitempty"`          // of its state there; both without words from state version 3 on
 	UnixNs        int64                  `protobuf:"varint,110,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`                  // its clock
 	HeardUnixNs   int64                  `protobuf:"varint,111,opt,name=heard_unix_ns,json=heardUnixNs,proto3" json:"heard_unix_ns,omitempty"` // of an unreachable one, by the leader: when it was last heard of; 0: not since that leads
+	Program       string                 `protobuf:"bytes,112,opt,name=program,proto3" json:"program,omitempty"`                               // the commit it was built from
 	VotingTerm    uint64                 `protobuf:"varint,49,opt,name=voting_term,json=votingTerm,proto3" json:"voting_term,omitempty"`       // with term_only: the term in which it votes; 0: it does not vote yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -5702,7 +5772,7 @@ type NodeReply struct {
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5714,7 +5784,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5727,7 +5797,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *NodeReply) GetId() string {
@@ -5877,6 +5947,13 @@ func (x *NodeReply) GetHeardUnixNs() int64 {
 	return 0
 }
 
+func (x *NodeReply) GetProgram() string {
+	if x != nil {
+		return x.Program
+	}
+	return ""
+}
+
 func (x *NodeReply) GetVotingTerm() uint64 {
 	if x != nil {
 		return x.VotingTerm
@@ -5894,7 +5971,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5906,7 +5983,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5919,7 +5996,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *WatchRequest) GetAfter() uint64 {
@@ -5950,7 +6027,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5962,7 +6039,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5975,7 +6052,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Change) GetWhat() isChange_What {
@@ -6114,7 +6191,7 @@ type WatchReply struct {
 
 func (x *WatchReply) Reset() {
 	*x = WatchReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6126,7 +6203,7 @@ func (x *WatchReply) String() string {
 func (*WatchReply) ProtoMessage() {}
 
 func (x *WatchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6139,7 +6216,7 @@ func (x *WatchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
 func (*WatchReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *WatchReply) GetRevision() uint64 {
@@ -6180,7 +6257,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6192,7 +6269,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6205,7 +6282,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AddNodeRequest) GetApiAddr() string {
@@ -6232,7 +6309,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6244,7 +6321,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6257,7 +6334,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -6286,7 +6363,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6298,7 +6375,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6311,7 +6388,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *NodesReply) GetStatus() uint32 {
@@ -6350,7 +6427,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6362,7 +6439,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6375,7 +6452,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{71}
 }
 
 type BackupPiece struct {
@@ -6390,7 +6467,7 @@ type BackupPiece struct {
 
 func (x *BackupPiece) Reset() {
 	*x = BackupPiece{}
-	mi := &file_proto_pb_meta_proto_msgTypes[71]
+	mi := &file_proto_pb_meta_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6402,7 +6479,7 @@ func (x *BackupPiece) String() string {
 func (*BackupPiece) ProtoMessage() {}
 
 func (x *BackupPiece) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[71]
+	mi := &file_proto_pb_meta_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6415,7 +6492,7 @@ func (x *BackupPiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
 func (*BackupPiece) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{71}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *BackupPiece) GetStatus() uint32 {
@@ -6837,7 +6914,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"<\n" +
 	"\aPlaceVM\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12!\n" +
-	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\x8f\x06\n" +
+	"\fexcept_hosts\x18\x02 \x03(\tR\vexceptHosts\"\xc0\x06\n" +
 	"\n" +
 	"QueryReply\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x16\n" +
@@ -6863,7 +6940,11 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x05waste\x18, \x03(\v2\x13.cairn.v1.ChunkCopyR\x05waste\x12.\n" +
 	"\x06layers\x18< \x03(\v2\x16.cairn.v1.VolumeLayersR\x06layers\x12/\n" +
 	"\aorigins\x18= \x03(\v2\x15.cairn.v1.OriginStateR\aorigins\x12+\n" +
-	"\x05place\x18P \x01(\v2\x15.cairn.v1.PlaceAnswerR\x05place\"\x95\x01\n" +
+	"\x05place\x18P \x01(\v2\x15.cairn.v1.PlaceAnswerR\x05place\x12/\n" +
+	"\tpool_mark\x18p \x01(\v2\x12.cairn.v1.PoolMarkR\bpoolMark\"=\n" +
+	"\bPoolMark\x12\x18\n" +
+	"\apercent\x18\x01 \x01(\rR\apercent\x12\x17\n" +
+	"\aunix_ns\x18\x02 \x01(\x03R\x06unixNs\"\x95\x01\n" +
 	"\vOriginState\x12(\n" +
 	"\x06volume\x18\x01 \x01(\v2\x10.cairn.v1.VolumeR\x06volume\x12\x14\n" +
 	"\x05layer\x18\x02 \x01(\rR\x05layer\x12\x1d\n" +
@@ -6886,12 +6967,14 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x02up\x18\x03 \x01(\bR\x02up\x121\n" +
 	"\x15fill_bytes_per_second\x18( \x01(\x01R\x12fillBytesPerSecond\x12\x1d\n" +
 	"\n" +
-	"watched_ms\x18) \x01(\x03R\twatchedMs\"\x8f\x01\n" +
+	"watched_ms\x18) \x01(\x03R\twatchedMs\"\xb1\x01\n" +
 	"\tHostState\x12\"\n" +
 	"\x04host\x18\x01 \x01(\v2\x0e.cairn.v1.HostR\x04host\x12\x0e\n" +
 	"\x02up\x18\x02 \x01(\bR\x02up\x12 \n" +
 	"\flast_seen_ms\x18\x03 \x01(\x03R\n" +
-	"lastSeenMs\x12,\n" +
+	"lastSeenMs\x12 \n" +
+	"\ftold_unix_ns\x18\x05 \x01(\x03R\n" +
+	"toldUnixNs\x12,\n" +
 	"\x06stores\x18\x04 \x03(\v2\x14.cairn.v1.StoreStateR\x06stores\":\n" +
 	"\x05Lease\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x14\n" +
@@ -6921,7 +7004,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\bnot_here\x18S \x03(\tR\anotHere\x12.\n" +
 	"\x06wishes\x18T \x03(\v2\x16.cairn.v1.VolumeWishesR\x06wishes\"*\n" +
 	"\vNodeRequest\x12\x1b\n" +
-	"\tterm_only\x18\x01 \x01(\bR\btermOnly\"\xda\x04\n" +
+	"\tterm_only\x18\x01 \x01(\bR\btermOnly\"\xf4\x04\n" +
 	"\tNodeReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x16\n" +
@@ -6949,7 +7032,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\n" +
 	"audit_hash\x180 \x01(\x04R\tauditHash\x12\x17\n" +
 	"\aunix_ns\x18n \x01(\x03R\x06unixNs\x12\"\n" +
-	"\rheard_unix_ns\x18o \x01(\x03R\vheardUnixNs\x12\x1f\n" +
+	"\rheard_unix_ns\x18o \x01(\x03R\vheardUnixNs\x12\x18\n" +
+	"\aprogram\x18p \x01(\tR\aprogram\x12\x1f\n" +
 	"\vvoting_term\x181 \x01(\x04R\n" +
 	"votingTerm\"$\n" +
 	"\fWatchRequest\x12\x14\n" +
@@ -7017,7 +7101,7 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
 var file_proto_pb_meta_proto_goTypes = []any{
 	(ChunkState)(0),           // 0: cairn.v1.ChunkState
 	(ChunkMove_Step)(0),       // 1: cairn.v1.ChunkMove.Step
@@ -7076,60 +7160,61 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	(*Events)(nil),            // 54: cairn.v1.Events
 	(*PlaceVM)(nil),           // 55: cairn.v1.PlaceVM
 	(*QueryReply)(nil),        // 56: cairn.v1.QueryReply
-	(*OriginState)(nil),       // 57: cairn.v1.OriginState
-	(*StoreUsage)(nil),        // 58: cairn.v1.StoreUsage
-	(*StoreState)(nil),        // 59: cairn.v1.StoreState
-	(*HostState)(nil),         // 60: cairn.v1.HostState
-	(*Lease)(nil),             // 61: cairn.v1.Lease
-	(*RenewRequest)(nil),      // 62: cairn.v1.RenewRequest
-	(*RenewReply)(nil),        // 63: cairn.v1.RenewReply
-	(*NodeRequest)(nil),       // 64: cairn.v1.NodeRequest
-	(*NodeReply)(nil),         // 65: cairn.v1.NodeReply
-	(*WatchRequest)(nil),      // 66: cairn.v1.WatchRequest
-	(*Change)(nil),            // 67: cairn.v1.Change
-	(*WatchReply)(nil),        // 68: cairn.v1.WatchReply
-	(*AddNodeRequest)(nil),    // 69: cairn.v1.AddNodeRequest
-	(*RemoveNodeRequest)(nil), // 70: cairn.v1.RemoveNodeRequest
-	(*NodesReply)(nil),        // 71: cairn.v1.NodesReply
-	(*BackupRequest)(nil),     // 72: cairn.v1.BackupRequest
-	(*BackupPiece)(nil),       // 73: cairn.v1.BackupPiece
-	nil,                       // 74: cairn.v1.Host.LabelsEntry
-	nil,                       // 75: cairn.v1.Volume.TagsEntry
-	nil,                       // 76: cairn.v1.UpdateVolume.SetTagsEntry
-	nil,                       // 77: cairn.v1.CreateVolume.TagsEntry
-	(*HostPromise)(nil),       // 78: cairn.v1.HostPromise
-	(*Layer)(nil),             // 79: cairn.v1.Layer
-	(*Origin)(nil),            // 80: cairn.v1.Origin
-	(*VMNeeds)(nil),           // 81: cairn.v1.VMNeeds
-	(*VMQueue)(nil),           // 82: cairn.v1.VMQueue
-	(*PrepareSnapshot)(nil),   // 83: cairn.v1.PrepareSnapshot
-	(*NameSnapshots)(nil),     // 84: cairn.v1.NameSnapshots
-	(*DeleteSnapshot)(nil),    // 85: cairn.v1.DeleteSnapshot
-	(*CloneVolume)(nil),       // 86: cairn.v1.CloneVolume
-	(*RollbackVolume)(nil),    // 87: cairn.v1.RollbackVolume
-	(*FlattenVolume)(nil),     // 88: cairn.v1.FlattenVolume
-	(*PruneLayer)(nil),        // 89: cairn.v1.PruneLayer
-	(*BindVM)(nil),            // 90: cairn.v1.BindVM
-	(*SetPlacement)(nil),      // 91: cairn.v1.SetPlacement
-	(*LayersOf)(nil),          // 92: cairn.v1.LayersOf
-	(*PlaceQuestion)(nil),     // 93: cairn.v1.PlaceQuestion
-	(*VolumeLayers)(nil),      // 94: cairn.v1.VolumeLayers
-	(*PlaceAnswer)(nil),       // 95: cairn.v1.PlaceAnswer
-	(*VolumeHeat)(nil),        // 96: cairn.v1.VolumeHeat
-	(*VolumeWishes)(nil),      // 97: cairn.v1.VolumeWishes
+	(*PoolMark)(nil),          // 57: cairn.v1.PoolMark
+	(*OriginState)(nil),       // 58: cairn.v1.OriginState
+	(*StoreUsage)(nil),        // 59: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 60: cairn.v1.StoreState
+	(*HostState)(nil),         // 61: cairn.v1.HostState
+	(*Lease)(nil),             // 62: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 63: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 64: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 65: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 66: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 67: cairn.v1.WatchRequest
+	(*Change)(nil),            // 68: cairn.v1.Change
+	(*WatchReply)(nil),        // 69: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 70: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 71: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 72: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 73: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 74: cairn.v1.BackupPiece
+	nil,                       // 75: cairn.v1.Host.LabelsEntry
+	nil,                       // 76: cairn.v1.Volume.TagsEntry
+	nil,                       // 77: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 78: cairn.v1.CreateVolume.TagsEntry
+	(*HostPromise)(nil),       // 79: cairn.v1.HostPromise
+	(*Layer)(nil),             // 80: cairn.v1.Layer
+	(*Origin)(nil),            // 81: cairn.v1.Origin
+	(*VMNeeds)(nil),           // 82: cairn.v1.VMNeeds
+	(*VMQueue)(nil),           // 83: cairn.v1.VMQueue
+	(*PrepareSnapshot)(nil),   // 84: cairn.v1.PrepareSnapshot
+	(*NameSnapshots)(nil),     // 85: cairn.v1.NameSnapshots
+	(*DeleteSnapshot)(nil),    // 86: cairn.v1.DeleteSnapshot
+	(*CloneVolume)(nil),       // 87: cairn.v1.CloneVolume
+	(*RollbackVolume)(nil),    // 88: cairn.v1.RollbackVolume
+	(*FlattenVolume)(nil),     // 89: cairn.v1.FlattenVolume
+	(*PruneLayer)(nil),        // 90: cairn.v1.PruneLayer
+	(*BindVM)(nil),            // 91: cairn.v1.BindVM
+	(*SetPlacement)(nil),      // 92: cairn.v1.SetPlacement
+	(*LayersOf)(nil),          // 93: cairn.v1.LayersOf
+	(*PlaceQuestion)(nil),     // 94: cairn.v1.PlaceQuestion
+	(*VolumeLayers)(nil),      // 95: cairn.v1.VolumeLayers
+	(*PlaceAnswer)(nil),       // 96: cairn.v1.PlaceAnswer
+	(*VolumeHeat)(nil),        // 97: cairn.v1.VolumeHeat
+	(*VolumeWishes)(nil),      // 98: cairn.v1.VolumeWishes
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	74,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
-	78,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
+	75,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	79,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
 	0,   // 2: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
 	6,   // 3: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
 	4,   // 4: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	75,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	76,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
 	8,   // 6: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	79,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
-	80,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
-	81,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
-	82,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
+	80,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
+	81,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
+	82,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
+	83,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
 	32,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
 	33,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
 	34,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
@@ -7161,25 +7246,25 @@ var file_proto_pb_meta_proto_depIdxs = []int32{
 	42,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
 	43,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
 	40,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
-	83,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
-	84,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
-	85,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
-	86,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
-	87,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
-	88,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
-	89,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
-	90,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
-	91,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
+	84,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
+	85,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
+	86,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
+	87,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
+	88,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
+	89,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
+	90,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
+	91,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
+	92,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
 	15,  // 51: cairn.v1.Command.retire_store:type_name -> cairn.v1.RetireStore
 	26,  // 52: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
-	76,  // 53: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	77,  // 53: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
 	8,   // 54: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
 	3,   // 55: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
 	2,   // 56: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	77,  // 57: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	78,  // 57: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
 	8,   // 58: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
 	40,  // 59: cairn.v1.HandOver.also:type_name -> cairn.v1.HandOver
-	90,  // 60: cairn.v1.HandOver.bind:type_name -> cairn.v1.BindVM
+	91,  // 60: cairn.v1.HandOver.bind:type_name -> cairn.v1.BindVM
 	1,   // 61: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
 	41,  // 62: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
 	5,   // 63: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
@@ -7193,58 +7278,59 @@ var file_proto_pb_meta_proto_depIdxs = []int32{
 	53,  // 71: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
 	54,  // 72: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
 	55,  // 73: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	92,  // 74: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
-	93,  // 75: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
+	93,  // 74: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	94,  // 75: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
 	7,   // 76: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
 	5,   // 77: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	60,  // 78: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	61,  // 78: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
 	12,  // 79: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
 	13,  // 80: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	65,  // 81: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	66,  // 81: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
 	9,   // 82: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
 	10,  // 83: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
 	11,  // 84: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
 	26,  // 85: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
-	94,  // 86: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
-	57,  // 87: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
-	95,  // 88: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
-	7,   // 89: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
-	5,   // 90: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
-	2,   // 91: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	58,  // 92: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,   // 93: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	59,  // 94: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	61,  // 95: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	61,  // 96: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	58,  // 97: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	96,  // 98: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
-	61,  // 99: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,   // 100: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	12,  // 101: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
-	97,  // 102: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
-	67,  // 103: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	65,  // 104: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14,  // 105: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	52,  // 106: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	62,  // 107: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	64,  // 108: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	66,  // 109: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	69,  // 110: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	70,  // 111: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	72,  // 112: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	50,  // 113: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	56,  // 114: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	63,  // 115: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	65,  // 116: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	68,  // 117: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	71,  // 118: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	71,  // 119: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	73,  // 120: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	113, // [113:121] is the sub-list for method output_type
-	105, // [105:113] is the sub-list for method input_type
-	105, // [105:105] is the sub-list for extension type_name
-	105, // [105:105] is the sub-list for extension extendee
-	0,   // [0:105] is the sub-list for field type_name
+	95,  // 86: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	58,  // 87: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	96,  // 88: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
+	57,  // 89: cairn.v1.QueryReply.pool_mark:type_name -> cairn.v1.PoolMark
+	7,   // 90: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,   // 91: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,   // 92: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	59,  // 93: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,   // 94: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	60,  // 95: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	62,  // 96: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	62,  // 97: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	59,  // 98: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	97,  // 99: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
+	62,  // 100: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,   // 101: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	12,  // 102: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
+	98,  // 103: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
+	68,  // 104: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	66,  // 105: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 106: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	52,  // 107: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	63,  // 108: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	65,  // 109: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	67,  // 110: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	70,  // 111: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	71,  // 112: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	73,  // 113: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	50,  // 114: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	56,  // 115: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	64,  // 116: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	66,  // 117: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	69,  // 118: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	72,  // 119: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	72,  // 120: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	74,  // 121: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	114, // [114:122] is the sub-list for method output_type
+	106, // [106:114] is the sub-list for method input_type
+	106, // [106:106] is the sub-list for extension type_name
+	106, // [106:106] is the sub-list for extension extendee
+	0,   // [0:106] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -7314,7 +7400,7 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_LayersOf)(nil),
 		(*QueryRequest_Place)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[65].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[66].OneofWrappers = []any{
 		(*Change_Volume)(nil),
 		(*Change_Host)(nil),
 		(*Change_Store)(nil),
@@ -7329,7 +7415,7 @@ func file_proto_pb_meta_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   76,
+			NumMessages:   77,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

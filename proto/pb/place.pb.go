@@ -1055,6 +1055,10 @@ type PlaceAnswer struct {
 	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
 	Moves         []*PlaceMove           `protobuf:"bytes,2,rep,name=moves,proto3" json:"moves,omitempty"`
 	Settings      *Placement             `protobuf:"bytes,3,opt,name=settings,proto3" json:"settings,omitempty"`
+	Host          string                 `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`     // of one VM: where it would go now; "": it would wait
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"` // why there, or what it would wait for
+	Scores        []*PlaceScore          `protobuf:"bytes,6,rep,name=scores,proto3" json:"scores,omitempty"` // best first; those that do not fit last
+	Steps         []*PlaceStep           `protobuf:"bytes,7,rep,name=steps,proto3" json:"steps,omitempty"`   // of one that has a host: what staying and moving cost, the cheapest first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1108,6 +1112,248 @@ func (x *PlaceAnswer) GetSettings() *Placement {
 		return x.Settings
 	}
 	return nil
+}
+
+func (x *PlaceAnswer) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *PlaceAnswer) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *PlaceAnswer) GetScores() []*PlaceScore {
+	if x != nil {
+		return x.Scores
+	}
+	return nil
+}
+
+func (x *PlaceAnswer) GetSteps() []*PlaceStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+// PlaceScore is how a host scores: the sum over its terms of weight × value.
+type PlaceScore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Refused       string                 `protobuf:"bytes,2,opt,name=refused,proto3" json:"refused,omitempty"` // why it does not fit; "": it does
+	Sum           float64                `protobuf:"fixed64,3,opt,name=sum,proto3" json:"sum,omitempty"`
+	Terms         []*PlaceTerm           `protobuf:"bytes,4,rep,name=terms,proto3" json:"terms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlaceScore) Reset() {
+	*x = PlaceScore{}
+	mi := &file_proto_pb_place_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlaceScore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlaceScore) ProtoMessage() {}
+
+func (x *PlaceScore) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_place_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlaceScore.ProtoReflect.Descriptor instead.
+func (*PlaceScore) Descriptor() ([]byte, []int) {
+	return file_proto_pb_place_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PlaceScore) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *PlaceScore) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+func (x *PlaceScore) GetSum() float64 {
+	if x != nil {
+		return x.Sum
+	}
+	return 0
+}
+
+func (x *PlaceScore) GetTerms() []*PlaceTerm {
+	if x != nil {
+		return x.Terms
+	}
+	return nil
+}
+
+type PlaceTerm struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Weight        float64                `protobuf:"fixed64,2,opt,name=weight,proto3" json:"weight,omitempty"`
+	Value         float64                `protobuf:"fixed64,3,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlaceTerm) Reset() {
+	*x = PlaceTerm{}
+	mi := &file_proto_pb_place_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlaceTerm) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlaceTerm) ProtoMessage() {}
+
+func (x *PlaceTerm) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_place_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlaceTerm.ProtoReflect.Descriptor instead.
+func (*PlaceTerm) Descriptor() ([]byte, []int) {
+	return file_proto_pb_place_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PlaceTerm) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PlaceTerm) GetWeight() float64 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+func (x *PlaceTerm) GetValue() float64 {
+	if x != nil {
+		return x.Value
+	}
+	return 0
+}
+
+// PlaceStep is a step and its price in bytes.
+type PlaceStep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	Host          string                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
+	OnceBytes     float64                `protobuf:"fixed64,3,opt,name=once_bytes,json=onceBytes,proto3" json:"once_bytes,omitempty"`
+	NetworkBytes  float64                `protobuf:"fixed64,4,opt,name=network_bytes,json=networkBytes,proto3" json:"network_bytes,omitempty"` // until the horizon
+	Impossible    string                 `protobuf:"bytes,5,opt,name=impossible,proto3" json:"impossible,omitempty"`                           // why; "": it is possible
+	Chosen        bool                   `protobuf:"varint,6,opt,name=chosen,proto3" json:"chosen,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlaceStep) Reset() {
+	*x = PlaceStep{}
+	mi := &file_proto_pb_place_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlaceStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlaceStep) ProtoMessage() {}
+
+func (x *PlaceStep) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_place_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlaceStep.ProtoReflect.Descriptor instead.
+func (*PlaceStep) Descriptor() ([]byte, []int) {
+	return file_proto_pb_place_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PlaceStep) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *PlaceStep) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *PlaceStep) GetOnceBytes() float64 {
+	if x != nil {
+		return x.OnceBytes
+	}
+	return 0
+}
+
+func (x *PlaceStep) GetNetworkBytes() float64 {
+	if x != nil {
+		return x.NetworkBytes
+	}
+	return 0
+}
+
+func (x *PlaceStep) GetImpossible() string {
+	if x != nil {
+		return x.Impossible
+	}
+	return ""
+}
+
+func (x *PlaceStep) GetChosen() bool {
+	if x != nil {
+		return x.Chosen
+	}
+	return false
 }
 
 var File_proto_pb_place_proto protoreflect.FileDescriptor
@@ -1215,11 +1461,35 @@ const file_proto_pb_place_proto_rawDesc = "" +
 	"move_bytes\x18\x06 \x01(\x01R\tmoveBytes\x12\x12\n" +
 	"\x04step\x18\a \x01(\tR\x04step\x12\x16\n" +
 	"\x06volume\x18\b \x01(\tR\x06volume\x12)\n" +
-	"\x05chunk\x18\t \x01(\v2\x13.cairn.v1.ChunkWishR\x05chunk\"}\n" +
+	"\x05chunk\x18\t \x01(\v2\x13.cairn.v1.ChunkWishR\x05chunk\"\x82\x02\n" +
 	"\vPlaceAnswer\x12\x12\n" +
 	"\x04text\x18\x01 \x01(\tR\x04text\x12)\n" +
 	"\x05moves\x18\x02 \x03(\v2\x13.cairn.v1.PlaceMoveR\x05moves\x12/\n" +
-	"\bsettings\x18\x03 \x01(\v2\x13.cairn.v1.PlacementR\bsettingsB&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
+	"\bsettings\x18\x03 \x01(\v2\x13.cairn.v1.PlacementR\bsettings\x12\x12\n" +
+	"\x04host\x18\x04 \x01(\tR\x04host\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12,\n" +
+	"\x06scores\x18\x06 \x03(\v2\x14.cairn.v1.PlaceScoreR\x06scores\x12)\n" +
+	"\x05steps\x18\a \x03(\v2\x13.cairn.v1.PlaceStepR\x05steps\"w\n" +
+	"\n" +
+	"PlaceScore\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
+	"\arefused\x18\x02 \x01(\tR\arefused\x12\x10\n" +
+	"\x03sum\x18\x03 \x01(\x01R\x03sum\x12)\n" +
+	"\x05terms\x18\x04 \x03(\v2\x13.cairn.v1.PlaceTermR\x05terms\"M\n" +
+	"\tPlaceTerm\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06weight\x18\x02 \x01(\x01R\x06weight\x12\x14\n" +
+	"\x05value\x18\x03 \x01(\x01R\x05value\"\xaf\x01\n" +
+	"\tPlaceStep\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x12\n" +
+	"\x04host\x18\x02 \x01(\tR\x04host\x12\x1d\n" +
+	"\n" +
+	"once_bytes\x18\x03 \x01(\x01R\tonceBytes\x12#\n" +
+	"\rnetwork_bytes\x18\x04 \x01(\x01R\fnetworkBytes\x12\x1e\n" +
+	"\n" +
+	"impossible\x18\x05 \x01(\tR\n" +
+	"impossible\x12\x16\n" +
+	"\x06chosen\x18\x06 \x01(\bR\x06chosenB&Z$github.com/cairnstore/cairn/proto/pbb\x06proto3"
 
 var (
 	file_proto_pb_place_proto_rawDescOnce sync.Once
@@ -1233,7 +1503,7 @@ func file_proto_pb_place_proto_rawDescGZIP() []byte {
 	return file_proto_pb_place_proto_rawDescData
 }
 
-var file_proto_pb_place_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_proto_pb_place_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_proto_pb_place_proto_goTypes = []any{
 	(*HostPromise)(nil),   // 0: cairn.v1.HostPromise
 	(*VMNeeds)(nil),       // 1: cairn.v1.VMNeeds
@@ -1248,24 +1518,30 @@ var file_proto_pb_place_proto_goTypes = []any{
 	(*VolumeWishes)(nil),  // 10: cairn.v1.VolumeWishes
 	(*PlaceMove)(nil),     // 11: cairn.v1.PlaceMove
 	(*PlaceAnswer)(nil),   // 12: cairn.v1.PlaceAnswer
-	nil,                   // 13: cairn.v1.VMNeeds.LabelsEntry
-	nil,                   // 14: cairn.v1.Placement.WeightsEntry
+	(*PlaceScore)(nil),    // 13: cairn.v1.PlaceScore
+	(*PlaceTerm)(nil),     // 14: cairn.v1.PlaceTerm
+	(*PlaceStep)(nil),     // 15: cairn.v1.PlaceStep
+	nil,                   // 16: cairn.v1.VMNeeds.LabelsEntry
+	nil,                   // 17: cairn.v1.Placement.WeightsEntry
 }
 var file_proto_pb_place_proto_depIdxs = []int32{
-	13, // 0: cairn.v1.VMNeeds.labels:type_name -> cairn.v1.VMNeeds.LabelsEntry
+	16, // 0: cairn.v1.VMNeeds.labels:type_name -> cairn.v1.VMNeeds.LabelsEntry
 	2,  // 1: cairn.v1.BindVM.queue:type_name -> cairn.v1.VMQueue
-	14, // 2: cairn.v1.Placement.weights:type_name -> cairn.v1.Placement.WeightsEntry
+	17, // 2: cairn.v1.Placement.weights:type_name -> cairn.v1.Placement.WeightsEntry
 	4,  // 3: cairn.v1.SetPlacement.placement:type_name -> cairn.v1.Placement
 	6,  // 4: cairn.v1.VolumeHeat.chunks:type_name -> cairn.v1.ChunkHeat
 	9,  // 5: cairn.v1.VolumeWishes.wishes:type_name -> cairn.v1.ChunkWish
 	9,  // 6: cairn.v1.PlaceMove.chunk:type_name -> cairn.v1.ChunkWish
 	11, // 7: cairn.v1.PlaceAnswer.moves:type_name -> cairn.v1.PlaceMove
 	4,  // 8: cairn.v1.PlaceAnswer.settings:type_name -> cairn.v1.Placement
-	9,  // [9:9] is the sub-list for method output_type
-	9,  // [9:9] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	13, // 9: cairn.v1.PlaceAnswer.scores:type_name -> cairn.v1.PlaceScore
+	15, // 10: cairn.v1.PlaceAnswer.steps:type_name -> cairn.v1.PlaceStep
+	14, // 11: cairn.v1.PlaceScore.terms:type_name -> cairn.v1.PlaceTerm
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_place_proto_init() }
@@ -1279,7 +1555,7 @@ func file_proto_pb_place_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_place_proto_rawDesc), len(file_proto_pb_place_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
