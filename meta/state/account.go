@@ -140,9 +140,28 @@ func (a *apply) checkThick(moreThick, moreThin uint64) error {
 	}
 	most := StoreBytes(a.kv)
 	if need := p.ThickBytes + moreThick + (p.PlacedBytes - p.ThickPlacedBytes) + moreThin; need > most {
-		return status.Errorf(status.NoSpace, "%s would be set aside or placed and the stores have %s: add stores, or remove volumes (thick ones keep %s for themselves)", ids.FormatSize(need), ids.FormatSize(most), ids.FormatSize(p.ThickBytes))
+		return status.Errorf(status.NoSpace, "%s would be set aside or placed and the stores have %s: add stores, or remove volumes (thick ones keep %s for themselves, deleted ones have %s until they are purged)", ids.FormatSize(need), ids.FormatSize(most), ids.FormatSize(p.ThickBytes), ids.FormatSize(p.DeletedBytes))
 	}
 	return nil
+}
+
+// checkMore holds what a change of a volume takes up, now or as a promise, to its
+// tenant's quotas and to what thick volumes keep. v is as it will be. Before version
+// 3 only the sizes were held to a quota.
+func (a *apply) checkMore(old, v *pb.Volume) error {
+	if FormatOf(a.kv) < 3 {
+		return a.checkQuota(v.Tenant, max(old.SizeBytes, v.SizeBytes)-old.SizeBytes, 0)
+	}
+	was, is := chargeOf(old), chargeOf(v)
+	more := func(was, is uint64) uint64 { return max(was, is) - was }
+	if err := a.checkQuota(v.Tenant, more(was.logical, is.logical), more(was.physical, is.physical)); err != nil {
+		return err
+	}
+	thick, thin := more(was.thick, is.thick), more(was.physical-was.thickPlaced, is.physical-is.thickPlaced)
+	if thick+thin == 0 {
+		return nil
+	}
+	return a.checkThick(thick, thin)
 }
 
 // Bounds of what is said about a volume.

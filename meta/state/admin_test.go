@@ -113,11 +113,18 @@ func (c *cluster) audit() {
 
 func TestADeletedVolumeComesBackUntilItsTimeIsOver(t *testing.T) {
 	c := newCluster(t)
+	c.raise(Format)
 	v := c.filled("v", 3)
+	rename := func(to string) *pb.Command {
+		return &pb.Command{Op: &pb.Command_RenameVolume{RenameVolume: &pb.RenameVolume{Volume: "v", Name: to}}}
+	}
 	c.refused(status.Held, "detach", removeVolume("v", 60))
+	c.refused(status.Held, "detach", rename("x")) // its user's client has the name
+	c.ok(rename("v"))
 	c.ok(detach(v))
 	c.ok(&pb.Command{Op: &pb.Command_PutVm{PutVm: &pb.PutVM{Create: true, Vm: &pb.VM{Name: "m", Volume: "x", Disks: []string{"v"}, Desired: "stopped"}}}})
 	c.refused(status.Held, "disk of VM m", removeVolume("v", 60))
+	c.refused(status.Held, "disk of VM m", rename("y"))
 	c.ok(&pb.Command{Op: &pb.Command_DeleteVm{DeleteVm: &pb.DeleteVM{Name: "m"}}})
 	c.ok(removeVolume("v", 3600))
 	c.audit()
@@ -243,6 +250,7 @@ func TestAShrinkCanBeUndoneUntilItIsFinal(t *testing.T) {
 
 func TestQuotasAndThickVolumes(t *testing.T) {
 	c := newCluster(t)
+	c.raise(Format)
 	tenant := func(l, p uint64) *pb.Command {
 		return &pb.Command{Op: &pb.Command_SetTenant{SetTenant: &pb.SetTenant{Tenant: "acme", LogicalQuotaBytes: l, PhysicalQuotaBytes: p}}}
 	}
@@ -259,7 +267,14 @@ func TestQuotasAndThickVolumes(t *testing.T) {
 	v = c.ok(allocate(v, v.Epoch, 1)).Volume
 	c.refused(status.NoSpace, "with all copies", allocate(v, v.Epoch, 2))
 	c.ok(allocate(v, v.Epoch, 1)) // is there already
+	copies := func(name string, n uint32) *pb.Command {
+		return &pb.Command{Op: &pb.Command_SetReplicas{SetReplicas: &pb.SetReplicas{Volume: name, Replicas: n}}}
+	}
+	c.ok(copies("a", 2))
+	c.ok(tenant(3<<30, 5*64<<20))
+	c.refused(status.NoSpace, "with all copies", copies("a", 3))
 	c.ok(tenant(3<<30, 0))
+	v = c.ok(copies("a", 3)).Volume
 	c.ok(allocate(v, v.Epoch, 2))
 	c.ok(detach(v))
 	c.ok(removeVolume("a", 60))
@@ -291,7 +306,15 @@ func TestQuotasAndThickVolumes(t *testing.T) {
 		t.Fatalf("thin volumes got %d GiB beside a thick one", n)
 	}
 	x := c.ok(attach("t", "host-1", false)).Volume
-	c.ok(allocate(x, x.Epoch, 7)) // its own space is there
+	x = c.ok(allocate(x, x.Epoch, 7)).Volume // its own space is there
+	c.ok(copies("thin", 2))
+	c.ok(thick("u", 40<<30)) // what the third copies took
+	c.refused(status.NoSpace, "set aside", copies("thin", 3))
+	c.ok(&pb.Command{Op: &pb.Command_ShrinkVolume{ShrinkVolume: &pb.ShrinkVolume{VolumeId: x.Id, Epoch: x.Epoch, SizeBytes: 800 << 30, KeepSeconds: 60}}})
+	c.ok(thick("y", 90<<30))
+	c.refused(status.NoSpace, "set aside", undoShrink("t", false))
+	c.ok(removeVolume("y", 60))
+	c.refused(status.NoSpace, "deleted ones have 576 MiB", undoShrink("t", false))
 	c.audit()
 }
 

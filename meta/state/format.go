@@ -13,8 +13,9 @@ import (
 //
 //	1  the first
 //	2  a copy being made remembers that placement wished for it (Filling.wish)
-//	3  nodes compare states without words (words.go); no disk of a VM is renamed,
-//	   also not one of its further ones
+//	3  nodes compare states without words (words.go); no volume in use is renamed;
+//	   more copies and an undone shrink are held to quotas and to what thick
+//	   volumes keep
 //
 // Which one a cluster uses is in its state, the same on every node, and never
 // falls: the leader raises it once every member knows a newer one. Until then, what

@@ -253,8 +253,12 @@ func (a *apply) setReplicas(op *pb.SetReplicas) (*pb.Result, error) {
 	if err := p.checkFits(v.SizeBytes, op.Replicas); err != nil {
 		return nil, err
 	}
-	a.event("volume %s: %d replicas instead of %d", v.Name, op.Replicas, v.Replicas)
+	old := proto.Clone(v).(*pb.Volume)
 	v.Replicas = op.Replicas
+	if err := a.checkMore(old, v); err != nil {
+		return nil, err
+	}
+	a.event("volume %s: %d replicas instead of %d", v.Name, v.Replicas, old.Replicas)
 	v.Revision++
 	put(a.kv, key(tVolume, v.Id), v)
 	return &pb.Result{Volume: v}, nil

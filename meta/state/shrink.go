@@ -1,6 +1,8 @@
 package state
 
 import (
+	"google.golang.org/protobuf/proto"
+
 	"github.com/cairnstore/cairn/proto/ids"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -79,10 +81,11 @@ func (a *apply) undoShrink(op *pb.UndoShrink) (*pb.Result, error) {
 		a.event("volume %s: its shrink is final", v.Name)
 		return &pb.Result{Volume: v}, nil
 	}
-	if err := a.checkQuota(v.Tenant, v.ShrunkFrom-v.SizeBytes, 0); err != nil {
+	old := proto.Clone(v).(*pb.Volume)
+	v.SizeBytes, v.ShrunkFrom, v.UndoUnixNs = v.ShrunkFrom, 0, 0
+	if err := a.checkMore(old, v); err != nil {
 		return nil, err
 	}
-	v.SizeBytes, v.ShrunkFrom, v.UndoUnixNs = v.ShrunkFrom, 0, 0
 	v.Revision++
 	put(a.kv, key(tVolume, v.Id), v)
 	a.event("volume %s has its %s again", v.Name, ids.FormatSize(v.SizeBytes))

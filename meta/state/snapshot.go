@@ -110,7 +110,7 @@ func (a *apply) clonesOf(v *pb.Volume, layer *pb.Layer) (names []string) {
 	a.kv.Scan(key(tOrigin, v.Id), nil, func(k, _ []byte) bool {
 		if c := VolumeByID(a.kv, u64(k[9:])); c != nil && (layer == nil || c.Origin.GetLayer() == layer.Id) {
 			if c.DeletedUnixNs > 0 {
-				names = append(names, fmt.Sprintf("%s (deleted, id:%d)", c.Name, c.Id))
+				names = append(names, fmt.Sprintf("%s (deleted: `cairn volume purge id:%d` lets it go)", c.Name, c.Id))
 			} else {
 				names = append(names, c.Name)
 			}

@@ -28,8 +28,8 @@ func validName(s string) bool {
 	return true
 }
 
-// stamp is a moment as people read it, in UTC.
-func stamp(ns int64) string { return time.Unix(0, ns).UTC().Format(time.DateTime) }
+// stamp is a moment as people read it, in UTC: a state has no place of its own.
+func stamp(ns int64) string { return time.Unix(0, ns).UTC().Format(time.DateTime + " UTC") }
 
 func badName(what, name string) error {
 	return status.Errorf(status.Invalid, "%q is not a name for a %s: use 1 to %d of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit", name, what, maxNameBytes)
@@ -169,9 +169,13 @@ func (a *apply) renameVolume(op *pb.RenameVolume) (*pb.Result, error) {
 		return nil, status.Errorf(status.Exists, "volume %s exists already: choose another name", op.Name)
 	}
 	old := v.Name
+	if old != op.Name && FormatOf(a.kv) >= 3 { // whoever uses it, knows it by its name: a client that connects again would not find it
+		if err := a.used(v); err != nil {
+			return nil, err
+		}
+	}
 	for _, vm := range VMs(a.kv) {
-		disk := vm.Volume == old || FormatOf(a.kv) >= 3 && slices.Contains(vm.Disks, old)
-		if disk && old != op.Name {
+		if vm.Volume == old && old != op.Name {
 			return nil, status.Errorf(status.Held, "volume %s is a disk of VM %s: remove the VM first", old, vm.Name)
 		}
 	}
