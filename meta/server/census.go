@@ -110,6 +110,9 @@ func (c *Census) countHost(h *pb.HostState) {
 		default:
 			c.StoresBad++
 		}
+		if st.Usage == nil {
+			continue // this leader has not heard of it: it is not empty for that
+		}
 		c.CapacityBytes += st.Store.CapacityBytes
 		c.UsedBytes += st.Usage.GetUsedBytes()
 		if st.WatchedMs >= time.Minute.Milliseconds() {

@@ -82,7 +82,9 @@ func (w *warned) news(hosts []*pb.HostState) (out []string) {
 	}
 	c := &Census{}
 	for _, h := range hosts {
-		c.countHost(h)
+		if c.countHost(h); h.Up && h.LastSeenMs < 0 {
+			return out // a new leader, which does not know yet how full the pool is
+		}
 	}
 	if c.CapacityBytes == 0 {
 		return out
