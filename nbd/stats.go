@@ -3,6 +3,8 @@ package nbd
 import (
 	"math/bits"
 	"time"
+
+	"github.com/cairnstore/cairn/proto/status"
 )
 
 // OpClass sorts commands for statistics.
@@ -120,7 +122,22 @@ type OpStats struct {
 }
 
 // Stats is what an export, or one connection to it, has done.
-type Stats struct{ Ops [ClassCount]OpStats }
+type Stats struct {
+	Ops     [ClassCount]OpStats
+	Errors  uint64        // requests that the volume, not the door, answered with an error
+	ErrorAt time.Duration // the last of them, by the server's clock
+	Error   status.Kind   // and what it was
+}
+
+// Erred notes that the volume answered a request with an error, unless that is only
+// its end.
+func (s *Stats) Erred(kind status.Kind, now time.Duration) {
+	switch kind {
+	case status.OK, status.Shutdown, status.Fenced, status.Permission:
+		return
+	}
+	s.Errors, s.ErrorAt, s.Error = s.Errors+1, now, kind
+}
 
 // Note counts one answered request.
 func (s *Stats) Note(cmd uint16, n uint32, latency time.Duration, failed bool) {
@@ -138,6 +155,9 @@ func (s *Stats) Note(cmd uint16, n uint32, latency time.Duration, failed bool) {
 func (s *Stats) Merge(o *Stats) {
 	if o == nil {
 		return
+	}
+	if s.Errors += o.Errors; o.Errors > 0 && o.ErrorAt >= s.ErrorAt {
+		s.ErrorAt, s.Error = o.ErrorAt, o.Error
 	}
 	for i := range s.Ops {
 		a, b := &s.Ops[i], &o.Ops[i]

@@ -3,6 +3,8 @@ package nbd
 import (
 	"testing"
 	"time"
+
+	"github.com/cairnstore/cairn/proto/status"
 )
 
 func TestHistogramBuckets(t *testing.T) {
@@ -48,7 +50,15 @@ func TestQuantiles(t *testing.T) {
 	a.Note(CmdRead, 4096, 5*time.Microsecond, false)
 	b.Note(CmdRead, 4096, 9*time.Microsecond, true)
 	b.Note(77, 0, time.Microsecond, true)
+	a.Erred(status.IO, 3)
+	b.Erred(status.NoSpace, 7)
+	b.Erred(status.NoSpace, 5)
+	b.Erred(status.OK, 6)
+	b.Erred(status.Shutdown, 6)
 	a.Merge(&b)
+	if a.Merge(&Stats{}); a.Errors != 3 || a.ErrorAt != 5 || a.Error != status.NoSpace {
+		t.Errorf("errors: %d, the last %v at %v", a.Errors, a.Error, a.ErrorAt)
+	}
 	if o := a.Ops[ClassRead]; o.Done != 2 || o.Failed != 1 || o.Bytes != 4096 || o.Latency.Count() != 2 || o.Latency.MaxUs != 9 || o.Latency.SumUs != 14 {
 		t.Errorf("%+v", o)
 	}

@@ -280,9 +280,10 @@ func (s *Server) remember(c *conn) {
 // ExportStats is what an export does and has done.
 type ExportStats struct {
 	Connections   int
-	InFlight      int // requests read and not yet answered into the kernel
-	InFlightBytes int // of their data
-	nbd.Stats         // since the export was first opened here, or last dropped
+	InFlight      int           // requests read and not yet answered into the kernel
+	InFlightBytes int           // of their data
+	nbd.Stats                   // since the export was first opened here, or last dropped
+	ErrorAgo      time.Duration // of the last of Errors
 }
 
 // Stats returns the statistics of an export; zero of one nobody has opened.
@@ -304,6 +305,7 @@ func (s *Server) Stats(name string) ExportStats {
 		x.Merge(c.stats)
 		c.mu.Unlock()
 	}
+	x.ErrorAgo = s.now() - x.ErrorAt
 	return x
 }
 

@@ -404,6 +404,7 @@ func (c *conn) Complete(ds []volume.Done) {
 		}
 		if r.parts--; r.parts == 0 {
 			r.answer(r.failed)
+			c.stats.Erred(r.failed, now)
 			c.stats.Note(r.req.Type, r.req.Len, now-r.at, r.failed != status.OK)
 			c.out.Add(r.head[:r.headLen], r.data, r)
 		}
