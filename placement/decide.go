@@ -1,6 +1,7 @@
 package placement
 
 import (
+	"cmp"
 	"fmt"
 	"math/bits"
 	"slices"
@@ -355,6 +356,42 @@ func (j *Job) BestGain() (best float64) {
 	return best
 }
 
+// HostScore is how one host scores for a job.
+type HostScore struct {
+	Host    string
+	Refused string    // why it does not fit; "": it does
+	Values  []float64 // in the order of the scheduler's weights; 0 of one that does not fit
+	Sum     float64   // Σ weight × value
+}
+
+// Scores returns every host's, the best first and those that do not fit last.
+func (s *Scheduler) Scores(j *Job) (out []HostScore) {
+	many := s.packs() && s.Fleet.plenty()
+	tight := !s.packs() && s.Fleet.tight()
+	for i, h := range s.Fleet.hosts {
+		r := HostScore{Host: h.Name, Refused: h.refuse(j), Values: make([]float64, len(s.Weights))}
+		if r.Refused == "" {
+			r.Refused = s.Fleet.apart(j, h)
+		}
+		if r.Refused == "" {
+			l := h.look(j, j.Gains[i])
+			l.Plenty, l.Tight = many, tight
+			for k, w := range s.Weights {
+				r.Values[k] = w.Rate(l)
+				r.Sum += w.Weight * r.Values[k]
+			}
+		}
+		out = append(out, r)
+	}
+	slices.SortStableFunc(out, func(a, b HostScore) int { // else the fleet's order, as in Decide
+		if (a.Refused == "") != (b.Refused == "") {
+			return b2i(a.Refused != "") - b2i(b.Refused != "")
+		}
+		return cmp.Compare(b.Sum, a.Sum)
+	})
+	return out
+}
+
 // Explain is a table of every host: whether it passes, each score × its weight,
 // and their sum, best first; a person can add the columns up.
 func (s *Scheduler) Explain(j *Job) string {
@@ -362,57 +399,29 @@ func (s *Scheduler) Explain(j *Job) string {
 	for _, w := range s.Weights {
 		head = append(head, fmt.Sprintf("%g × %s", w.Weight, strings.ToUpper(w.Name)))
 	}
-	type row struct {
-		cells []string
-		sum   float64
-		ok    bool
-		name  string
-	}
-	var rows []row
-	many := s.packs() && s.Fleet.plenty()
-	tight := !s.packs() && s.Fleet.tight()
-	for i, h := range s.Fleet.hosts {
-		why := h.refuse(j)
-		if why == "" {
-			why = s.Fleet.apart(j, h)
-		}
-		r := row{cells: []string{h.Name}, ok: why == "", name: h.Name}
-		l := h.look(j, j.Gains[i])
-		l.Plenty, l.Tight = many, tight
-		for _, w := range s.Weights {
-			v := w.Rate(l)
-			r.sum += w.Weight * v
-			cell := "-"
-			if r.ok {
-				cell = fmt.Sprintf("%.4f", v)
-			}
-			r.cells = append(r.cells, cell)
-		}
-		if r.ok {
-			r.cells = append(r.cells, fmt.Sprintf("%.4f", r.sum), "fits")
-		} else {
-			r.cells = append(r.cells, "-", why)
-		}
-		rows = append(rows, r)
-	}
-	slices.SortStableFunc(rows, func(a, b row) int {
-		if a.ok != b.ok {
-			return b2i(b.ok) - b2i(a.ok)
-		}
-		if a.ok && a.sum != b.sum {
-			if a.sum > b.sum {
-				return -1
-			}
-			return 1
-		}
-		return 0 // the fleet's order, as in Decide
-	})
 	out := [][]string{append(head, "SUM", "VERDICT")}
-	for i, r := range rows {
-		if i == 0 && r.ok {
-			r.cells[len(r.cells)-1] = "best"
+	for i, r := range s.Scores(j) {
+		cells := []string{r.Host}
+		cell := func(v float64) {
+			if r.Refused != "" {
+				cells = append(cells, "-")
+				return
+			}
+			cells = append(cells, fmt.Sprintf("%.4f", v))
 		}
-		out = append(out, r.cells)
+		for _, v := range r.Values {
+			cell(v)
+		}
+		cell(r.Sum)
+		switch {
+		case r.Refused != "":
+			cells = append(cells, r.Refused)
+		case i == 0:
+			cells = append(cells, "best")
+		default:
+			cells = append(cells, "fits")
+		}
+		out = append(out, cells)
 	}
 	return Table(out)
 }

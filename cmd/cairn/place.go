@@ -17,21 +17,71 @@ func placeCommand(c *cli) *cobra.Command {
 	return cmd
 }
 
+// explainView is an explanation as `-o json` shows it.
+type explainView struct {
+	VM     string      `json:"vm"`
+	Host   string      `json:"host"`   // where it would go now; empty: it would wait
+	Reason string      `json:"reason"` // why there, or what it would wait for
+	Scores []scoreView `json:"scores"` // the best first, those that do not fit last
+	Steps  []stepView  `json:"steps"`  // of one that has a host, the cheapest first
+}
+
+type scoreView struct {
+	Host    string             `json:"host"`
+	Refused string             `json:"refused,omitempty"` // why it does not fit
+	Sum     float64            `json:"sum"`               // of weight × value
+	Values  map[string]float64 `json:"values"`
+	Weights map[string]float64 `json:"weights"`
+}
+
+type stepView struct {
+	Step       string  `json:"step"`
+	Host       string  `json:"host"`
+	Once       float64 `json:"onceBytes"`
+	Network    float64 `json:"networkBytes"`
+	Impossible string  `json:"impossible,omitempty"` // why
+	Chosen     bool    `json:"chosen"`
+}
+
+func viewExplain(vm string, ans *pb.PlaceAnswer) explainView {
+	v := explainView{VM: vm, Host: ans.Host, Reason: ans.Reason, Scores: []scoreView{}, Steps: []stepView{}}
+	for _, s := range ans.Scores {
+		x := scoreView{Host: s.Host, Refused: s.Refused, Sum: s.Sum, Values: map[string]float64{}, Weights: map[string]float64{}}
+		for _, t := range s.Terms {
+			x.Values[t.Name], x.Weights[t.Name] = t.Value, t.Weight
+		}
+		v.Scores = append(v.Scores, x)
+	}
+	for _, s := range ans.Steps {
+		v.Steps = append(v.Steps, stepView{s.Step, s.Host, s.OnceBytes, s.NetworkBytes, s.Impossible, s.Chosen})
+	}
+	return v
+}
+
 func placeExplain(c *cli) *cobra.Command {
-	return &cobra.Command{
+	var out outputFlag
+	cmd := &cobra.Command{
 		Use: "explain VM", Short: "Say where a VM would go now, how every host scores, and what staying and moving cost", Args: cobra.ExactArgs(1),
-		Example: "  cairn place explain web",
+		Example: "  cairn place explain web\n  cairn place explain web -o json | jq .scores",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				ans, err := s.place(ctx, &pb.PlaceQuestion{Vm: args[0]})
 				if err != nil {
 					return err
+				}
+				if out.format == "json" {
+					return out.show(viewExplain(args[0], ans), nil, nil)
 				}
 				fmt.Print(ans.Text)
 				return nil
 			})
 		},
 	}
+	out.register(cmd)
+	return cmd
 }
 
 // place asks the metadata leader about placement.

@@ -27,13 +27,14 @@ func (placer) Answer(p *server.Picture, q *pb.PlaceQuestion) (*pb.PlaceAnswer, e
 	if err != nil {
 		return nil, err
 	}
-	return &pb.PlaceAnswer{Text: s.explain(vm)}, nil
+	return s.explain(vm), nil
 }
 
 // explain says where a VM would go now, how every host scores, and what staying
-// and moving cost.
-func (s *scene) explain(vm *pb.VM) string {
+// and moving cost: as a text, and taken apart.
+func (s *scene) explain(vm *pb.VM) *pb.PlaceAnswer {
 	j := s.asNew(vm)
+	ans := &pb.PlaceAnswer{}
 	var b strings.Builder
 	where := "it is on no host"
 	if vm.Host != "" {
@@ -41,16 +42,31 @@ func (s *scene) explain(vm *pb.VM) string {
 	}
 	fmt.Fprintf(&b, "VM %s, policy %s: %s\n", vm.Name, s.sched.Policy, where)
 	if d, err := s.decide(j); err != nil {
+		ans.Reason = err.Error()
 		fmt.Fprintf(&b, "now it would wait: %s\n", err)
 	} else {
-		fmt.Fprintf(&b, "now: %s\n", s.sched.Reason(j, d))
+		ans.Host, ans.Reason = s.pic.Hosts[d.Host].Name, s.sched.Reason(j, d)
+		fmt.Fprintf(&b, "now: %s\n", ans.Reason)
+	}
+	for _, h := range s.sched.Scores(j) {
+		sc := &pb.PlaceScore{Host: h.Host, Refused: h.Refused, Sum: h.Sum}
+		for i, w := range s.sched.Weights {
+			sc.Terms = append(sc.Terms, &pb.PlaceTerm{Name: w.Name, Weight: w.Weight, Value: h.Values[i]})
+		}
+		ans.Scores = append(ans.Scores, sc)
 	}
 	b.WriteString("\n" + s.sched.Explain(j))
 	if i, ok := s.fleet.Number(vm.Host); ok && vm.Desired != "stopped" {
-		target := s.sched.DecideBut(j, i).Host
-		b.WriteString("\n" + s.caseOf(vm, i, target).Explain(placement.DefaultPrices, func(h int) string { return s.pic.Hosts[h].Name }))
+		c := s.caseOf(vm, i, s.sched.DecideBut(j, i).Host)
+		name := func(h int) string { return s.pic.Hosts[h].Name }
+		chosen := c.Choose(placement.DefaultPrices).Step
+		for _, p := range c.Price(placement.DefaultPrices) {
+			ans.Steps = append(ans.Steps, &pb.PlaceStep{Step: string(p.Step), Host: name(p.Host), OnceBytes: p.Once, NetworkBytes: p.Remote, Impossible: p.Why, Chosen: p.Step == chosen})
+		}
+		b.WriteString("\n" + c.Explain(placement.DefaultPrices, name))
 	}
-	return b.String()
+	ans.Text = b.String()
+	return ans
 }
 
 // caseOf is what a step for a VM is priced by.

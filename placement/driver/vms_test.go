@@ -199,6 +199,25 @@ func TestExplainAndRebalanceShowPrices(t *testing.T) {
 			t.Errorf("no %q in\n%s", want, ans.Text)
 		}
 	}
+	sum := 0.0
+	for _, t := range ans.Scores[0].GetTerms() {
+		sum += t.Weight * t.Value
+	}
+	if s := ans.Scores[0]; len(ans.Scores) != 3 || s.Host != "h1" || s.Refused != "" || s.Sum != sum || ans.Host != "h1" || !strings.Contains(ans.Text, ans.Reason) {
+		t.Errorf("the explanation taken apart: %v", ans)
+	}
+	chosen := 0
+	for _, s := range ans.Steps {
+		if s.Chosen {
+			chosen++
+			if s.Step != "move data" || s.Host != "h0" || s.OnceBytes == 0 || s.Impossible != "" {
+				t.Errorf("the chosen step is %v", s)
+			}
+		}
+	}
+	if chosen != 1 || len(ans.Steps) != 4 {
+		t.Errorf("the steps: %v", ans.Steps)
+	}
 	ans, err = New().Answer(p, &pb.PlaceQuestion{Rebalance: true})
 	if err != nil || len(ans.Moves) != 1 || ans.Moves[0].To != "h1" || ans.Moves[0].MoveBytes >= ans.Moves[0].StayBytes {
 		t.Fatalf("moves %v: %v", ans.GetMoves(), err)
