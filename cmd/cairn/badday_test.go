@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -137,10 +139,20 @@ func TestStatusOnBadDays(t *testing.T) {
 	signal(syscall.SIGCONT, "meta-2", "meta-3")
 	says(0, "healthy")
 	n.ok("host", "drain", "host-3")
-	says(1, "host host-3 is drained", "copies of v", "it cannot finish", "the 2 hosts in service")
+	says(1, "host host-3 is drained", "copies of v", "it cannot finish", "the 2 hosts in service", "new chunks of v go there too")
+	n.ok("volume", "create", "late", "--size", "64M", "--replicas", "3")
+	tool(t, "qemu-io", "-f", "raw", n.ok("volume", "attach", "late", "--host", "host-1"), "-c", "write -P 2 0 64k") // a guest goes on
 	n.ok("host", "resume", "host-3")
 	signal(syscall.SIGSTOP, "host-2", "host-3")
 	n.ok("status")
+	for _, s := range decodeJSON[[]storeView](t, n.ok("store", "ls", "-o", "json")) {
+		if s.Host != "host-2" {
+			continue
+		}
+		if x := decodeJSON[storeDetail](t, n.ok("store", "show", s.ID, "-o", "json")); x.CopiesLeft != 2 || !strings.Contains(x.State, "not reached") {
+			t.Errorf("a store whose host does not answer: %+v", x)
+		}
+	}
 	says(2, "volume v: 2 of its 3 stores are out of sync or away", "one good copy left")
 	signal(syscall.SIGCONT, "host-2", "host-3")
 	says(0, "healthy")
@@ -149,6 +161,34 @@ func TestStatusOnBadDays(t *testing.T) {
 	n.refuses("--takeover` serves the volume elsewhere", "volume", "detach", "v", "--force")
 	signal(syscall.SIGCONT, "host-1")
 	says(0, "healthy")
+
+	// The only copy of a block is damaged.
+	n.ok("volume", "create", "one", "--size", "64M", "--replicas", "1")
+	uri := n.ok("volume", "attach", "one", "--host", "host-1")
+	tool(t, "qemu-io", "-f", "raw", uri, "-c", "write -P 77 0 64k", "-c", "flush")
+	on := decodeJSON[volumeView](t, n.ok("volume", "show", "one", "-o", "json")).Members[0]
+	file := decodeJSON[storeDetail](t, n.ok("store", "show", on.Store, "-o", "json")).Path
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(b, bytes.Repeat([]byte{77}, 4096))
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err == nil && at >= 0 {
+		_, err = f.WriteAt([]byte{78}, int64(at)+5)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil || at < 0 {
+		t.Fatalf("the block is at %d: %v", at, err)
+	}
+	if r := n.cairn("store", "verify", on.Store); r.status != exitFailed {
+		t.Errorf("a damaged store is verified: %+v", r)
+	}
+	says(2, "volume one: its copy on host "+on.Host, "has 1 damaged block", "no other copy can be asked")
+	if r := run(t, "qemu-io", "-f", "raw", uri, "-c", "read 0 64k"); !strings.Contains(r.out+r.err, "error") {
+		t.Errorf("a damaged block was read: %+v", r)
+	}
+	says(2, "volume one: requests of its users were answered with an error (1 of them")
 }
 
 // What a change does not name stays as it is: a volume's bounds, a tenant's quotas.

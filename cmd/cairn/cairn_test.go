@@ -265,6 +265,10 @@ func TestBadImages(t *testing.T) {
 	}
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", at("odd"), "-F", "raw", at("over.qcow2"))
 	n.refuses("is only a part of an image, over "+at("odd"), "volume", "import", "x", at("over.qcow2"))
+	tool(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", at("odd"), at("again"))
+	if r := n.cairn("volume", "import", "odd", at("again")); r.status != exitFailed || !strings.Contains(r.err, "odd exists already") || strings.Contains(r.err, "converting") {
+		t.Errorf("an import over another volume: %+v", r)
+	}
 	write("empty", nil)
 	n.refuses("is empty", "volume", "import", "x", at("empty"))
 	n.refuses("cannot read the image", "volume", "import", "x", at("none"))

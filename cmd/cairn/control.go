@@ -171,12 +171,13 @@ func (c *control) ShowVM(ctx context.Context, r *pb.VMRef) (*pb.VMReply, error) 
 
 // HostStatus implements pb.HostControlServer.
 func (c *control) HostStatus(context.Context, *pb.HostStatusRequest) (*pb.HostStatusReply, error) {
-	rep := &pb.HostStatusReply{Host: c.h.cfg.Name, Stores: c.h.usage(), Session: c.h.gw.Session(), UnixNs: time.Now().UnixNano()}
+	rep := &pb.HostStatusReply{Host: c.h.cfg.Name, Stores: c.h.usage(), Session: c.h.gw.Session(), UnixNs: time.Now().UnixNano(), Program: program()}
 	for _, v := range c.h.gw.Volumes() {
 		rep.Attachments = append(rep.Attachments, c.attachment(v.Name()))
 	}
 	live := map[ids.VolumeID]uint64{}
 	for _, s := range c.h.stores {
+		rep.Bad = append(rep.Bad, badCounts(s)...)
 		for id, n := range s.Volumes() {
 			live[id] += n
 		}
@@ -185,6 +186,18 @@ func (c *control) HostStatus(context.Context, *pb.HostStatusRequest) (*pb.HostSt
 		rep.Volumes = append(rep.Volumes, &pb.VolumeUsage{VolumeId: uint64(id), LiveBytes: n})
 	}
 	return rep, nil
+}
+
+// badCounts says how many blocks of which volumes a store cannot read.
+func badCounts(s *hostStore) (out []*pb.BadCount) {
+	id := s.ID()
+	for _, b := range s.BadBlocks() { // by volume
+		if n := len(out); n == 0 || out[n-1].VolumeId != uint64(b.Volume) {
+			out = append(out, &pb.BadCount{Store: id[:], VolumeId: uint64(b.Volume)})
+		}
+		out[len(out)-1].Blocks++
+	}
+	return out
 }
 
 func (c *control) attachment(name string) *pb.AttachmentStatus {
@@ -197,6 +210,9 @@ func (c *control) attachment(name string) *pb.AttachmentStatus {
 		State: in.State.String(), Uri: c.h.uri(name), Reads: in.Stats.Reads, Writes: in.Stats.Writes, Flushes: in.Stats.Flushes,
 		ReadBlocks: in.Stats.ReadBlocks, LocalBlocks: in.Stats.LocalBlocks,
 		MaxWriteStallUs: uint64(in.Stats.MaxWriteStall.Microseconds()), InFlight: uint64(in.InFlight), FullWrites: uint64(in.Full), FullOn: in.FullOn}
+	if x := c.h.nbd.Stats(name); x.Errors > 0 {
+		a.Errors, a.ErrorUnixNs, a.Error = x.Errors, time.Now().Add(-x.ErrorAgo).UnixNano(), x.Error.String()
+	}
 	if in.Why != "" {
 		a.State = fmt.Sprintf("%s: %s", a.State, in.Why)
 	}

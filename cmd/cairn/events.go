@@ -39,21 +39,36 @@ func (s *session) events(ctx context.Context, after uint64) ([]*pb.Event, error)
 	return rep.Events, nil
 }
 
+// allEvents asks until there are no more.
+func (s *session) allEvents(ctx context.Context, after uint64) (all []*pb.Event, err error) {
+	for {
+		list, err := s.events(ctx, after)
+		if all = append(all, list...); err != nil || len(list) == 0 {
+			return all, err
+		}
+		after = list[len(list)-1].Seq
+	}
+}
+
 func eventsCommand(c *cli) *cobra.Command {
 	var out outputFlag
 	var after uint64
+	var last int
 	var follow bool
 	cmd := &cobra.Command{
 		Use: "events", Short: "Who did what, when, with what outcome", Args: cobra.NoArgs,
-		Example: "  cairn events\n  cairn events --follow -o json | jq .what",
+		Example: "  cairn events --last 50\n  cairn events --follow -o json | jq .what",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if follow {
 				return c.forever(cmd.Context(), func(ctx context.Context, s *session) error { return s.follow(ctx, &out, after) })
 			}
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
-				list, err := s.events(ctx, after)
+				list, err := s.allEvents(ctx, after)
 				if err != nil {
 					return err
+				}
+				if last > 0 {
+					list = list[max(0, len(list)-last):]
 				}
 				evs, rows := []eventView{}, [][]string{}
 				for _, e := range list {
@@ -66,6 +81,7 @@ func eventsCommand(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().Uint64Var(&after, "after", 0, "only events with a higher number")
+	cmd.Flags().IntVarP(&last, "last", "n", 0, "only the last so many (all that are kept: 10,000)")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what happens, one line each (JSON: one object a line), until Ctrl-C")
 	out.register(cmd)
 	return cmd

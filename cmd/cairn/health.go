@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/cairnstore/cairn/proto/status"
 )
 
 // Severities of a finding.
@@ -79,14 +81,16 @@ const (
 func health(w *clusterView, now time.Time) (out []finding) {
 	out = append(out, metaHealth(w.Meta)...)
 	out = append(out, clockHealth(w)...)
+	out = append(out, programHealth(w)...)
 	for _, h := range w.Hosts {
 		out = append(out, hostHealth(w, h, now)...)
 	}
 	out = append(out, spaceHealth(w)...)
 	away := w.away(now)
 	for _, v := range w.Volumes {
-		out = append(out, serviceHealth(v)...)
-		out = append(out, volumeHealth(v, away)...)
+		out = append(out, serviceHealth(v, now)...)
+		out = append(out, badHealth(v, away)...)
+		out = append(out, volumeHealth(v, away, w.room(v))...)
 	}
 	for _, t := range w.Tenants {
 		for _, q := range []struct {
@@ -172,8 +176,11 @@ func hostHealth(w *clusterView, h hostView, now time.Time) (out []finding) {
 	}
 	if !h.Up {
 		since := "some time before the metadata leader was elected: it has not been heard of since"
-		if h.LastSeenMs >= 0 {
+		switch {
+		case h.LastSeenMs >= 0:
 			since = formatTime(now.Add(-time.Duration(h.LastSeenMs) * time.Millisecond).UnixNano())
+		case h.toldUnixNs > 0:
+			since = formatTime(h.toldUnixNs) + " at the latest"
 		}
 		var copies, held []string
 		for _, v := range w.Volumes {
@@ -203,7 +210,10 @@ func hostHealth(w *clusterView, h hostView, now time.Time) (out []finding) {
 			Means: "what it does for its volumes is not known here, and commands on it fail", Next: "see whether its process hangs (its log), and whether this machine reaches that address"})
 	}
 	for _, s := range h.Stores {
-		if s.State != "ok" && !s.Retired {
+		switch {
+		case s.Retired:
+			out = append(out, retiredHealth(w, h, s)...)
+		case s.State != "ok":
 			out = append(out, storeHealth(w, h, s))
 		}
 	}
@@ -213,50 +223,136 @@ func hostHealth(w *clusterView, h hostView, now time.Time) (out []finding) {
 func storeHealth(w *clusterView, h hostView, s storeView) finding {
 	f := finding{Severity: warning, What: fmt.Sprintf("store %s on host %s: %s", s.ID[:8], h.Name, s.State), Means: "no volume has a copy there",
 		Next: fmt.Sprintf("replace the disk, and `cairn store retire %s`: what was there is made again from the other copies", s.ID[:8])}
-	var copies []string
+	if s.State == "down" {
+		f.What = fmt.Sprintf("store %s: host %s is up and does not have it open; its log says why", s.ID[:8], h.Name)
+	}
 	oldest := int64(0)
 	for _, v := range w.Volumes {
 		for _, m := range v.Members {
-			if m.Store == s.ID {
-				copies = append(copies, v.Name)
-				if m.outUnixNs > 0 && (oldest == 0 || m.outUnixNs < oldest) {
-					oldest = m.outUnixNs
-				}
+			if m.Store == s.ID && m.outUnixNs > 0 && (oldest == 0 || m.outUnixNs < oldest) {
+				oldest = m.outUnixNs
 			}
 		}
 	}
 	if oldest > 0 {
 		f.Since = formatTime(oldest)
 	}
-	if len(copies) > 0 {
+	if copies := w.copiesOn(s.ID); len(copies) > 0 {
 		f.Means = fmt.Sprintf("its copies are left out, the others serve: %s", some(copies))
 	}
 	return f
+}
+
+// copiesOn names the volumes that have a store as a member.
+func (w *clusterView) copiesOn(store string) (out []string) {
+	for _, v := range w.Volumes {
+		if slices.ContainsFunc(v.Members, func(m memberView) bool { return m.Store == store }) {
+			out = append(out, v.Name)
+		}
+	}
+	return out
+}
+
+// retiredHealth says how far a retirement is; one that is over and whose disk is
+// gone is no news any more.
+func retiredHealth(w *clusterView, h hostView, s storeView) []finding {
+	copies := w.copiesOn(s.ID)
+	f := finding{Severity: notice, What: fmt.Sprintf("store %s on host %s is retired: it gets nothing new", s.ID[:8], h.Name), Means: "nothing is left there", Next: "its disk may go"}
+	switch {
+	case len(copies) > 0:
+		f.Means, f.Next = "still there: copies of "+some(copies), "they go to other stores by themselves, if there is room"
+	case s.State == "down":
+		return nil
+	}
+	f.Next += fmt.Sprintf("; `cairn store retire --undo %s` puts it into service again", s.ID[:8])
+	return []finding{f}
+}
+
+// badHealth says which blocks of a volume's copies cannot be read.
+func badHealth(v volumeView, away map[string]awayStore) (out []finding) {
+	good := 0 // copies that may have what another one lacks
+	for _, m := range v.Members {
+		if _, gone := away[m.Store]; m.InSync && !gone {
+			good++
+		}
+	}
+	for _, m := range v.Members {
+		if m.BadBlocks == 0 {
+			continue
+		}
+		f := finding{Severity: warning, What: fmt.Sprintf("volume %s: its copy on host %s (store %s) has %s", v.Name, m.Host, m.Store[:8], count(int(m.BadBlocks), "damaged block")),
+			Means: "they are read from the other copies; those that no copy has are answered with an I/O error",
+			Next:  "its gateway writes them anew from a good copy within a minute; what stays has none, until it is written over. A disk that does it again should go: `cairn store retire " + m.Store[:8] + "`"}
+		if v.Holder == "" {
+			f.Next = "they are written anew when it is attached: `cairn volume attach " + v.Name + "`"
+		}
+		if v.Replicas == 1 || good < 2 {
+			f.Severity, f.Means = critical, "no other copy can be asked: their reads are answered with an I/O error, everything else is well"
+			f.Next = "they are well again once they are written over: restore them from a backup, or what its guest finds broken; `cairn store show " + m.Store[:8] + "` lists them"
+		}
+		out = append(out, f)
+	}
+	return out
+}
+
+// domain is the failure domain a host is in, as metadata reckons it.
+func (h hostView) domain(label string) string {
+	switch {
+	case label == "" || label == "host":
+		return h.Name
+	case h.Labels[label] != "":
+		return h.Labels[label]
+	}
+	return "host=" + h.Name
+}
+
+// room says where copies of a volume can be made.
+func (w *clusterView) room(v volumeView) (r room) {
+	r.label = v.Domain
+	seen := map[string]bool{}
+	for _, h := range w.Hosts {
+		if h.Up && !h.Drained && slices.ContainsFunc(h.Stores, func(s storeView) bool { return s.State == "ok" && !s.Retired }) {
+			seen[h.domain(v.Domain)] = true
+		}
+	}
+	r.domains = len(seen)
+	return r
+}
+
+// room is how many failure domains of a kind have a store in service.
+type room struct {
+	label   string
+	domains int
+}
+
+func (r room) String() string {
+	return count(r.domains, r.label)
 }
 
 // drainHealth says how far a drain is, and what it cannot do.
 func drainHealth(w *clusterView, h hostView) finding {
 	f := finding{Severity: notice, What: fmt.Sprintf("host %s is drained: it gets nothing new", h.Name), Means: "nothing is left there",
 		Next: "`cairn host resume " + h.Name + "` ends it; `cairn host rm " + h.Name + "` forgets the host"}
-	serve := 0
-	for _, o := range w.Hosts {
-		if o.Up && !o.Drained {
-			serve++
-		}
-	}
-	var copies, held, stuck []string
+	var copies, held, stuck, short []string
+	in := ""
 	for _, v := range w.Volumes {
-		for _, m := range v.Members {
-			if m.Host != h.Name || slices.Contains(copies, v.Name) {
-				continue
-			}
-			if copies = append(copies, v.Name); v.Domain == "host" && serve < int(v.Replicas) {
+		r := w.room(v)
+		few := r.domains < int(v.Replicas)
+		if few {
+			short, in = append(short, v.Name), r.String()
+		}
+		if slices.ContainsFunc(v.Members, func(m memberView) bool { return m.Host == h.Name }) {
+			if copies = append(copies, v.Name); few {
 				stuck = append(stuck, v.Name)
 			}
 		}
 		if v.Holder == h.Name {
 			held = append(held, v.Name)
 		}
+	}
+	if len(short) > 0 {
+		f.What = fmt.Sprintf("host %s is drained: it gets nothing new but what has no other place", h.Name)
+		f.Severity = warning
 	}
 	var left []string
 	if len(copies) > 0 {
@@ -265,16 +361,21 @@ func drainHealth(w *clusterView, h hostView) finding {
 	if len(held) > 0 {
 		left = append(left, "attached there: "+some(held))
 	}
-	if len(left) == 0 {
+	if len(left) == 0 && len(short) == 0 {
 		return f
+	}
+	if len(left) == 0 {
+		left = []string{"nothing"}
 	}
 	f.Means, f.Next = "still there: "+strings.Join(left, "; "), "copies go to other hosts by themselves; `cairn host resume "+h.Name+"` ends it"
 	if len(held) > 0 {
 		f.Next += fmt.Sprintf("; what is attached by hand stays: `cairn volume attach %s --host … --hand-over` moves it", held[0])
 	}
+	if len(short) > 0 {
+		f.Means += fmt.Sprintf("; new chunks of %s go there too, so that they can be written to", some(short))
+	}
 	if len(stuck) > 0 {
-		f.Severity = warning
-		f.Next = fmt.Sprintf("it cannot finish: %s want more copies on different hosts than the %d hosts in service; add a host, or fewer copies (`cairn volume set --replicas`); `cairn host resume %s` ends it", some(stuck), serve, h.Name)
+		f.Next = fmt.Sprintf("it cannot finish: %s want more copies in different places than the %s in service; add a host, or fewer copies (`cairn volume set --replicas`); `cairn host resume %s` ends it", some(stuck), in, h.Name)
 	}
 	return f
 }
@@ -282,30 +383,100 @@ func drainHealth(w *clusterView, h hostView) finding {
 // maxClockOff is how far a clock may be off before somebody is told.
 const maxClockOff = 10 * time.Second
 
+// clockHealth compares clocks with this machine's; if most are off by about the
+// same, it is this one that is.
 func clockHealth(w *clusterView) (out []finding) {
-	off := func(who string, ms int64, means string) {
-		d := time.Duration(ms) * time.Millisecond
-		if d.Abs() < maxClockOff {
-			return
-		}
-		how := "ahead of"
-		if d < 0 {
-			how = "behind"
-		}
-		out = append(out, finding{Severity: notice, What: fmt.Sprintf("the clock of %s is %v %s this machine's", who, d.Abs().Round(time.Second), how), Means: means,
-			Next: "set it (chrony, ntpd), there or here; reads and writes do not depend on it"})
-	}
+	const dependsNot = "; reads and writes do not depend on it"
+	var all []int64
 	for _, m := range w.Meta {
-		off("metadata node "+m.Name, m.ClockMs, "while it leads, events have its time, and deadlines (undelete, undo-shrink, join tokens) are reckoned by it")
+		if m.State != "unreachable" {
+			all = append(all, m.ClockMs)
+		}
 	}
 	for _, h := range w.Hosts {
-		off("host "+h.Name, h.ClockMs, "its log has wrong times")
+		if h.answers {
+			all = append(all, h.ClockMs)
+		}
+	}
+	slices.Sort(all)
+	mine, whose := int64(0), "this machine's"
+	if n := len(all); n > 2 && apart(all[n/2]) {
+		mine, whose = all[n/2], "most others'"
+		out = append(out, finding{Severity: notice, What: fmt.Sprintf("the clock of this machine is %s that of most of the cluster", off(-mine)), Means: "what is said here of times is off by as much",
+			Next: "set it (chrony, ntpd)" + dependsNot})
+	}
+	compare := func(who string, ms int64, means string) {
+		if apart(ms - mine) {
+			out = append(out, finding{Severity: notice, What: fmt.Sprintf("the clock of %s is %s %s", who, off(ms-mine), whose), Means: means,
+				Next: "set it (chrony, ntpd), there or here" + dependsNot})
+		}
+	}
+	for _, m := range w.Meta {
+		if m.State != "unreachable" {
+			compare("metadata node "+m.Name, m.ClockMs, "while it leads, events have its time, and deadlines (undelete, undo-shrink, join tokens) are reckoned by it")
+		}
+	}
+	for _, h := range w.Hosts {
+		if h.answers {
+			compare("host "+h.Name, h.ClockMs, "its log has wrong times")
+		}
 	}
 	return out
 }
 
-// serviceHealth says why a volume's users wait.
-func serviceHealth(v volumeView) (out []finding) {
+func apart(ms int64) bool { return (time.Duration(ms) * time.Millisecond).Abs() >= maxClockOff }
+
+// off says how a clock differs.
+func off(ms int64) string {
+	d := (time.Duration(ms) * time.Millisecond).Round(time.Second)
+	if d < 0 {
+		return fmt.Sprintf("%v behind", -d)
+	}
+	return fmt.Sprintf("%v ahead of", d)
+}
+
+// programHealth says who runs which program, if not all run the same.
+func programHealth(w *clusterView) []finding {
+	by := map[string][]string{}
+	for _, m := range w.Meta {
+		if m.State != "unreachable" {
+			by[m.Program] = append(by[m.Program], m.Name)
+		}
+	}
+	for _, h := range w.Hosts {
+		if h.answers {
+			by[h.Program] = append(by[h.Program], h.Name)
+		}
+	}
+	if len(by) < 2 {
+		return nil
+	}
+	var each []string
+	for p, who := range by {
+		if p == "" {
+			p = "one that does not say which"
+		}
+		each = append(each, p+" on "+some(who))
+	}
+	slices.Sort(each)
+	return []finding{{notice, "programs of different versions run: " + strings.Join(each, "; "), "", "an upgrade is half done, or a machine was forgotten",
+		"bring all to one version: the metadata nodes first, then the hosts, one after the other"}}
+}
+
+// erredFor is for how long a request that was answered with an error is told.
+const erredFor = time.Hour
+
+// serviceHealth says why a volume's users wait, or had errors.
+func serviceHealth(v volumeView, now time.Time) (out []finding) {
+	if at := time.Unix(0, v.erredAt); v.erred > 0 && now.Sub(at) < erredFor {
+		f := finding{Severity: critical, What: fmt.Sprintf("volume %s: requests of its users were answered with an error (%d of them, the last at %s: %s)", v.Name, v.erred, formatTime(v.erredAt), v.erredBy),
+			Means: "its guest sees them, and may have gone read-only", Next: "if a block has no good copy left, `cairn store scrub` tells which, and it is well again once it is written over, from a backup; new requests go through where copies are whole. This is told for an hour"}
+		if v.erredBy == status.NoSpace.String() {
+			f.Severity = warning
+			f.Means, f.Next = "new places of it cannot be written to", "stores, or its tenant's quota, are full, or the rest is set aside for thick volumes: `cairn df`, `cairn tenant ls`; new requests go through when there is room. This is told for an hour"
+		}
+		out = append(out, f)
+	}
 	if v.serves != "" && !strings.HasPrefix(v.serves, "serving") {
 		out = append(out, finding{Severity: critical, What: fmt.Sprintf("volume %s does not serve on host %s: %s", v.Name, v.Holder, v.serves), Means: "its reads and writes wait",
 			Next: "it serves by itself once that is over"})
@@ -340,7 +511,10 @@ func level(percent uint64) string {
 
 // whenFull says when room is used up at the rate seen lately.
 func whenFull(room uint64, perSecond int64, watched time.Duration) string {
-	if perSecond <= 0 || watched < time.Minute {
+	switch {
+	case watched < time.Minute:
+		return "how fast it fills is not known yet"
+	case perSecond <= 0:
 		return "it does not fill now"
 	}
 	left := time.Duration(min(room/uint64(perSecond), 1<<31)) * time.Second
@@ -362,7 +536,7 @@ func spaceHealth(w *clusterView) (out []finding) {
 	var watched time.Duration
 	for _, h := range w.Hosts {
 		for _, s := range h.Stores {
-			if s.Retired || s.Capacity == 0 {
+			if s.Retired || s.Capacity == 0 || s.State == "down" && s.Used == 0 { // of one that is away nothing is known: it is not empty for that
 				continue
 			}
 			used, live, capacity, rate = used+s.Used, live+s.Live, capacity+s.Capacity, rate+s.FillRate
@@ -379,7 +553,11 @@ func spaceHealth(w *clusterView) (out []finding) {
 		return out
 	}
 	if sev := level(used * 100 / capacity); sev != "" {
-		out = append(out, finding{sev, fmt.Sprintf("the pool is %d %% full: %s of %s", used*100/capacity, formatSize(used), formatSize(capacity)), "",
+		since := ""
+		if m := w.mark; m.GetUnixNs() > 0 && level(uint64(m.Percent)) == sev {
+			since = formatTime(m.UnixNs)
+		}
+		out = append(out, finding{sev, fmt.Sprintf("the pool is %d %% full: %s of %s", used*100/capacity, formatSize(used), formatSize(capacity)), since,
 			"a lost host's copies need room elsewhere", whenFull(capacity-min(used, capacity), rate, watched) + comesBack(used, live, capacity) + "; add hosts or stores, or purge deleted volumes"})
 	}
 	return out
@@ -412,12 +590,12 @@ type awayStore struct {
 
 // volumeHealth says what is missing of a volume's copies, which stands for all
 // of its chunks that lie there: what is out of sync, and what cannot be reached.
-func volumeHealth(v volumeView, away map[string]awayStore) (out []finding) {
+func volumeHealth(v volumeView, away map[string]awayStore, r room) (out []finding) {
 	if v.Closed {
 		out = append(out, finding{Severity: warning, What: fmt.Sprintf("volume %s came out of a metadata backup and is closed", v.Name), Means: "it cannot be attached",
 			Next: "`cairn volume trust " + v.Name + "` once you are sure of it"})
 	}
-	var missing, joining []string
+	var missing, joining, unreached []string
 	oldest := int64(0)
 	for _, m := range v.Members {
 		a, gone := away[m.Store]
@@ -431,6 +609,9 @@ func volumeHealth(v volumeView, away map[string]awayStore) (out []finding) {
 		case m.State == "joining":
 			joining = append(joining, fmt.Sprintf("%s has got %s", name, formatSize(m.JoinedBytes)))
 			name += ": catching up"
+		case v.Holder != "":
+			name += ": well, and not reached by " + v.Holder
+			unreached = append(unreached, m.Host)
 		}
 		missing = append(missing, name)
 		at := m.outUnixNs
@@ -466,6 +647,16 @@ func volumeHealth(v volumeView, away map[string]awayStore) (out []finding) {
 		f.Next = "when their stores are back, the copies catch up within a minute or two, or at once if the volume is attached: `cairn volume attach " + v.Name + "`"
 	default:
 		f.Next = "the copies catch up when their stores are back"
+	}
+	if len(unreached) > 0 {
+		f.Next = fmt.Sprintf("the copies catch up within seconds once host %s reaches the data address of %s (`cairn host show`): if it stays so, look at the network between the two (`cairn net show`, firewall, cable)", v.Holder, some(unreached))
+	}
+	switch {
+	case len(joining) == len(missing):
+	case r.domains < int(v.Replicas):
+		f.Next += fmt.Sprintf("; there is nowhere else to make them: it wants %d copies in different places, and stores are in service in %s", v.Replicas, r)
+	default:
+		f.Next += "; what stays away for longer than replace_after (10 minutes) is made on other stores"
 	}
 	return append(out, f)
 }

@@ -87,7 +87,15 @@ func report(err error) int {
 // version is the commit this program was built from, and what decides whether it
 // goes together with others.
 func version() string {
-	commit := "of an unknown commit"
+	commit := program()
+	if commit == "" {
+		commit = "of an unknown commit"
+	}
+	return fmt.Sprintf("%s, state version %d", commit, state.Format)
+}
+
+// program is the commit this program was built from; "": that is not known.
+func program() (commit string) {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
@@ -98,7 +106,7 @@ func version() string {
 			}
 		}
 	}
-	return fmt.Sprintf("%s, state version %d", commit, state.Format)
+	return commit
 }
 
 func rootCommand() *cobra.Command {

@@ -118,7 +118,7 @@ func (m *metad) close() error {
 
 // server is the node without what runs it.
 func (c *metaConfig) server() server.Config {
-	sc := server.Config{ID: c.ID, Cluster: c.Cluster, Dir: c.Dir, Join: c.Join, Timeout: time.Duration(c.TimeoutMs) * time.Millisecond}
+	sc := server.Config{ID: c.ID, Cluster: c.Cluster, Dir: c.Dir, Join: c.Join, Timeout: time.Duration(c.TimeoutMs) * time.Millisecond, Program: program()}
 	for _, p := range c.Peers {
 		sc.Peers = append(sc.Peers, server.Peer{ID: p.ID, RaftAddr: p.Raft, APIAddr: p.API})
 	}

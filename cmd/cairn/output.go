@@ -95,6 +95,14 @@ func formatTime(ns int64) string {
 	return time.Unix(0, ns).Format(time.RFC3339)
 }
 
+// count writes a number of things.
+func count(n int, one string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %ss", n, one)
+}
+
 func dash(s string) string {
 	if s == "" {
 		return "-"

@@ -28,6 +28,9 @@ func (s *session) importAny(ctx context.Context, name, path string, size uint64,
 	if err := checkImage(ctx, path, format); err != nil {
 		return err
 	}
+	if _, err := s.volume(ctx, name); err == nil { // not only when it is converted
+		return status.Errorf(status.Exists, "volume %s exists already: choose another name", name)
+	}
 	dir, err := os.MkdirTemp(filepath.Dir(path), ".cairn-import-")
 	if err != nil { // beside it would be on a disk that has room for such things
 		dir, err = os.MkdirTemp("", "cairn-import-")

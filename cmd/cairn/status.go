@@ -23,6 +23,8 @@ type clusterView struct {
 	Hosts    []hostView   `json:"hosts"`
 	Volumes  []volumeView `json:"volumes"`
 	Tenants  []tenantView `json:"tenants"`
+
+	mark *pb.PoolMark // the threshold the event log says the pool has passed
 }
 
 type metaView struct {
@@ -41,20 +43,26 @@ type metaView struct {
 	Detail    string `json:"detail,omitempty"`
 	Heard     string `json:"lastHeard,omitempty"` // of an unreachable one, by the leader
 	ClockMs   int64  `json:"clockMs"`             // ahead of this machine's
+	Program   string `json:"program"`             // the commit it was built from; empty: it does not say
 }
 
 type hostView struct {
-	Name       string      `json:"name"`
-	Up         bool        `json:"up"`
-	Drained    bool        `json:"drained"`
-	LastSeenMs int64       `json:"lastSeenMs"`
-	Data       string      `json:"dataAddr"`
-	Control    string      `json:"controlAddr"`
-	CPUs       uint32      `json:"cpus"`
-	Memory     uint64      `json:"memoryBytes"`
-	Stores     []storeView `json:"stores"`
-	Silent     bool        `json:"silent"`  // no answer to this machine, though its heartbeats arrive
-	ClockMs    int64       `json:"clockMs"` // ahead of this machine's; 0 if it does not answer
+	Name       string            `json:"name"`
+	Up         bool              `json:"up"`
+	Drained    bool              `json:"drained"`
+	LastSeenMs int64             `json:"lastSeenMs"`
+	Data       string            `json:"dataAddr"`
+	Control    string            `json:"controlAddr"`
+	CPUs       uint32            `json:"cpus"`
+	Memory     uint64            `json:"memoryBytes"`
+	Stores     []storeView       `json:"stores"`
+	Labels     map[string]string `json:"labels"`
+	Silent     bool              `json:"silent"`  // no answer to this machine, though its heartbeats arrive
+	ClockMs    int64             `json:"clockMs"` // ahead of this machine's; 0 if it does not answer
+	Program    string            `json:"program"` // the commit it was built from; empty: it does not say
+
+	answers    bool  // to this machine
+	toldUnixNs int64 // of one that is down: when the event log said so
 }
 
 type storeView struct {
@@ -90,7 +98,7 @@ func (s *session) metaViews(ctx context.Context) []metaView {
 		if n.HeardUnixNs > 0 {
 			heard = formatTime(n.HeardUnixNs)
 		}
-		out = append(out, metaView{Heard: heard, ClockMs: clockOff(n.UnixNs, time.Now()), ID: n.Id, Name: n.Name, Role: n.Role, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
+		out = append(out, metaView{Heard: heard, ClockMs: clockOff(n.UnixNs, time.Now()), Program: n.Program, ID: n.Id, Name: n.Name, Role: n.Role, Addr: n.Addr, State: n.State, Leader: n.Leader, Term: n.Term, Applied: n.Applied,
 			StateHash: fmt.Sprintf("%016x", n.StateHash), FreeBytes: n.FreeBytes, Knows: n.Format, Uses: n.FormatInUse, Detail: n.Detail})
 	}
 	return out
@@ -110,7 +118,10 @@ func (s *session) hostViews(ctx context.Context) ([]hostView, error) {
 
 func viewHost(h *pb.HostState) hostView {
 	w := hostView{Name: h.Host.Name, Up: h.Up, Drained: h.Host.Drained, LastSeenMs: h.LastSeenMs, Data: h.Host.DataAddr, Control: h.Host.ControlAddr,
-		CPUs: h.Host.Cpus, Memory: h.Host.MemoryBytes, Stores: []storeView{}}
+		CPUs: h.Host.Cpus, Memory: h.Host.MemoryBytes, Labels: h.Host.Labels, toldUnixNs: h.ToldUnixNs, Stores: []storeView{}}
+	if w.Labels == nil {
+		w.Labels = map[string]string{}
+	}
 	for _, st := range h.Stores {
 		v := storeView{ID: fmt.Sprintf("%x", st.Store.Id), Host: st.Store.Host, Incarnation: st.Store.Incarnation, Class: state.ClassOf(st.Store),
 			Capacity: st.Store.CapacityBytes, Used: st.Usage.GetUsedBytes(), Live: st.Usage.GetLiveBytes(), State: st.Usage.GetState(),
@@ -124,6 +135,14 @@ func viewHost(h *pb.HostState) hostView {
 		w.Stores = append(w.Stores, v)
 	}
 	return w
+}
+
+// is says how a store is, for people.
+func (s storeView) is() string {
+	if s.Retired {
+		return s.State + ", retired"
+	}
+	return s.State
 }
 
 func seen(h hostView) string {
@@ -173,7 +192,7 @@ func (s *session) said(ctx context.Context, hosts []*pb.HostState, views []hostV
 				return hc.HostStatus(ctx, &pb.HostStatusRequest{})
 			})
 			if views[i].Silent = err != nil; err == nil {
-				reps[i], views[i].ClockMs = rep, clockOff(rep.UnixNs, time.Now())
+				reps[i], views[i].ClockMs, views[i].Program, views[i].answers = rep, clockOff(rep.UnixNs, time.Now()), rep.Program, true
 			}
 		})
 	}
@@ -214,10 +233,12 @@ func (s *session) cluster(ctx context.Context) (*clusterView, error) {
 		return w, err
 	}
 	w.Cluster = rep.ClusterId
-	hosts, err := s.hosts(ctx)
+	hrep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Hosts{Hosts: true}})
 	if err != nil {
 		return nil, err
 	}
+	hosts := hrep.Hosts
+	w.mark = hrep.PoolMark
 	for _, h := range hosts {
 		w.Hosts = append(w.Hosts, viewHost(h))
 	}
@@ -238,6 +259,7 @@ func (s *session) cluster(ctx context.Context) (*clusterView, error) {
 		if st := said[v.HolderHost]; st != nil {
 			x.merge(v, st)
 		}
+		x.noteBad(v.Id, said)
 		w.Volumes = append(w.Volumes, x)
 	}
 	fs := health(w, time.Now())
@@ -302,6 +324,18 @@ func (w *clusterView) exitCode() int {
 	return worst
 }
 
+// noteBad says of each copy how many of its blocks cannot be read now.
+func (w *volumeView) noteBad(id uint64, said map[string]*pb.HostStatusReply) {
+	for i := range w.Members {
+		m := &w.Members[i]
+		for _, b := range said[m.Host].GetBad() {
+			if b.VolumeId == id && fmt.Sprintf("%x", b.Store) == m.Store {
+				m.BadBlocks = b.Blocks
+			}
+		}
+	}
+}
+
 func printStatus(w *clusterView) error {
 	if len(w.Problems) == 0 {
 		fmt.Println("healthy")
@@ -317,7 +351,10 @@ func printStatus(w *clusterView) error {
 	var hosts [][]string
 	for _, h := range w.Hosts {
 		for _, s := range h.Stores {
-			hosts = append(hosts, []string{h.Name, seen(h), s.ID[:8], formatSize(s.Used), formatSize(s.Live), formatSize(s.Capacity), s.State})
+			if s.Retired && s.State == "down" && len(w.copiesOn(s.ID)) == 0 {
+				continue // gone for good
+			}
+			hosts = append(hosts, []string{h.Name, seen(h), s.ID[:8], formatSize(s.Used), formatSize(s.Live), formatSize(s.Capacity), s.is()})
 		}
 	}
 	if len(hosts) == 0 {

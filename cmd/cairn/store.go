@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,7 +44,7 @@ func storeListCommand(c *cli) *cobra.Command {
 				for _, h := range hs {
 					for _, st := range h.Stores {
 						all = append(all, st)
-						rows = append(rows, []string{st.ID, st.Host, formatSize(st.Used), formatSize(st.Live), formatSize(st.Capacity), st.Class, fmt.Sprint(st.Incarnation), st.State})
+						rows = append(rows, []string{st.ID, st.Host, formatSize(st.Used), formatSize(st.Live), formatSize(st.Capacity), st.Class, fmt.Sprint(st.Incarnation), st.is()})
 					}
 				}
 				return out.show(all, []string{"STORE", "HOST", "USED", "LIVE", "CAPACITY", "CLASS", "INCARNATION", "STATE"}, rows)
@@ -134,13 +135,13 @@ func (s *session) storeDetail(ctx context.Context, name string) (*storeDetail, e
 	if err != nil {
 		return nil, err
 	}
-	rep, err := s.askStore(ctx, st)
-	if err != nil {
-		return nil, err
-	}
+	rep, away := s.askStore(ctx, st)
 	vols, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Volumes{Volumes: true}})
 	if err != nil {
 		return nil, err
+	}
+	if away != nil {
+		rep = &pb.StoreReply{Incarnation: st.Incarnation, Life: st.Life, Usage: &pb.StoreUsage{CapacityBytes: st.CapacityBytes, State: "not reached: " + away.Error()}}
 	}
 	d := &storeDetail{ID: fmt.Sprintf("%x", st.Id), Host: st.Host, Path: rep.Path, Kind: rep.Kind, Incarnation: rep.Incarnation, Openings: rep.Life, Size: rep.SizeBytes,
 		Capacity: rep.Usage.GetCapacityBytes(), Used: rep.Usage.GetUsedBytes(), Live: rep.Usage.GetLiveBytes(), State: rep.Usage.GetState(), Note: rep.Note,
@@ -180,14 +181,21 @@ func viewScrub(s *pb.ScrubState) scrubView {
 }
 
 func (d *storeDetail) rows() [][]string {
-	rows := [][]string{{"store", d.ID}, {"host", d.Host}, {"on", d.Kind + " " + d.Path}, {"state", d.State},
-		{"size", fmt.Sprintf("%s, %s for data", formatSize(d.Size), formatSize(d.Capacity))}, {"used", fmt.Sprintf("%s in segments, %s of data", formatSize(d.Used), formatSize(d.Live))},
-		{"incarnation", fmt.Sprintf("%d, opened %d times", d.Incarnation, d.Openings)}}
+	rows := [][]string{{"store", d.ID}, {"host", d.Host}}
+	if d.Path != "" { // its host has answered
+		rows = append(rows, []string{"on", d.Kind + " " + d.Path},
+			[]string{"size", fmt.Sprintf("%s, %s for data", formatSize(d.Size), formatSize(d.Capacity))},
+			[]string{"used", fmt.Sprintf("%s in segments, %s of data", formatSize(d.Used), formatSize(d.Live))})
+	}
+	rows = append(rows, [][]string{{"state", d.State}, {"copies", fmt.Sprintf("of %d volumes", d.CopiesLeft)}, {"incarnation", fmt.Sprintf("%d, opened %d times", d.Incarnation, d.Openings)}}...)
 	if d.Note != "" {
 		rows = append(rows, []string{"found", d.Note})
 	}
 	if d.Retired {
 		rows = append(rows, []string{"retired", fmt.Sprintf("copies of %d volumes are left", d.CopiesLeft)})
+	}
+	if d.Path == "" {
+		return rows
 	}
 	age := "never"
 	if d.Scrub.AgeS >= 0 {
@@ -325,31 +333,37 @@ themselves once a week. The command again changes the pace of a scrub that runs.
 }
 
 func storeVerifyCommand(c *cli) *cobra.Command {
+	var out outputFlag
 	cmd := &cobra.Command{
 		Use: "verify STORE|PATH", Short: "Verify a running store as fast as its disk goes, or one that is not running", Args: cobra.ExactArgs(1),
 		Long: `Verify a store. Given its id, the running store reads everything it holds as fast as
 its disk goes; the guests notice. Given the path of a file or device whose host does not
-run, it is read from here, as "cairn store dump" does. Status 1: it is damaged.`,
-		Example: "  cairn store verify 63978029\n  cairn store verify /srv/cairn/store-1",
+run, it is read from here, as "cairn store dump" does. Status 1: it is damaged.
+
+With -o json it prints what "cairn store show" or, of a path, "cairn store dump" does.`,
+		Example: "  cairn store verify 63978029\n  cairn store verify /srv/cairn/store-1\n  cairn store verify 63978029 -o json | jq .badBlocks",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
 			if strings.ContainsRune(args[0], '/') {
 				rep, err := inspectPath(args[0])
 				if err != nil {
 					return err
 				}
-				fmt.Printf("store %s: %d blocks of data and %d batches verified\n", rep.ID[:8], rep.BlocksVerified, rep.BatchesVerified)
-				return whole(args[0], rep)
+				text := fmt.Sprintf("store %s: %d blocks of data and %d batches verified", rep.ID[:8], rep.BlocksVerified, rep.BatchesVerified)
+				return cmp.Or(out.show(rep, nil, [][]string{{text}}), whole(args[0], rep))
 			}
 			return c.with(cmd.Context(), 24*time.Hour, func(ctx context.Context, s *session) error {
 				d, err := s.scrub(ctx, args[0], 1<<40, true)
 				if err != nil {
 					return err
 				}
-				fmt.Println(d.verified())
-				return d.verdict()
+				return cmp.Or(out.show(d, nil, [][]string{{d.verified()}}), d.verdict())
 			})
 		},
 	}
+	out.register(cmd)
 	return cmd
 }
 

@@ -40,7 +40,9 @@ func TestStores(t *testing.T) {
 	if s := show(goes.ID).Scrub; s.Running || s.Verified < 64<<20>>12 || s.AgeS < 0 || s.BadBlocks != 0 {
 		t.Errorf("after a scrub: %+v", s)
 	}
-	n.ok("store", "verify", stays.ID)
+	if s := decodeJSON[storeDetail](t, n.ok("store", "verify", stays.ID, "-o", "json")); s.ID != stays.ID || s.Scrub.AgeS < 0 || len(s.Bad) != 0 {
+		t.Errorf("a verified store: %+v", s)
+	}
 	for say, args := range map[string][]string{"no store": {"store", "show", "zz"}, "there is no file": {"store", "dump", d + "/nothing"}} {
 		if r := n.cairn(args...); r.status != exitFailed || !strings.Contains(r.err, say) {
 			t.Errorf("cairn %v: status %d, %q; want one line with %q", args, r.status, r.err, say)

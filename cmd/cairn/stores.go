@@ -91,6 +91,9 @@ func (h *hostd) openStores() error {
 	for i, sc := range h.cfg.Stores {
 		o := storeOpener{sc: sc, cluster: h.cfg.Cluster, boot: string(bytes.TrimSpace(b)), rules: rules, dir: h.cfg.Dir, n: i + 1}
 		s, err := o.open()
+		if status.Of(err) == status.NotFound {
+			err = status.Errorf(status.Corrupt, "its superblocks are gone: if the disk is damaged, or what was there may go, move the file away (a device: erase it with `wipefs -a` and `blkdiscard -z`) and start the host, which makes a new store there; the other copies are whole: `cairn store retire` the old one")
+		}
 		if err != nil {
 			err = fmt.Errorf("store %s: %w", sc.Path, err)
 			h.log.Error("a store cannot be opened", "err", err)

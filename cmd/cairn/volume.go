@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sort"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -50,10 +51,13 @@ type volumeView struct {
 	Shrunk   uint64            `json:"shrunkFromBytes,omitempty"`
 	UndoTill string            `json:"undoUntil,omitempty"`
 
-	serves string   // what its gateway says it does; "": it was not asked
-	full   uint64   // writes that wait for room
-	fullOn []string // on these hosts
-	Closed bool     `json:"closed,omitempty"` // it came out of a metadata backup: `cairn volume trust`
+	erred   uint64   // its users' requests that were answered with an error
+	erredAt int64    // the last of them, in Unix nanoseconds
+	erredBy string   // and what it was
+	serves  string   // what its gateway says it does; "": it was not asked
+	full    uint64   // writes that wait for room
+	fullOn  []string // on these hosts
+	Closed  bool     `json:"closed,omitempty"` // it came out of a metadata backup: `cairn volume trust`
 }
 
 // qosView is a volume's bounds; 0 is none.
@@ -81,6 +85,14 @@ func (w *volumeView) admin(v *pb.Volume) {
 	}
 }
 
+// burstOf is how much of a bound may come at once.
+func burstOf(q *qosView) time.Duration {
+	if q.BurstMs == 0 {
+		return time.Second
+	}
+	return time.Duration(q.BurstMs) * time.Millisecond
+}
+
 // adminRows are what `show` says of it.
 func (w *volumeView) adminRows() (rows [][]string) {
 	if w.Tenant != "" {
@@ -98,7 +110,7 @@ func (w *volumeView) adminRows() (rows [][]string) {
 		rows = append(rows, []string{"space", "set aside (thick)"})
 	}
 	if q := w.Qos; q != nil {
-		rows = append(rows, []string{"bounds", fmt.Sprintf("at most %d IOPS, %s/s; at least %d IOPS, %s/s (0: none)", q.IOPS, formatSize(q.Bandwidth), q.MinIOPS, formatSize(q.MinBandwidth))})
+		rows = append(rows, []string{"bounds", fmt.Sprintf("at most %d IOPS, %s/s, with bursts of %v; at least %d IOPS, %s/s (0: none)", q.IOPS, formatSize(q.Bandwidth), burstOf(q), q.MinIOPS, formatSize(q.MinBandwidth))})
 	}
 	if w.Shrunk > 0 {
 		rows = append(rows, []string{"shrunk from", fmt.Sprintf("%s; undo-shrink until %s", formatSize(w.Shrunk), w.UndoTill)})
@@ -113,6 +125,7 @@ type memberView struct {
 	State       string `json:"state"`
 	JoinedBytes uint64 `json:"joinedBytes"` // sent by the running or last catch-up
 	LiveBytes   uint64 `json:"liveBytes"`
+	BadBlocks   uint64 `json:"badBlocks"` // that cannot be read now; of `status` only
 	OutSince    string `json:"outSince,omitempty"`
 	outUnixNs   int64
 }
@@ -169,7 +182,7 @@ func volumeCreate(c *cli) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				say("volume %s: %s, %d replicas, one per %s", res.Volume.Name, formatSize(n), res.Volume.Replicas, res.Volume.Domain)
+				say("volume %s: %s, %s, one per %s", res.Volume.Name, formatSize(n), count(int(res.Volume.Replicas), "replica"), res.Volume.Domain)
 				return nil
 			})
 		},
@@ -323,6 +336,7 @@ func (w *volumeView) merge(v *pb.Volume, st *pb.HostStatusReply) {
 			continue
 		}
 		w.URI, w.StallUs, w.serves, w.full, w.fullOn = a.Uri, a.MaxWriteStallUs, a.State, a.FullWrites, a.FullOn
+		w.erred, w.erredAt, w.erredBy = a.Errors, a.ErrorUnixNs, a.Error
 		if a.State != "serving" {
 			w.State = a.State
 		}
@@ -339,7 +353,7 @@ func (w *volumeView) merge(v *pb.Volume, st *pb.HostStatusReply) {
 func volumeRename(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Example: "  cairn volume rename db db-old",
-		Use:     "rename NAME NEW", Short: "Give a volume another name", Args: cobra.ExactArgs(2),
+		Use:     "rename NAME NEW", Short: "Give a volume that nobody has attached another name", Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
 				_, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_RenameVolume{RenameVolume: &pb.RenameVolume{Volume: args[0], Name: args[1]}}})

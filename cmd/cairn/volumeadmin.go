@@ -99,7 +99,7 @@ func (s *session) shrink(ctx context.Context, v *pb.Volume, r *pb.ShrinkVolumeRe
 		return hc.ShrinkVolume(ctx, r)
 	}))
 	if err == nil {
-		say("volume %s has %s now; `cairn volume undo-shrink %s` gives it %s again for %v", v.Name, formatSize(r.SizeBytes), v.Name, formatSize(v.SizeBytes), time.Duration(r.KeepSeconds)*time.Second)
+		say("volume %s has %s now; `cairn volume undo-shrink %s` gives it %s again for %v", v.Name, formatSize(r.SizeBytes), v.Name, formatSize(max(v.SizeBytes, v.ShrunkFrom)), time.Duration(r.KeepSeconds)*time.Second)
 	}
 	return err
 }

@@ -1568,10 +1568,13 @@ type AttachmentStatus struct {
 	Flushes         uint64                 `protobuf:"varint,10,opt,name=flushes,proto3" json:"flushes,omitempty"`
 	MaxWriteStallUs uint64                 `protobuf:"varint,11,opt,name=max_write_stall_us,json=maxWriteStallUs,proto3" json:"max_write_stall_us,omitempty"`
 	InFlight        uint64                 `protobuf:"varint,12,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
-	ReadBlocks      uint64                 `protobuf:"varint,80,opt,name=read_blocks,json=readBlocks,proto3" json:"read_blocks,omitempty"`    // of clients' reads, that replicas answered
-	LocalBlocks     uint64                 `protobuf:"varint,81,opt,name=local_blocks,json=localBlocks,proto3" json:"local_blocks,omitempty"` // of those, by the replica of this host
-	FullWrites      uint64                 `protobuf:"varint,110,opt,name=full_writes,json=fullWrites,proto3" json:"full_writes,omitempty"`   // that wait for room
-	FullOn          []string               `protobuf:"bytes,111,rep,name=full_on,json=fullOn,proto3" json:"full_on,omitempty"`                // hosts whose stores have none for them
+	ReadBlocks      uint64                 `protobuf:"varint,80,opt,name=read_blocks,json=readBlocks,proto3" json:"read_blocks,omitempty"`       // of clients' reads, that replicas answered
+	LocalBlocks     uint64                 `protobuf:"varint,81,opt,name=local_blocks,json=localBlocks,proto3" json:"local_blocks,omitempty"`    // of those, by the replica of this host
+	FullWrites      uint64                 `protobuf:"varint,110,opt,name=full_writes,json=fullWrites,proto3" json:"full_writes,omitempty"`      // that wait for room
+	FullOn          []string               `protobuf:"bytes,111,rep,name=full_on,json=fullOn,proto3" json:"full_on,omitempty"`                   // hosts whose stores have none for them
+	Errors          uint64                 `protobuf:"varint,112,opt,name=errors,proto3" json:"errors,omitempty"`                                // clients' requests that were answered with an error by the volume, since this process runs
+	ErrorUnixNs     int64                  `protobuf:"varint,113,opt,name=error_unix_ns,json=errorUnixNs,proto3" json:"error_unix_ns,omitempty"` // the last of them
+	Error           string                 `protobuf:"bytes,114,opt,name=error,proto3" json:"error,omitempty"`                                   // and what it was
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1716,6 +1719,27 @@ func (x *AttachmentStatus) GetFullOn() []string {
 		return x.FullOn
 	}
 	return nil
+}
+
+func (x *AttachmentStatus) GetErrors() uint64 {
+	if x != nil {
+		return x.Errors
+	}
+	return 0
+}
+
+func (x *AttachmentStatus) GetErrorUnixNs() int64 {
+	if x != nil {
+		return x.ErrorUnixNs
+	}
+	return 0
+}
+
+func (x *AttachmentStatus) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
 }
 
 type VolumeUsage struct {
@@ -3063,7 +3087,7 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12!\n" +
-	"\fjoined_bytes\x18\x04 \x01(\x04R\vjoinedBytes\"\xe6\x03\n" +
+	"\fjoined_bytes\x18\x04 \x01(\x04R\vjoinedBytes\"\xb8\x04\n" +
 	"\x10AttachmentStatus\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x14\n" +
@@ -3083,7 +3107,10 @@ const file_proto_pb_host_proto_rawDesc = "" +
 	"\flocal_blocks\x18Q \x01(\x04R\vlocalBlocks\x12\x1f\n" +
 	"\vfull_writes\x18n \x01(\x04R\n" +
 	"fullWrites\x12\x17\n" +
-	"\afull_on\x18o \x03(\tR\x06fullOn\"I\n" +
+	"\afull_on\x18o \x03(\tR\x06fullOn\x12\x16\n" +
+	"\x06errors\x18p \x01(\x04R\x06errors\x12\"\n" +
+	"\rerror_unix_ns\x18q \x01(\x03R\verrorUnixNs\x12\x14\n" +
+	"\x05error\x18r \x01(\tR\x05error\"I\n" +
 	"\vVolumeUsage\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\x04R\bvolumeId\x12\x1d\n" +
 	"\n" +
