@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"math/bits"
-	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
