@@ -71,7 +71,7 @@ func (w *warned) news(hosts []*pb.HostState) (out []string) {
 		switch {
 		case !h.Up && w.silent[name] == 0 && (h.LastSeenMs < 0 || h.LastSeenMs >= silentFor.Milliseconds()):
 			out = append(out, fmt.Sprintf(saidSilent, name)+": what its volumes' writers miss of it is left out, and made elsewhere if it stays away")
-		case h.Up && w.silent[name] != 0:
+		case h.Up && h.LastSeenMs >= 0 && w.silent[name] != 0: // and not only by a new leader's good faith
 			out = append(out, fmt.Sprintf(saidBack, name)+": its copies catch up")
 		}
 	}

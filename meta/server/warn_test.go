@@ -69,14 +69,17 @@ func TestNewsAreToldOnce(t *testing.T) {
 	}
 }
 
-// A new leader that has not heard of every host takes none for empty.
+// A new leader that has not heard of every host takes none for empty, and none for
+// one that answers again.
 func TestNoNewsOfAPoolThatIsNotKnown(t *testing.T) {
 	w := &warned{silent: map[string]int64{}, step: 95}
 	heard, not := usedHost("h", true, 96, 0), usedHost("i", true, 96, 0)
 	not.LastSeenMs, not.Stores[0].Usage = -1, nil
+	w.silent["i"] = 1
 	if got := w.news([]*pb.HostState{not, heard}); len(got) > 0 {
 		t.Errorf("told %q", got)
 	}
+	delete(w.silent, "i")
 	not.Up = false
 	if got := w.news([]*pb.HostState{not, heard}); len(got) != 1 || !strings.HasPrefix(got[0], "host i does not answer") {
 		t.Errorf("told %q", got)
