@@ -78,7 +78,7 @@ func TestADiskFilledToTheLastByte(t *testing.T) {
 	}
 	c := client.New(client.Config{Addrs: addrs, Who: "test"})
 	hostUp(t, ctx, c, 1)
-	const perClient = 75
+	const perClient = 75 // with fewer the log ends before Badger needs a page
 	n := 0
 	work := func() {
 		var wg sync.WaitGroup
