@@ -168,15 +168,20 @@ func (c *checker) refused(o *op, k status.Kind) {
 
 // noneWell reports whether some chunk of an operation has no in-sync replica that
 // could serve its gateway now, and could while the operation went on. A disk that
-// failed may be back before its error has come to the client.
+// failed may be back before its error has come to the client, most of all when the
+// gateway slept meanwhile.
 func (c *checker) noneWell(o *op) bool {
+	since := max(o.at, c.w.now-backWithin)
+	if o.c.a.g.awakeAt >= since {
+		since = o.at
+	}
 	for _, ch := range c.w.meta.chunks() {
 		first := uint64(ch.Index) * chunkBytes
 		if o.Off >= first+chunkBytes || o.Off+o.Len <= first {
 			continue
 		}
 		if !slices.ContainsFunc(c.w.nodes, func(n *node) bool {
-			return holds(ch, n) && c.serves(o.c.a.g, n) && max(o.at, c.w.now-backWithin) > n.failedUntil
+			return holds(ch, n) && c.serves(o.c.a.g, n) && since > n.failedUntil
 		}) {
 			return true
 		}

@@ -53,7 +53,8 @@ type gateway struct {
 	up          bool
 	session     string
 	pausedUntil time.Duration
-	held        []func() // what happens once it goes on
+	awakeAt     time.Duration // when it went on after it was paused last
+	held        []func()      // what happens once it goes on
 	a           *attachment
 	views       []*view       // of snapshots
 	sides       []*attachment // of clones
@@ -142,7 +143,7 @@ func (g *gateway) pause(d time.Duration) {
 			return
 		}
 		held := g.held
-		g.held, g.pausedUntil = nil, 0
+		g.held, g.pausedUntil, g.awakeAt = nil, 0, g.w.now
 		for _, f := range held {
 			if g.life == life {
 				f()
