@@ -25,7 +25,7 @@ type handOver struct {
 // beginHandOver starts, or with no host gives it up if metadata was not asked yet.
 func (e *Engine) beginHandOver(ev *HandOver) {
 	switch {
-	case ev.Host == "" && e.hand != nil && e.hand.call == nil && !e.hand.asked:
+	case ev.Host == "" && e.state == Draining && e.hand != nil && e.hand.call == nil && !e.hand.asked:
 		e.stay()
 	case ev.Host != "" && e.state == Serving:
 		e.hand = &handOver{host: ev.Host, session: ev.Session}

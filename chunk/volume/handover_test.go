@@ -83,3 +83,18 @@ func TestNotHandedOver(t *testing.T) {
 		w.fail("given up, and it is %s", w.e.State())
 	}
 }
+
+// A hand-over is given up when the volume is another writer's already: the old one
+// stays ended, and sends nothing of what its clients have back.
+func TestAHandOverGivenUpTooLate(t *testing.T) {
+	w := filled(t, 1, 4)
+	w.fall(0)
+	w.write(1, 41) // waits, so that nothing is asked yet
+	w.step(&HandOver{Host: "host-2", Session: "s"})
+	clear(w.done)
+	w.step(&Fence{Why: "metadata has given the volume to another writer", Fenced: true})
+	w.step(&HandOver{})
+	if w.e.State() != Ended {
+		w.fail("given up after its end, and it is %s", w.e.State())
+	}
+}
