@@ -22,6 +22,7 @@ type attachment struct {
 	view   *view                                // of a snapshot, instead of a client
 	cuts   map[*volume.Cut]func(volume.CutNews) // who hears of a cut
 	dead   bool                                 // its process is gone, or it was closed
+	ended  bool                                 // its engine has
 	served bool                                 // it has served
 	lease  time.Duration                        // of reads, by the gateway's clock, until then
 

@@ -290,8 +290,14 @@ func (c *checker) serving(a *attachment) {
 	c.w.after(time.Millisecond, c.below)
 }
 
-// stepped runs after every step of an engine.
-func (c *checker) stepped(*attachment) {}
+// stepped runs after every step of an engine: one that has ended stays so (P4).
+func (c *checker) stepped(a *attachment) {
+	state := a.e.State()
+	if a.ended && state != volume.Ended {
+		c.w.violate("P4", "%s has ended in epoch %d, and is %s again", a.g.name, a.epoch, state)
+	}
+	a.ended = state == volume.Ended
+}
 
 // below compares the in-sync members the serving engine reaches: what is not
 // above its floor is the same on all.
