@@ -49,7 +49,11 @@ func TestAFailedSyncEndsAStore(t *testing.T) {
 // The disk under the gateway's own store, which all reads go to first, gets
 // writes wrong, loses some and puts some elsewhere: no client ever sees it.
 func TestARottenDiskUnderTheGateway(t *testing.T) {
-	t.Setenv("CAIRN_DISK_RULES", gateway+": write 2% flips 35000; write 1% lost; write 1% misdirected 256K")
+	rot := "" // each rule with its host: the other disks are well
+	for _, rule := range []string{"write 2% flips 35000", "write 1% lost", "write 1% misdirected 256K"} {
+		rot += gateway + ": " + rule + "\n"
+	}
+	t.Setenv("CAIRN_DISK_RULES", rot)
 	c := startCluster(t)
 	l := check.NewLoad(check.Config{Dial: check.NBD(startVolume(t, c), nil), Seed: 52, Base: areaBase, Blocks: areaBlocks, Ops: 20_000, Log: t.Logf})
 	if err := l.Run(t.Context()); err != nil {
