@@ -36,7 +36,8 @@ func TestStoreFigures(t *testing.T) {
 		t.Fatalf("%d figures, want %d: %s", len(r.Figures), len(want), out.String())
 	}
 	for i, f := range r.Figures {
-		if !strings.HasPrefix(f.Name, want[i]) || f.Value <= 0 || f.Unit == "" {
+		difference := want[i] == "index page" // of two loads' processor time: on a busy machine below 0, too
+		if !strings.HasPrefix(f.Name, want[i]) || f.Value <= 0 && !difference || f.Unit == "" {
 			t.Errorf("figure %d is %+v, want one of %q", i, f, want[i])
 		}
 	}
