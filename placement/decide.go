@@ -392,15 +392,15 @@ func (s *Scheduler) Scores(j *Job) (out []HostScore) {
 	return out
 }
 
-// Explain is a table of every host: whether it passes, each score × its weight,
-// and their sum, best first; a person can add the columns up.
-func (s *Scheduler) Explain(j *Job) string {
+// Explain is a table of all scores: whether a host passes, each score × its weight,
+// and their sum; a person can add the columns up.
+func (s *Scheduler) Explain(scores []HostScore) string {
 	head := []string{"HOST"}
 	for _, w := range s.Weights {
 		head = append(head, fmt.Sprintf("%g × %s", w.Weight, strings.ToUpper(w.Name)))
 	}
 	out := [][]string{append(head, "SUM", "VERDICT")}
-	for i, r := range s.Scores(j) {
+	for i, r := range scores {
 		cells := []string{r.Host}
 		cell := func(v float64) {
 			if r.Refused != "" {

@@ -48,14 +48,15 @@ func (s *scene) explain(vm *pb.VM) *pb.PlaceAnswer {
 		ans.Host, ans.Reason = s.pic.Hosts[d.Host].Name, s.sched.Reason(j, d)
 		fmt.Fprintf(&b, "now: %s\n", ans.Reason)
 	}
-	for _, h := range s.sched.Scores(j) {
+	scores := s.sched.Scores(j)
+	for _, h := range scores {
 		sc := &pb.PlaceScore{Host: h.Host, Refused: h.Refused, Sum: h.Sum}
 		for i, w := range s.sched.Weights {
 			sc.Terms = append(sc.Terms, &pb.PlaceTerm{Name: w.Name, Weight: w.Weight, Value: h.Values[i]})
 		}
 		ans.Scores = append(ans.Scores, sc)
 	}
-	b.WriteString("\n" + s.sched.Explain(j))
+	b.WriteString("\n" + s.sched.Explain(scores))
 	if i, ok := s.fleet.Number(vm.Host); ok && vm.Desired != "stopped" {
 		c := s.caseOf(vm, i, s.sched.DecideBut(j, i).Host)
 		name := func(h int) string { return s.pic.Hosts[h].Name }
