@@ -373,6 +373,9 @@ func (w *world) clonesRead() {
 		if w.failed != nil {
 			return
 		}
+		if c.session != nil {
+			c.session.end() // one that has waited for its attach until now: two at a time would fence each other
+		}
 		ops := w.stats.CloneOps
 		for tries := 0; tries < 3 && w.failed == nil && w.stats.CloneOps < ops+len(windows); tries++ { // a failed disk may end its host once more
 			w.converge("to read a clone")

@@ -189,6 +189,8 @@ func TestStatusOnBadDays(t *testing.T) {
 		t.Errorf("a damaged block was read: %+v", r)
 	}
 	says(2, "volume one: requests of its users were answered with an error (1 of them")
+	const event = "volume one: a request of its users was answered with an error"
+	until(t, "it is in the event log", func() bool { return strings.Contains(n.ok("events"), event) })
 }
 
 // What a change does not name stays as it is: a volume's bounds, a tenant's quotas.

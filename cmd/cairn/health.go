@@ -257,7 +257,7 @@ func (w *clusterView) copiesOn(store string) (out []string) {
 // gone is no news any more.
 func retiredHealth(w *clusterView, h hostView, s storeView) []finding {
 	copies := w.copiesOn(s.ID)
-	f := finding{Severity: notice, What: fmt.Sprintf("store %s on host %s is retired: it gets nothing new", s.ID[:8], h.Name), Means: "nothing is left there", Next: "its disk may go"}
+	f := finding{Severity: notice, What: fmt.Sprintf("store %s on host %s is retired: it gets nothing new", s.ID[:8], h.Name), Means: "nothing is left there", Next: "its disk may go; `cairn store rm` then forgets it"}
 	switch {
 	case len(copies) > 0:
 		f.Means, f.Next = "still there: copies of "+some(copies), "they go to other stores by themselves, if there is room"

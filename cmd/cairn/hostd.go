@@ -231,6 +231,7 @@ func (h *hostd) serveControl(ctx context.Context) error {
 	h.background(h.sweep)
 	h.background(h.watchPeers)
 	h.background(h.watch)
+	h.background(h.tellErrors)
 	return nil
 }
 

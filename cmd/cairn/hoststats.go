@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -68,6 +69,34 @@ func (c *control) SlowRequests(_ context.Context, r *pb.VolumeRef) (*pb.SlowRequ
 		rep.Requests = append(rep.Requests, q)
 	}
 	return rep, nil
+}
+
+// tellErrors puts into the event log that users of a volume were answered with an
+// error: at once, and then not again for erredFor.
+func (h *hostd) tellErrors(ctx context.Context) {
+	const look = time.Second
+	type seen struct {
+		errors uint64
+		told   time.Time
+	}
+	last := map[string]seen{}
+	for pause(ctx, look); ctx.Err() == nil; pause(ctx, look) {
+		now := map[string]seen{} // those of volumes that are attached no more are forgotten
+		for _, v := range h.gw.Volumes() {
+			x, l := h.nbd.Stats(v.Name()), last[v.Name()]
+			if x.Errors > l.errors && time.Since(l.told) > erredFor {
+				what := fmt.Sprintf("volume %s: a request of its users was answered with an error: %v", v.Name(), x.Error)
+				if _, err := h.meta.Do(ctx, &pb.Command{Op: &pb.Command_Note{Note: &pb.Note{What: what}}}); err != nil {
+					h.log.Warn("not in the event log yet", "what", what, "err", err)
+					x.Errors = l.errors // again at the next look
+				} else {
+					l.told = time.Now()
+				}
+			}
+			now[v.Name()] = seen{x.Errors, l.told}
+		}
+		last = now
+	}
 }
 
 func us(d time.Duration) uint64 { return uint64(max(d.Microseconds(), 0)) }

@@ -25,7 +25,7 @@ const storePoll = 250 * time.Millisecond
 
 func storeCommand(c *cli) *cobra.Command {
 	cmd := &cobra.Command{Use: "store", Short: "Stores: the disks of chunk servers"}
-	cmd.AddCommand(storeListCommand(c), storeShowCommand(c), storeScrubCommand(c), storeVerifyCommand(c), storeRetireCommand(c), storeDumpCommand(), storeGrowCommand())
+	cmd.AddCommand(storeListCommand(c), storeShowCommand(c), storeScrubCommand(c), storeVerifyCommand(c), storeRetireCommand(c), storeRemoveCommand(c), storeDumpCommand(), storeGrowCommand())
 	return cmd
 }
 
@@ -399,6 +399,31 @@ left. --undo puts it into service again.`,
 	}
 	cmd.Flags().BoolVar(&undo, "undo", false, "put it into service again")
 	return cmd
+}
+
+func storeRemoveCommand(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "rm STORE", Short: "Forget a retired store whose disk is gone", Args: cobra.ExactArgs(1),
+		Long: `Forget a store that is retired, has no copies any more, and whose host does not have it
+open. A disk that comes back nevertheless joins as any new one does.`,
+		Example: "  cairn store retire 63978029\n  cairn store rm 63978029",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.with(cmd.Context(), cliWait, func(ctx context.Context, s *session) error {
+				st, err := s.findStore(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				if _, err := s.askStore(ctx, st); err == nil && st.Retired {
+					return status.Errorf(status.Held, "host %s has store %x open, and would register it again: take it out of that host's configuration and start the host anew first", st.Host, st.Id[:4])
+				}
+				if _, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_RemoveStore{RemoveStore: &pb.RemoveStore{Store: st.Id}}}); err != nil {
+					return err
+				}
+				say("store %x is forgotten", st.Id[:4])
+				return nil
+			})
+		},
+	}
 }
 
 // copiesOn counts the volumes that have a store as a member.

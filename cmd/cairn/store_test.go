@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -88,6 +89,21 @@ func TestStores(t *testing.T) {
 	n = startUp(t, d, "--hosts", "4", "--store-size", "2G")
 	if x := show(goes.ID); x.Size != 3<<30 || x.Capacity < goes.Capacity*4/3 || x.Kind != goes.Kind || x.Incarnation != goes.Incarnation {
 		t.Errorf("grown from %+v to %+v", goes, x)
+	}
+	if r := n.cairn("store", "rm", goes.ID); r.status != exitFailed || !strings.Contains(r.err, "in service") {
+		t.Errorf("a store in service is removed: %+v", r)
+	}
+	n.interrupt()
+
+	// The disk is lost, and another is put in its place.
+	if err := os.Remove(goes.Path); err != nil {
+		t.Fatal(err)
+	}
+	n = startUp(t, d, "--hosts", "4", "--store-size", "2G")
+	n.ok("store", "retire", goes.ID)
+	until(t, "the lost store is forgotten", func() bool { return n.cairn("store", "rm", goes.ID).status == 0 })
+	if stores := decodeJSON[[]storeView](t, n.ok("store", "ls", "-o", "json")); len(stores) != 4 || slices.ContainsFunc(stores, func(s storeView) bool { return s.ID == goes.ID }) {
+		t.Errorf("after the removal: %+v", stores)
 	}
 	n.interrupt()
 	damage(t, stays.Path)

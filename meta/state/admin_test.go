@@ -248,6 +248,29 @@ func TestAShrinkCanBeUndoneUntilItIsFinal(t *testing.T) {
 	c.audit()
 }
 
+// A second shrink that is kept for less leaves the first one its time; a state of the
+// version before does as it always did.
+func TestASecondShrinkLeavesTheFirstItsTime(t *testing.T) {
+	for _, format := range []uint32{Format - 1, Format} {
+		c := newCluster(t)
+		c.raise(format)
+		v := c.filled("v", 8)
+		s := c.ok(shrink(v, 4*v.ChunkBytes, true, 3600)).Volume
+		first := s.UndoUnixNs
+		s = c.ok(shrink(s, 2*v.ChunkBytes, true, 60)).Volume
+		if kept := s.UndoUnixNs == first; kept != (format >= 4) {
+			t.Errorf("at version %d: until %d, and until %d after a second shrink", format, first, s.UndoUnixNs)
+		}
+		if s.ShrunkFrom != v.SizeBytes {
+			t.Errorf("it can be undone to %d, and it had %d", s.ShrunkFrom, v.SizeBytes)
+		}
+		c.tick(61e9)
+		if left := len(Chunks(c.kv, v.Id)); (left == 8) != (format >= 4) {
+			t.Errorf("at version %d: %d chunks are left after the second's time", format, left)
+		}
+	}
+}
+
 func TestQuotasAndThickVolumes(t *testing.T) {
 	c := newCluster(t)
 	c.raise(Format)

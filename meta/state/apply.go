@@ -277,6 +277,8 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.pruneLayer(op.PruneLayer)
 	case *pb.Command_RetireStore:
 		return a.retireStore(op.RetireStore)
+	case *pb.Command_RemoveStore:
+		return a.removeStore(op.RemoveStore)
 	case *pb.Command_BindVm:
 		return a.bindVM(op.BindVm)
 	case *pb.Command_SetPlacement:

@@ -149,12 +149,7 @@ func (a *apply) removeHost(op *pb.RemoveHost) (*pb.Result, error) {
 		}
 	}
 	for _, id := range stores {
-		var user *pb.Volume
-		a.kv.Scan(key(tUse, id), nil, func(k, _ []byte) bool {
-			user = VolumeByID(a.kv, u64(k[17:]))
-			return user == nil
-		})
-		if user != nil {
+		if user := a.userOf(id); user != nil {
 			return nil, status.Errorf(status.Held, "host %s cannot be removed: its store %x has a copy of volume %s; drain it and wait until its copies are elsewhere", h.Name, id[:4], user.Name)
 		}
 	}
@@ -172,6 +167,15 @@ func (a *apply) removeHost(op *pb.RemoveHost) (*pb.Result, error) {
 	a.kv.Delete(key(tHost, h.Name))
 	a.event("host %s removed with %d stores", h.Name, len(stores))
 	return &pb.Result{}, nil
+}
+
+// userOf returns a volume that has a store as a member, or nil.
+func (a *apply) userOf(store []byte) (user *pb.Volume) {
+	a.kv.Scan(key(tUse, store), nil, func(k, _ []byte) bool {
+		user = VolumeByID(a.kv, u64(k[17:]))
+		return user == nil
+	})
+	return user
 }
 
 // heldBy returns a volume that a host has attached, or nil. O(volumes).

@@ -45,7 +45,11 @@ func (a *apply) shrinkVolume(op *pb.ShrinkVolume) (*pb.Result, error) {
 	}
 	from := v.SizeBytes
 	v.ShrunkFrom = max(v.ShrunkFrom, v.SizeBytes)
-	v.SizeBytes, v.UndoUnixNs = op.SizeBytes, max(a.now+keep, 1)
+	until := max(a.now+keep, 1)
+	if FormatOf(a.kv) >= 4 { // what an earlier shrink has promised stays
+		until = max(until, v.UndoUnixNs)
+	}
+	v.SizeBytes, v.UndoUnixNs = op.SizeBytes, until
 	v.Revision++ // news from before it are old now
 	put(a.kv, key(tVolume, v.Id), v)
 	a.kv.Set(key(tDue, uint64(v.UndoUnixNs), v.Id), []byte{})

@@ -56,3 +56,21 @@ func (a *apply) retireStore(op *pb.RetireStore) (*pb.Result, error) {
 	}
 	return &pb.Result{}, nil
 }
+
+// removeStore forgets a store that nothing is left on. What it was to drop stays
+// noted: should its disk come back, it hears of that.
+func (a *apply) removeStore(op *pb.RemoveStore) (*pb.Result, error) {
+	s := StoreByID(a.kv, op.Store)
+	if s == nil {
+		return nil, status.Errorf(status.NotFound, "there is no store %x: `cairn store ls` lists them", op.Store)
+	}
+	if !s.Retired {
+		return nil, status.Errorf(status.Conflict, "store %x on host %s is in service: `cairn store retire %x` first, and wait until its copies are elsewhere", s.Id[:4], s.Host, s.Id[:4])
+	}
+	if user := a.userOf(s.Id); user != nil {
+		return nil, status.Errorf(status.Held, "store %x on host %s still has a copy of volume %s: it goes elsewhere by itself, if there is room", s.Id[:4], s.Host, user.Name)
+	}
+	a.kv.Delete(key(tStore, s.Id))
+	a.event("store %x of host %s removed", s.Id[:4], s.Host)
+	return &pb.Result{}, nil
+}

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"errors"
 	"testing"
 
 	"github.com/cairnstore/cairn/proto/pb"
@@ -42,6 +43,36 @@ func TestRetiringAStore(t *testing.T) {
 	if StoreByID(c.kv, storeID(0)).Retired {
 		t.Fatal("still retired")
 	}
+}
+
+// Only a retired store that has no copy of anything is forgotten, and what it was
+// to drop stays noted.
+func TestRemovingAStore(t *testing.T) {
+	c := newCluster(t)
+	remove := &pb.Command{Op: &pb.Command_RemoveStore{RemoveStore: &pb.RemoveStore{Store: storeID(0)}}}
+	if err := CheckFormat(c.kv, remove); !errors.Is(err, status.Unsupported) {
+		t.Errorf("nodes that do not know it are sent it: %v", err)
+	}
+	c.raise(Format)
+	if err := CheckFormat(c.kv, remove); err != nil {
+		t.Error(err)
+	}
+	v := c.filled("v", 1)
+	c.refused(status.NotFound, "no store", &pb.Command{Op: &pb.Command_RemoveStore{RemoveStore: &pb.RemoveStore{Store: []byte("nobody's store 1")}}})
+	c.refused(status.Conflict, "retire", remove)
+	c.ok(&pb.Command{Op: &pb.Command_RetireStore{RetireStore: &pb.RetireStore{Store: storeID(0), Retired: true}}})
+	c.refused(status.Held, "copy of volume v", remove)
+	c.ok(detach(v))
+	c.ok(removeVolume("v", 3600))
+	c.ok(&pb.Command{Op: &pb.Command_PurgeVolume{PurgeVolume: &pb.PurgeVolume{Volume: "v"}}})
+	c.tick(1)
+	Waste(c.kv, storeID(0), 77, 78)
+	c.ok(remove)
+	if StoreByID(c.kv, storeID(0)) != nil || len(WasteOf(c.kv, storeID(0))) != 1 {
+		t.Error("a removed store is there, or what it was to drop is not")
+	}
+	c.refused(status.NotFound, "no store", remove)
+	c.audit()
 }
 
 // A store's class is its host's word at each start; one that nobody said is fast.

@@ -123,7 +123,7 @@ func (x ChunkMove_Step) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ChunkMove_Step.Descriptor instead.
 func (ChunkMove_Step) EnumDescriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39, 0}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40, 0}
 }
 
 type Store struct {
@@ -1440,6 +1440,7 @@ type Command struct {
 	//	*Command_BindVm
 	//	*Command_SetPlacement
 	//	*Command_RetireStore
+	//	*Command_RemoveStore
 	Op            isCommand_Op `protobuf_oneof:"op"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1879,6 +1880,15 @@ func (x *Command) GetRetireStore() *RetireStore {
 	return nil
 }
 
+func (x *Command) GetRemoveStore() *RemoveStore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_RemoveStore); ok {
+			return x.RemoveStore
+		}
+	}
+	return nil
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -2047,6 +2057,10 @@ type Command_RetireStore struct {
 	RetireStore *RetireStore `protobuf:"bytes,90,opt,name=retire_store,json=retireStore,proto3,oneof"`
 }
 
+type Command_RemoveStore struct {
+	RemoveStore *RemoveStore `protobuf:"bytes,91,opt,name=remove_store,json=removeStore,proto3,oneof"`
+}
+
 func (*Command_OpenSession) isCommand_Op() {}
 
 func (*Command_RegisterHost) isCommand_Op() {}
@@ -2129,6 +2143,8 @@ func (*Command_SetPlacement) isCommand_Op() {}
 
 func (*Command_RetireStore) isCommand_Op() {}
 
+func (*Command_RemoveStore) isCommand_Op() {}
+
 // RetireStore takes a store out of service, or back: a retired one gets no new
 // chunks, and those it has are to go elsewhere.
 type RetireStore struct {
@@ -2183,6 +2199,51 @@ func (x *RetireStore) GetRetired() bool {
 	return false
 }
 
+// RemoveStore forgets a retired store that has no copies any more.
+type RemoveStore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Store         []byte                 `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveStore) Reset() {
+	*x = RemoveStore{}
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveStore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveStore) ProtoMessage() {}
+
+func (x *RemoveStore) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveStore.ProtoReflect.Descriptor instead.
+func (*RemoveStore) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RemoveStore) GetStore() []byte {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
 // SetHost drains a host or lets it take part again: a drained one gets no new
 // chunks, VMs or attachments.
 type SetHost struct {
@@ -2195,7 +2256,7 @@ type SetHost struct {
 
 func (x *SetHost) Reset() {
 	*x = SetHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2268,7 @@ func (x *SetHost) String() string {
 func (*SetHost) ProtoMessage() {}
 
 func (x *SetHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[14]
+	mi := &file_proto_pb_meta_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2281,7 @@ func (x *SetHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetHost.ProtoReflect.Descriptor instead.
 func (*SetHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{14}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SetHost) GetHost() string {
@@ -2248,7 +2309,7 @@ type RemoveHost struct {
 
 func (x *RemoveHost) Reset() {
 	*x = RemoveHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2260,7 +2321,7 @@ func (x *RemoveHost) String() string {
 func (*RemoveHost) ProtoMessage() {}
 
 func (x *RemoveHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[15]
+	mi := &file_proto_pb_meta_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2273,7 +2334,7 @@ func (x *RemoveHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveHost.ProtoReflect.Descriptor instead.
 func (*RemoveHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{15}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RemoveHost) GetHost() string {
@@ -2296,7 +2357,7 @@ type MakeToken struct {
 
 func (x *MakeToken) Reset() {
 	*x = MakeToken{}
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2308,7 +2369,7 @@ func (x *MakeToken) String() string {
 func (*MakeToken) ProtoMessage() {}
 
 func (x *MakeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[16]
+	mi := &file_proto_pb_meta_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2321,7 +2382,7 @@ func (x *MakeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeToken.ProtoReflect.Descriptor instead.
 func (*MakeToken) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{16}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *MakeToken) GetSecretSha256() []byte {
@@ -2354,7 +2415,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2366,7 +2427,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[17]
+	mi := &file_proto_pb_meta_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2379,7 +2440,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{17}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RevokeToken) GetSecretSha256() []byte {
@@ -2400,7 +2461,7 @@ type Note struct {
 
 func (x *Note) Reset() {
 	*x = Note{}
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2412,7 +2473,7 @@ func (x *Note) String() string {
 func (*Note) ProtoMessage() {}
 
 func (x *Note) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[18]
+	mi := &file_proto_pb_meta_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2425,7 +2486,7 @@ func (x *Note) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Note.ProtoReflect.Descriptor instead.
 func (*Note) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{18}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Note) GetWhat() string {
@@ -2455,7 +2516,7 @@ type Housekeeping struct {
 
 func (x *Housekeeping) Reset() {
 	*x = Housekeeping{}
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2467,7 +2528,7 @@ func (x *Housekeeping) String() string {
 func (*Housekeeping) ProtoMessage() {}
 
 func (x *Housekeeping) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[19]
+	mi := &file_proto_pb_meta_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2480,7 +2541,7 @@ func (x *Housekeeping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Housekeeping.ProtoReflect.Descriptor instead.
 func (*Housekeeping) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{19}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Housekeeping) GetAudit() bool {
@@ -2508,7 +2569,7 @@ type UndeleteVolume struct {
 
 func (x *UndeleteVolume) Reset() {
 	*x = UndeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2520,7 +2581,7 @@ func (x *UndeleteVolume) String() string {
 func (*UndeleteVolume) ProtoMessage() {}
 
 func (x *UndeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[20]
+	mi := &file_proto_pb_meta_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2533,7 +2594,7 @@ func (x *UndeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndeleteVolume.ProtoReflect.Descriptor instead.
 func (*UndeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{20}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UndeleteVolume) GetVolume() string {
@@ -2560,7 +2621,7 @@ type PurgeVolume struct {
 
 func (x *PurgeVolume) Reset() {
 	*x = PurgeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2572,7 +2633,7 @@ func (x *PurgeVolume) String() string {
 func (*PurgeVolume) ProtoMessage() {}
 
 func (x *PurgeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[21]
+	mi := &file_proto_pb_meta_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2585,7 +2646,7 @@ func (x *PurgeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeVolume.ProtoReflect.Descriptor instead.
 func (*PurgeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{21}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PurgeVolume) GetVolume() string {
@@ -2611,7 +2672,7 @@ type ShrinkVolume struct {
 
 func (x *ShrinkVolume) Reset() {
 	*x = ShrinkVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2623,7 +2684,7 @@ func (x *ShrinkVolume) String() string {
 func (*ShrinkVolume) ProtoMessage() {}
 
 func (x *ShrinkVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[22]
+	mi := &file_proto_pb_meta_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2697,7 @@ func (x *ShrinkVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShrinkVolume.ProtoReflect.Descriptor instead.
 func (*ShrinkVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{22}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ShrinkVolume) GetVolumeId() uint64 {
@@ -2684,7 +2745,7 @@ type UndoShrink struct {
 
 func (x *UndoShrink) Reset() {
 	*x = UndoShrink{}
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2696,7 +2757,7 @@ func (x *UndoShrink) String() string {
 func (*UndoShrink) ProtoMessage() {}
 
 func (x *UndoShrink) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[23]
+	mi := &file_proto_pb_meta_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2709,7 +2770,7 @@ func (x *UndoShrink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoShrink.ProtoReflect.Descriptor instead.
 func (*UndoShrink) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{23}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *UndoShrink) GetVolume() string {
@@ -2737,7 +2798,7 @@ type ChunkCopy struct {
 
 func (x *ChunkCopy) Reset() {
 	*x = ChunkCopy{}
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2749,7 +2810,7 @@ func (x *ChunkCopy) String() string {
 func (*ChunkCopy) ProtoMessage() {}
 
 func (x *ChunkCopy) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[24]
+	mi := &file_proto_pb_meta_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2762,7 +2823,7 @@ func (x *ChunkCopy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkCopy.ProtoReflect.Descriptor instead.
 func (*ChunkCopy) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{24}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ChunkCopy) GetVolumeId() uint64 {
@@ -2790,7 +2851,7 @@ type DroppedCopies struct {
 
 func (x *DroppedCopies) Reset() {
 	*x = DroppedCopies{}
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2802,7 +2863,7 @@ func (x *DroppedCopies) String() string {
 func (*DroppedCopies) ProtoMessage() {}
 
 func (x *DroppedCopies) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[25]
+	mi := &file_proto_pb_meta_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2815,7 +2876,7 @@ func (x *DroppedCopies) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedCopies.ProtoReflect.Descriptor instead.
 func (*DroppedCopies) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{25}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DroppedCopies) GetStore() []byte {
@@ -2845,7 +2906,7 @@ type UpdateVolume struct {
 
 func (x *UpdateVolume) Reset() {
 	*x = UpdateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2857,7 +2918,7 @@ func (x *UpdateVolume) String() string {
 func (*UpdateVolume) ProtoMessage() {}
 
 func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[26]
+	mi := &file_proto_pb_meta_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2870,7 +2931,7 @@ func (x *UpdateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVolume.ProtoReflect.Descriptor instead.
 func (*UpdateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{26}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *UpdateVolume) GetVolume() string {
@@ -2913,7 +2974,7 @@ type SetTenant struct {
 
 func (x *SetTenant) Reset() {
 	*x = SetTenant{}
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2925,7 +2986,7 @@ func (x *SetTenant) String() string {
 func (*SetTenant) ProtoMessage() {}
 
 func (x *SetTenant) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[27]
+	mi := &file_proto_pb_meta_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2938,7 +2999,7 @@ func (x *SetTenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTenant.ProtoReflect.Descriptor instead.
 func (*SetTenant) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{27}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SetTenant) GetTenant() string {
@@ -2973,7 +3034,7 @@ type TrustVolume struct {
 
 func (x *TrustVolume) Reset() {
 	*x = TrustVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2985,7 +3046,7 @@ func (x *TrustVolume) String() string {
 func (*TrustVolume) ProtoMessage() {}
 
 func (x *TrustVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[28]
+	mi := &file_proto_pb_meta_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2998,7 +3059,7 @@ func (x *TrustVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustVolume.ProtoReflect.Descriptor instead.
 func (*TrustVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{28}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TrustVolume) GetVolume() string {
@@ -3018,7 +3079,7 @@ type InitCluster struct {
 
 func (x *InitCluster) Reset() {
 	*x = InitCluster{}
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3030,7 +3091,7 @@ func (x *InitCluster) String() string {
 func (*InitCluster) ProtoMessage() {}
 
 func (x *InitCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[29]
+	mi := &file_proto_pb_meta_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3043,7 +3104,7 @@ func (x *InitCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitCluster.ProtoReflect.Descriptor instead.
 func (*InitCluster) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{29}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *InitCluster) GetClusterId() string {
@@ -3062,7 +3123,7 @@ type OpenSession struct {
 
 func (x *OpenSession) Reset() {
 	*x = OpenSession{}
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3074,7 +3135,7 @@ func (x *OpenSession) String() string {
 func (*OpenSession) ProtoMessage() {}
 
 func (x *OpenSession) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[30]
+	mi := &file_proto_pb_meta_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3087,7 +3148,7 @@ func (x *OpenSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSession.ProtoReflect.Descriptor instead.
 func (*OpenSession) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{30}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
 }
 
 // RegisterHost adds or updates a host. Whether it is drained stays as it is.
@@ -3101,7 +3162,7 @@ type RegisterHost struct {
 
 func (x *RegisterHost) Reset() {
 	*x = RegisterHost{}
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3113,7 +3174,7 @@ func (x *RegisterHost) String() string {
 func (*RegisterHost) ProtoMessage() {}
 
 func (x *RegisterHost) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[31]
+	mi := &file_proto_pb_meta_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3126,7 +3187,7 @@ func (x *RegisterHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterHost.ProtoReflect.Descriptor instead.
 func (*RegisterHost) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{31}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RegisterHost) GetHost() *Host {
@@ -3156,7 +3217,7 @@ type RegisterStore struct {
 
 func (x *RegisterStore) Reset() {
 	*x = RegisterStore{}
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3168,7 +3229,7 @@ func (x *RegisterStore) String() string {
 func (*RegisterStore) ProtoMessage() {}
 
 func (x *RegisterStore) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[32]
+	mi := &file_proto_pb_meta_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3181,7 +3242,7 @@ func (x *RegisterStore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterStore.ProtoReflect.Descriptor instead.
 func (*RegisterStore) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{32}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RegisterStore) GetStore() *Store {
@@ -3208,7 +3269,7 @@ type CreateVolume struct {
 
 func (x *CreateVolume) Reset() {
 	*x = CreateVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3220,7 +3281,7 @@ func (x *CreateVolume) String() string {
 func (*CreateVolume) ProtoMessage() {}
 
 func (x *CreateVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[33]
+	mi := &file_proto_pb_meta_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3233,7 +3294,7 @@ func (x *CreateVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolume.ProtoReflect.Descriptor instead.
 func (*CreateVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{33}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateVolume) GetName() string {
@@ -3309,7 +3370,7 @@ type RenameVolume struct {
 
 func (x *RenameVolume) Reset() {
 	*x = RenameVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3321,7 +3382,7 @@ func (x *RenameVolume) String() string {
 func (*RenameVolume) ProtoMessage() {}
 
 func (x *RenameVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[34]
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3334,7 +3395,7 @@ func (x *RenameVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameVolume.ProtoReflect.Descriptor instead.
 func (*RenameVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{34}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RenameVolume) GetVolume() string {
@@ -3361,7 +3422,7 @@ type ResizeVolume struct {
 
 func (x *ResizeVolume) Reset() {
 	*x = ResizeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3373,7 +3434,7 @@ func (x *ResizeVolume) String() string {
 func (*ResizeVolume) ProtoMessage() {}
 
 func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3386,7 +3447,7 @@ func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolume.ProtoReflect.Descriptor instead.
 func (*ResizeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ResizeVolume) GetVolume() string {
@@ -3414,7 +3475,7 @@ type DeleteVolume struct {
 
 func (x *DeleteVolume) Reset() {
 	*x = DeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3426,7 +3487,7 @@ func (x *DeleteVolume) String() string {
 func (*DeleteVolume) ProtoMessage() {}
 
 func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3439,7 +3500,7 @@ func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolume.ProtoReflect.Descriptor instead.
 func (*DeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DeleteVolume) GetVolume() string {
@@ -3471,7 +3532,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3483,7 +3544,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3496,7 +3557,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Attach) GetVolume() string {
@@ -3558,7 +3619,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3570,7 +3631,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3583,7 +3644,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *HandOver) GetVolumeId() uint64 {
@@ -3643,7 +3704,7 @@ type ChunkMove struct {
 
 func (x *ChunkMove) Reset() {
 	*x = ChunkMove{}
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3655,7 +3716,7 @@ func (x *ChunkMove) String() string {
 func (*ChunkMove) ProtoMessage() {}
 
 func (x *ChunkMove) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3668,7 +3729,7 @@ func (x *ChunkMove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkMove.ProtoReflect.Descriptor instead.
 func (*ChunkMove) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ChunkMove) GetIndex() uint32 {
@@ -3728,7 +3789,7 @@ type MoveChunks struct {
 
 func (x *MoveChunks) Reset() {
 	*x = MoveChunks{}
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3740,7 +3801,7 @@ func (x *MoveChunks) String() string {
 func (*MoveChunks) ProtoMessage() {}
 
 func (x *MoveChunks) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3753,7 +3814,7 @@ func (x *MoveChunks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveChunks.ProtoReflect.Descriptor instead.
 func (*MoveChunks) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *MoveChunks) GetVolumeId() uint64 {
@@ -3796,7 +3857,7 @@ type SetReplicas struct {
 
 func (x *SetReplicas) Reset() {
 	*x = SetReplicas{}
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3808,7 +3869,7 @@ func (x *SetReplicas) String() string {
 func (*SetReplicas) ProtoMessage() {}
 
 func (x *SetReplicas) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3821,7 +3882,7 @@ func (x *SetReplicas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetReplicas.ProtoReflect.Descriptor instead.
 func (*SetReplicas) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *SetReplicas) GetVolume() string {
@@ -3849,7 +3910,7 @@ type Detach struct {
 
 func (x *Detach) Reset() {
 	*x = Detach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3861,7 +3922,7 @@ func (x *Detach) String() string {
 func (*Detach) ProtoMessage() {}
 
 func (x *Detach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3874,7 +3935,7 @@ func (x *Detach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detach.ProtoReflect.Descriptor instead.
 func (*Detach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Detach) GetVolumeId() uint64 {
@@ -3907,7 +3968,7 @@ type Allocate struct {
 
 func (x *Allocate) Reset() {
 	*x = Allocate{}
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3919,7 +3980,7 @@ func (x *Allocate) String() string {
 func (*Allocate) ProtoMessage() {}
 
 func (x *Allocate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3932,7 +3993,7 @@ func (x *Allocate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocate.ProtoReflect.Descriptor instead.
 func (*Allocate) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Allocate) GetVolumeId() uint64 {
@@ -3992,7 +4053,7 @@ type MemberChange struct {
 
 func (x *MemberChange) Reset() {
 	*x = MemberChange{}
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4004,7 +4065,7 @@ func (x *MemberChange) String() string {
 func (*MemberChange) ProtoMessage() {}
 
 func (x *MemberChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4017,7 +4078,7 @@ func (x *MemberChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberChange.ProtoReflect.Descriptor instead.
 func (*MemberChange) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *MemberChange) GetVolumeId() uint64 {
@@ -4080,7 +4141,7 @@ type ChangeMembers struct {
 
 func (x *ChangeMembers) Reset() {
 	*x = ChangeMembers{}
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4092,7 +4153,7 @@ func (x *ChangeMembers) String() string {
 func (*ChangeMembers) ProtoMessage() {}
 
 func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4105,7 +4166,7 @@ func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembers.ProtoReflect.Descriptor instead.
 func (*ChangeMembers) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ChangeMembers) GetChanges() []*MemberChange {
@@ -4125,7 +4186,7 @@ type PutVM struct {
 
 func (x *PutVM) Reset() {
 	*x = PutVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4137,7 +4198,7 @@ func (x *PutVM) String() string {
 func (*PutVM) ProtoMessage() {}
 
 func (x *PutVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4150,7 +4211,7 @@ func (x *PutVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutVM.ProtoReflect.Descriptor instead.
 func (*PutVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PutVM) GetVm() *VM {
@@ -4176,7 +4237,7 @@ type DeleteVM struct {
 
 func (x *DeleteVM) Reset() {
 	*x = DeleteVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4188,7 +4249,7 @@ func (x *DeleteVM) String() string {
 func (*DeleteVM) ProtoMessage() {}
 
 func (x *DeleteVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4201,7 +4262,7 @@ func (x *DeleteVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVM.ProtoReflect.Descriptor instead.
 func (*DeleteVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *DeleteVM) GetName() string {
@@ -4229,7 +4290,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4241,7 +4302,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4254,7 +4315,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Result) GetStatus() uint32 {
@@ -4338,7 +4399,7 @@ type MemberResult struct {
 
 func (x *MemberResult) Reset() {
 	*x = MemberResult{}
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4350,7 +4411,7 @@ func (x *MemberResult) String() string {
 func (*MemberResult) ProtoMessage() {}
 
 func (x *MemberResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4363,7 +4424,7 @@ func (x *MemberResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberResult.ProtoReflect.Descriptor instead.
 func (*MemberResult) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *MemberResult) GetStatus() uint32 {
@@ -4416,7 +4477,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4428,7 +4489,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4441,7 +4502,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *QueryRequest) GetQ() isQueryRequest_Q {
@@ -4711,7 +4772,7 @@ type GoneVolumes struct {
 
 func (x *GoneVolumes) Reset() {
 	*x = GoneVolumes{}
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4723,7 +4784,7 @@ func (x *GoneVolumes) String() string {
 func (*GoneVolumes) ProtoMessage() {}
 
 func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4736,7 +4797,7 @@ func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoneVolumes.ProtoReflect.Descriptor instead.
 func (*GoneVolumes) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GoneVolumes) GetVolumeIds() []uint64 {
@@ -4756,7 +4817,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4768,7 +4829,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4781,7 +4842,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Events) GetAfter() uint64 {
@@ -4809,7 +4870,7 @@ type PlaceVM struct {
 
 func (x *PlaceVM) Reset() {
 	*x = PlaceVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4821,7 +4882,7 @@ func (x *PlaceVM) String() string {
 func (*PlaceVM) ProtoMessage() {}
 
 func (x *PlaceVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4834,7 +4895,7 @@ func (x *PlaceVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceVM.ProtoReflect.Descriptor instead.
 func (*PlaceVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *PlaceVM) GetVm() string {
@@ -4881,7 +4942,7 @@ type QueryReply struct {
 
 func (x *QueryReply) Reset() {
 	*x = QueryReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4893,7 +4954,7 @@ func (x *QueryReply) String() string {
 func (*QueryReply) ProtoMessage() {}
 
 func (x *QueryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4906,7 +4967,7 @@ func (x *QueryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryReply.ProtoReflect.Descriptor instead.
 func (*QueryReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *QueryReply) GetStatus() uint32 {
@@ -5074,7 +5135,7 @@ type PoolMark struct {
 
 func (x *PoolMark) Reset() {
 	*x = PoolMark{}
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5086,7 +5147,7 @@ func (x *PoolMark) String() string {
 func (*PoolMark) ProtoMessage() {}
 
 func (x *PoolMark) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5099,7 +5160,7 @@ func (x *PoolMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolMark.ProtoReflect.Descriptor instead.
 func (*PoolMark) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *PoolMark) GetPercent() uint32 {
@@ -5129,7 +5190,7 @@ type OriginState struct {
 
 func (x *OriginState) Reset() {
 	*x = OriginState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5141,7 +5202,7 @@ func (x *OriginState) String() string {
 func (*OriginState) ProtoMessage() {}
 
 func (x *OriginState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5154,7 +5215,7 @@ func (x *OriginState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OriginState.ProtoReflect.Descriptor instead.
 func (*OriginState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *OriginState) GetVolume() *Volume {
@@ -5198,7 +5259,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5210,7 +5271,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5223,7 +5284,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -5274,7 +5335,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5286,7 +5347,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5299,7 +5360,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -5350,7 +5411,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5362,7 +5423,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5375,7 +5436,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -5423,7 +5484,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5435,7 +5496,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5448,7 +5509,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -5480,7 +5541,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5492,7 +5553,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5505,7 +5566,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -5578,7 +5639,7 @@ type RenewReply struct {
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5590,7 +5651,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5603,7 +5664,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -5706,7 +5767,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5718,7 +5779,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5731,7 +5792,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *NodeRequest) GetTermOnly() bool {
@@ -5772,7 +5833,7 @@ type NodeReply struct {
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5784,7 +5845,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5797,7 +5858,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *NodeReply) GetId() string {
@@ -5971,7 +6032,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5983,7 +6044,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5996,7 +6057,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *WatchRequest) GetAfter() uint64 {
@@ -6027,7 +6088,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6039,7 +6100,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6052,7 +6113,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Change) GetWhat() isChange_What {
@@ -6191,7 +6252,7 @@ type WatchReply struct {
 
 func (x *WatchReply) Reset() {
 	*x = WatchReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6203,7 +6264,7 @@ func (x *WatchReply) String() string {
 func (*WatchReply) ProtoMessage() {}
 
 func (x *WatchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6216,7 +6277,7 @@ func (x *WatchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
 func (*WatchReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *WatchReply) GetRevision() uint64 {
@@ -6257,7 +6318,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6269,7 +6330,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6282,7 +6343,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *AddNodeRequest) GetApiAddr() string {
@@ -6309,7 +6370,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6321,7 +6382,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6334,7 +6395,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -6363,7 +6424,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6375,7 +6436,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6388,7 +6449,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *NodesReply) GetStatus() uint32 {
@@ -6427,7 +6488,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[71]
+	mi := &file_proto_pb_meta_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6439,7 +6500,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[71]
+	mi := &file_proto_pb_meta_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6452,7 +6513,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{71}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{72}
 }
 
 type BackupPiece struct {
@@ -6467,7 +6528,7 @@ type BackupPiece struct {
 
 func (x *BackupPiece) Reset() {
 	*x = BackupPiece{}
-	mi := &file_proto_pb_meta_proto_msgTypes[72]
+	mi := &file_proto_pb_meta_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6479,7 +6540,7 @@ func (x *BackupPiece) String() string {
 func (*BackupPiece) ProtoMessage() {}
 
 func (x *BackupPiece) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[72]
+	mi := &file_proto_pb_meta_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6492,7 +6553,7 @@ func (x *BackupPiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
 func (*BackupPiece) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{72}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *BackupPiece) GetStatus() uint32 {
@@ -6659,7 +6720,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18( \x01(\tR\aoutcome\"\xd3\x13\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\x8f\x14\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -6713,11 +6774,14 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"pruneLayer\x12+\n" +
 	"\abind_vm\x18P \x01(\v2\x10.cairn.v1.BindVMH\x00R\x06bindVm\x12=\n" +
 	"\rset_placement\x18Q \x01(\v2\x16.cairn.v1.SetPlacementH\x00R\fsetPlacement\x12:\n" +
-	"\fretire_store\x18Z \x01(\v2\x15.cairn.v1.RetireStoreH\x00R\vretireStoreB\x04\n" +
+	"\fretire_store\x18Z \x01(\v2\x15.cairn.v1.RetireStoreH\x00R\vretireStore\x12:\n" +
+	"\fremove_store\x18[ \x01(\v2\x15.cairn.v1.RemoveStoreH\x00R\vremoveStoreB\x04\n" +
 	"\x02op\"=\n" +
 	"\vRetireStore\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x18\n" +
-	"\aretired\x18\x02 \x01(\bR\aretired\"7\n" +
+	"\aretired\x18\x02 \x01(\bR\aretired\"#\n" +
+	"\vRemoveStore\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\fR\x05store\"7\n" +
 	"\aSetHost\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
 	"\adrained\x18\x02 \x01(\bR\adrained\" \n" +
@@ -7101,7 +7165,7 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
 var file_proto_pb_meta_proto_goTypes = []any{
 	(ChunkState)(0),           // 0: cairn.v1.ChunkState
 	(ChunkMove_Step)(0),       // 1: cairn.v1.ChunkMove.Step
@@ -7119,218 +7183,220 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	(*Event)(nil),             // 13: cairn.v1.Event
 	(*Command)(nil),           // 14: cairn.v1.Command
 	(*RetireStore)(nil),       // 15: cairn.v1.RetireStore
-	(*SetHost)(nil),           // 16: cairn.v1.SetHost
-	(*RemoveHost)(nil),        // 17: cairn.v1.RemoveHost
-	(*MakeToken)(nil),         // 18: cairn.v1.MakeToken
-	(*RevokeToken)(nil),       // 19: cairn.v1.RevokeToken
-	(*Note)(nil),              // 20: cairn.v1.Note
-	(*Housekeeping)(nil),      // 21: cairn.v1.Housekeeping
-	(*UndeleteVolume)(nil),    // 22: cairn.v1.UndeleteVolume
-	(*PurgeVolume)(nil),       // 23: cairn.v1.PurgeVolume
-	(*ShrinkVolume)(nil),      // 24: cairn.v1.ShrinkVolume
-	(*UndoShrink)(nil),        // 25: cairn.v1.UndoShrink
-	(*ChunkCopy)(nil),         // 26: cairn.v1.ChunkCopy
-	(*DroppedCopies)(nil),     // 27: cairn.v1.DroppedCopies
-	(*UpdateVolume)(nil),      // 28: cairn.v1.UpdateVolume
-	(*SetTenant)(nil),         // 29: cairn.v1.SetTenant
-	(*TrustVolume)(nil),       // 30: cairn.v1.TrustVolume
-	(*InitCluster)(nil),       // 31: cairn.v1.InitCluster
-	(*OpenSession)(nil),       // 32: cairn.v1.OpenSession
-	(*RegisterHost)(nil),      // 33: cairn.v1.RegisterHost
-	(*RegisterStore)(nil),     // 34: cairn.v1.RegisterStore
-	(*CreateVolume)(nil),      // 35: cairn.v1.CreateVolume
-	(*RenameVolume)(nil),      // 36: cairn.v1.RenameVolume
-	(*ResizeVolume)(nil),      // 37: cairn.v1.ResizeVolume
-	(*DeleteVolume)(nil),      // 38: cairn.v1.DeleteVolume
-	(*Attach)(nil),            // 39: cairn.v1.Attach
-	(*HandOver)(nil),          // 40: cairn.v1.HandOver
-	(*ChunkMove)(nil),         // 41: cairn.v1.ChunkMove
-	(*MoveChunks)(nil),        // 42: cairn.v1.MoveChunks
-	(*SetReplicas)(nil),       // 43: cairn.v1.SetReplicas
-	(*Detach)(nil),            // 44: cairn.v1.Detach
-	(*Allocate)(nil),          // 45: cairn.v1.Allocate
-	(*MemberChange)(nil),      // 46: cairn.v1.MemberChange
-	(*ChangeMembers)(nil),     // 47: cairn.v1.ChangeMembers
-	(*PutVM)(nil),             // 48: cairn.v1.PutVM
-	(*DeleteVM)(nil),          // 49: cairn.v1.DeleteVM
-	(*Result)(nil),            // 50: cairn.v1.Result
-	(*MemberResult)(nil),      // 51: cairn.v1.MemberResult
-	(*QueryRequest)(nil),      // 52: cairn.v1.QueryRequest
-	(*GoneVolumes)(nil),       // 53: cairn.v1.GoneVolumes
-	(*Events)(nil),            // 54: cairn.v1.Events
-	(*PlaceVM)(nil),           // 55: cairn.v1.PlaceVM
-	(*QueryReply)(nil),        // 56: cairn.v1.QueryReply
-	(*PoolMark)(nil),          // 57: cairn.v1.PoolMark
-	(*OriginState)(nil),       // 58: cairn.v1.OriginState
-	(*StoreUsage)(nil),        // 59: cairn.v1.StoreUsage
-	(*StoreState)(nil),        // 60: cairn.v1.StoreState
-	(*HostState)(nil),         // 61: cairn.v1.HostState
-	(*Lease)(nil),             // 62: cairn.v1.Lease
-	(*RenewRequest)(nil),      // 63: cairn.v1.RenewRequest
-	(*RenewReply)(nil),        // 64: cairn.v1.RenewReply
-	(*NodeRequest)(nil),       // 65: cairn.v1.NodeRequest
-	(*NodeReply)(nil),         // 66: cairn.v1.NodeReply
-	(*WatchRequest)(nil),      // 67: cairn.v1.WatchRequest
-	(*Change)(nil),            // 68: cairn.v1.Change
-	(*WatchReply)(nil),        // 69: cairn.v1.WatchReply
-	(*AddNodeRequest)(nil),    // 70: cairn.v1.AddNodeRequest
-	(*RemoveNodeRequest)(nil), // 71: cairn.v1.RemoveNodeRequest
-	(*NodesReply)(nil),        // 72: cairn.v1.NodesReply
-	(*BackupRequest)(nil),     // 73: cairn.v1.BackupRequest
-	(*BackupPiece)(nil),       // 74: cairn.v1.BackupPiece
-	nil,                       // 75: cairn.v1.Host.LabelsEntry
-	nil,                       // 76: cairn.v1.Volume.TagsEntry
-	nil,                       // 77: cairn.v1.UpdateVolume.SetTagsEntry
-	nil,                       // 78: cairn.v1.CreateVolume.TagsEntry
-	(*HostPromise)(nil),       // 79: cairn.v1.HostPromise
-	(*Layer)(nil),             // 80: cairn.v1.Layer
-	(*Origin)(nil),            // 81: cairn.v1.Origin
-	(*VMNeeds)(nil),           // 82: cairn.v1.VMNeeds
-	(*VMQueue)(nil),           // 83: cairn.v1.VMQueue
-	(*PrepareSnapshot)(nil),   // 84: cairn.v1.PrepareSnapshot
-	(*NameSnapshots)(nil),     // 85: cairn.v1.NameSnapshots
-	(*DeleteSnapshot)(nil),    // 86: cairn.v1.DeleteSnapshot
-	(*CloneVolume)(nil),       // 87: cairn.v1.CloneVolume
-	(*RollbackVolume)(nil),    // 88: cairn.v1.RollbackVolume
-	(*FlattenVolume)(nil),     // 89: cairn.v1.FlattenVolume
-	(*PruneLayer)(nil),        // 90: cairn.v1.PruneLayer
-	(*BindVM)(nil),            // 91: cairn.v1.BindVM
-	(*SetPlacement)(nil),      // 92: cairn.v1.SetPlacement
-	(*LayersOf)(nil),          // 93: cairn.v1.LayersOf
-	(*PlaceQuestion)(nil),     // 94: cairn.v1.PlaceQuestion
-	(*VolumeLayers)(nil),      // 95: cairn.v1.VolumeLayers
-	(*PlaceAnswer)(nil),       // 96: cairn.v1.PlaceAnswer
-	(*VolumeHeat)(nil),        // 97: cairn.v1.VolumeHeat
-	(*VolumeWishes)(nil),      // 98: cairn.v1.VolumeWishes
+	(*RemoveStore)(nil),       // 16: cairn.v1.RemoveStore
+	(*SetHost)(nil),           // 17: cairn.v1.SetHost
+	(*RemoveHost)(nil),        // 18: cairn.v1.RemoveHost
+	(*MakeToken)(nil),         // 19: cairn.v1.MakeToken
+	(*RevokeToken)(nil),       // 20: cairn.v1.RevokeToken
+	(*Note)(nil),              // 21: cairn.v1.Note
+	(*Housekeeping)(nil),      // 22: cairn.v1.Housekeeping
+	(*UndeleteVolume)(nil),    // 23: cairn.v1.UndeleteVolume
+	(*PurgeVolume)(nil),       // 24: cairn.v1.PurgeVolume
+	(*ShrinkVolume)(nil),      // 25: cairn.v1.ShrinkVolume
+	(*UndoShrink)(nil),        // 26: cairn.v1.UndoShrink
+	(*ChunkCopy)(nil),         // 27: cairn.v1.ChunkCopy
+	(*DroppedCopies)(nil),     // 28: cairn.v1.DroppedCopies
+	(*UpdateVolume)(nil),      // 29: cairn.v1.UpdateVolume
+	(*SetTenant)(nil),         // 30: cairn.v1.SetTenant
+	(*TrustVolume)(nil),       // 31: cairn.v1.TrustVolume
+	(*InitCluster)(nil),       // 32: cairn.v1.InitCluster
+	(*OpenSession)(nil),       // 33: cairn.v1.OpenSession
+	(*RegisterHost)(nil),      // 34: cairn.v1.RegisterHost
+	(*RegisterStore)(nil),     // 35: cairn.v1.RegisterStore
+	(*CreateVolume)(nil),      // 36: cairn.v1.CreateVolume
+	(*RenameVolume)(nil),      // 37: cairn.v1.RenameVolume
+	(*ResizeVolume)(nil),      // 38: cairn.v1.ResizeVolume
+	(*DeleteVolume)(nil),      // 39: cairn.v1.DeleteVolume
+	(*Attach)(nil),            // 40: cairn.v1.Attach
+	(*HandOver)(nil),          // 41: cairn.v1.HandOver
+	(*ChunkMove)(nil),         // 42: cairn.v1.ChunkMove
+	(*MoveChunks)(nil),        // 43: cairn.v1.MoveChunks
+	(*SetReplicas)(nil),       // 44: cairn.v1.SetReplicas
+	(*Detach)(nil),            // 45: cairn.v1.Detach
+	(*Allocate)(nil),          // 46: cairn.v1.Allocate
+	(*MemberChange)(nil),      // 47: cairn.v1.MemberChange
+	(*ChangeMembers)(nil),     // 48: cairn.v1.ChangeMembers
+	(*PutVM)(nil),             // 49: cairn.v1.PutVM
+	(*DeleteVM)(nil),          // 50: cairn.v1.DeleteVM
+	(*Result)(nil),            // 51: cairn.v1.Result
+	(*MemberResult)(nil),      // 52: cairn.v1.MemberResult
+	(*QueryRequest)(nil),      // 53: cairn.v1.QueryRequest
+	(*GoneVolumes)(nil),       // 54: cairn.v1.GoneVolumes
+	(*Events)(nil),            // 55: cairn.v1.Events
+	(*PlaceVM)(nil),           // 56: cairn.v1.PlaceVM
+	(*QueryReply)(nil),        // 57: cairn.v1.QueryReply
+	(*PoolMark)(nil),          // 58: cairn.v1.PoolMark
+	(*OriginState)(nil),       // 59: cairn.v1.OriginState
+	(*StoreUsage)(nil),        // 60: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 61: cairn.v1.StoreState
+	(*HostState)(nil),         // 62: cairn.v1.HostState
+	(*Lease)(nil),             // 63: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 64: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 65: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 66: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 67: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 68: cairn.v1.WatchRequest
+	(*Change)(nil),            // 69: cairn.v1.Change
+	(*WatchReply)(nil),        // 70: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 71: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 72: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 73: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 74: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 75: cairn.v1.BackupPiece
+	nil,                       // 76: cairn.v1.Host.LabelsEntry
+	nil,                       // 77: cairn.v1.Volume.TagsEntry
+	nil,                       // 78: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 79: cairn.v1.CreateVolume.TagsEntry
+	(*HostPromise)(nil),       // 80: cairn.v1.HostPromise
+	(*Layer)(nil),             // 81: cairn.v1.Layer
+	(*Origin)(nil),            // 82: cairn.v1.Origin
+	(*VMNeeds)(nil),           // 83: cairn.v1.VMNeeds
+	(*VMQueue)(nil),           // 84: cairn.v1.VMQueue
+	(*PrepareSnapshot)(nil),   // 85: cairn.v1.PrepareSnapshot
+	(*NameSnapshots)(nil),     // 86: cairn.v1.NameSnapshots
+	(*DeleteSnapshot)(nil),    // 87: cairn.v1.DeleteSnapshot
+	(*CloneVolume)(nil),       // 88: cairn.v1.CloneVolume
+	(*RollbackVolume)(nil),    // 89: cairn.v1.RollbackVolume
+	(*FlattenVolume)(nil),     // 90: cairn.v1.FlattenVolume
+	(*PruneLayer)(nil),        // 91: cairn.v1.PruneLayer
+	(*BindVM)(nil),            // 92: cairn.v1.BindVM
+	(*SetPlacement)(nil),      // 93: cairn.v1.SetPlacement
+	(*LayersOf)(nil),          // 94: cairn.v1.LayersOf
+	(*PlaceQuestion)(nil),     // 95: cairn.v1.PlaceQuestion
+	(*VolumeLayers)(nil),      // 96: cairn.v1.VolumeLayers
+	(*PlaceAnswer)(nil),       // 97: cairn.v1.PlaceAnswer
+	(*VolumeHeat)(nil),        // 98: cairn.v1.VolumeHeat
+	(*VolumeWishes)(nil),      // 99: cairn.v1.VolumeWishes
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	75,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
-	79,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
+	76,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	80,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
 	0,   // 2: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
 	6,   // 3: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
 	4,   // 4: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	76,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	77,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
 	8,   // 6: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	80,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
-	81,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
-	82,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
-	83,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
-	32,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
-	33,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
-	34,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
-	35,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	36,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	37,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	38,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	39,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	44,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	45,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	47,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	48,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	49,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
-	31,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
-	16,  // 25: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
-	17,  // 26: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
-	18,  // 27: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
-	19,  // 28: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
-	20,  // 29: cairn.v1.Command.note:type_name -> cairn.v1.Note
-	21,  // 30: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
-	22,  // 31: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
-	23,  // 32: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
-	24,  // 33: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
-	25,  // 34: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
-	28,  // 35: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
-	29,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
-	30,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
-	27,  // 38: cairn.v1.Command.dropped_copies:type_name -> cairn.v1.DroppedCopies
-	42,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
-	43,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
-	40,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
-	84,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
-	85,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
-	86,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
-	87,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
-	88,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
-	89,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
-	90,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
-	91,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
-	92,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
+	81,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
+	82,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
+	83,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
+	84,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
+	33,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
+	34,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
+	35,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
+	36,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
+	37,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	38,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	39,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	40,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	45,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	46,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	48,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	49,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	50,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	32,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
+	17,  // 25: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
+	18,  // 26: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
+	19,  // 27: cairn.v1.Command.make_token:type_name -> cairn.v1.MakeToken
+	20,  // 28: cairn.v1.Command.revoke_token:type_name -> cairn.v1.RevokeToken
+	21,  // 29: cairn.v1.Command.note:type_name -> cairn.v1.Note
+	22,  // 30: cairn.v1.Command.housekeeping:type_name -> cairn.v1.Housekeeping
+	23,  // 31: cairn.v1.Command.undelete_volume:type_name -> cairn.v1.UndeleteVolume
+	24,  // 32: cairn.v1.Command.purge_volume:type_name -> cairn.v1.PurgeVolume
+	25,  // 33: cairn.v1.Command.shrink_volume:type_name -> cairn.v1.ShrinkVolume
+	26,  // 34: cairn.v1.Command.undo_shrink:type_name -> cairn.v1.UndoShrink
+	29,  // 35: cairn.v1.Command.update_volume:type_name -> cairn.v1.UpdateVolume
+	30,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
+	31,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
+	28,  // 38: cairn.v1.Command.dropped_copies:type_name -> cairn.v1.DroppedCopies
+	43,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
+	44,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
+	41,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
+	85,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
+	86,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
+	87,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
+	88,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
+	89,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
+	90,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
+	91,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
+	92,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
+	93,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
 	15,  // 51: cairn.v1.Command.retire_store:type_name -> cairn.v1.RetireStore
-	26,  // 52: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
-	77,  // 53: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
-	8,   // 54: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
-	3,   // 55: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	2,   // 56: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	78,  // 57: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
-	8,   // 58: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	40,  // 59: cairn.v1.HandOver.also:type_name -> cairn.v1.HandOver
-	91,  // 60: cairn.v1.HandOver.bind:type_name -> cairn.v1.BindVM
-	1,   // 61: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
-	41,  // 62: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
-	5,   // 63: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	46,  // 64: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	12,  // 65: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	7,   // 66: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	5,   // 67: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	51,  // 68: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	12,  // 69: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	7,   // 70: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
-	53,  // 71: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	54,  // 72: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	55,  // 73: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	93,  // 74: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
-	94,  // 75: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
-	7,   // 76: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	5,   // 77: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	61,  // 78: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	12,  // 79: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	13,  // 80: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	66,  // 81: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	9,   // 82: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	10,  // 83: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	11,  // 84: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	26,  // 85: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
-	95,  // 86: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
-	58,  // 87: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
-	96,  // 88: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
-	57,  // 89: cairn.v1.QueryReply.pool_mark:type_name -> cairn.v1.PoolMark
-	7,   // 90: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
-	5,   // 91: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
-	2,   // 92: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	59,  // 93: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,   // 94: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	60,  // 95: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	62,  // 96: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	62,  // 97: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	59,  // 98: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	97,  // 99: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
-	62,  // 100: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,   // 101: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	12,  // 102: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
-	98,  // 103: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
-	68,  // 104: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	66,  // 105: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14,  // 106: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	52,  // 107: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	63,  // 108: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	65,  // 109: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	67,  // 110: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	70,  // 111: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	71,  // 112: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	73,  // 113: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	50,  // 114: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	56,  // 115: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	64,  // 116: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	66,  // 117: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	69,  // 118: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	72,  // 119: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	72,  // 120: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	74,  // 121: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	114, // [114:122] is the sub-list for method output_type
-	106, // [106:114] is the sub-list for method input_type
-	106, // [106:106] is the sub-list for extension type_name
-	106, // [106:106] is the sub-list for extension extendee
-	0,   // [0:106] is the sub-list for field type_name
+	16,  // 52: cairn.v1.Command.remove_store:type_name -> cairn.v1.RemoveStore
+	27,  // 53: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
+	78,  // 54: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	8,   // 55: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	3,   // 56: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	2,   // 57: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	79,  // 58: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	8,   // 59: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	41,  // 60: cairn.v1.HandOver.also:type_name -> cairn.v1.HandOver
+	92,  // 61: cairn.v1.HandOver.bind:type_name -> cairn.v1.BindVM
+	1,   // 62: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	42,  // 63: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,   // 64: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	47,  // 65: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12,  // 66: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,   // 67: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,   // 68: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	52,  // 69: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12,  // 70: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	7,   // 71: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
+	54,  // 72: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	55,  // 73: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	56,  // 74: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	94,  // 75: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	95,  // 76: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
+	7,   // 77: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,   // 78: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	62,  // 79: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12,  // 80: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13,  // 81: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	67,  // 82: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,   // 83: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10,  // 84: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11,  // 85: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	27,  // 86: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
+	96,  // 87: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	59,  // 88: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	97,  // 89: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
+	58,  // 90: cairn.v1.QueryReply.pool_mark:type_name -> cairn.v1.PoolMark
+	7,   // 91: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,   // 92: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,   // 93: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	60,  // 94: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,   // 95: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	61,  // 96: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	63,  // 97: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	63,  // 98: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	60,  // 99: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	98,  // 100: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
+	63,  // 101: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,   // 102: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	12,  // 103: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
+	99,  // 104: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
+	69,  // 105: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	67,  // 106: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 107: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	53,  // 108: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	64,  // 109: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	66,  // 110: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	68,  // 111: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	71,  // 112: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	72,  // 113: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	74,  // 114: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	51,  // 115: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	57,  // 116: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	65,  // 117: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	67,  // 118: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	70,  // 119: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	73,  // 120: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	73,  // 121: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	75,  // 122: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	115, // [115:123] is the sub-list for method output_type
+	107, // [107:115] is the sub-list for method input_type
+	107, // [107:107] is the sub-list for extension type_name
+	107, // [107:107] is the sub-list for extension extendee
+	0,   // [0:107] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -7382,8 +7448,9 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_BindVm)(nil),
 		(*Command_SetPlacement)(nil),
 		(*Command_RetireStore)(nil),
+		(*Command_RemoveStore)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[50].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[51].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
 		(*QueryRequest_Volumes)(nil),
 		(*QueryRequest_Hosts)(nil),
@@ -7400,7 +7467,7 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_LayersOf)(nil),
 		(*QueryRequest_Place)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[66].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[67].OneofWrappers = []any{
 		(*Change_Volume)(nil),
 		(*Change_Host)(nil),
 		(*Change_Store)(nil),
@@ -7415,7 +7482,7 @@ func file_proto_pb_meta_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   77,
+			NumMessages:   78,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
