@@ -3,8 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -191,6 +194,55 @@ func TestStatusOnBadDays(t *testing.T) {
 	says(2, "volume one: requests of its users were answered with an error (1 of them")
 	const event = "volume one: a request of its users was answered with an error"
 	until(t, "it is in the event log", func() bool { return strings.Contains(n.ok("events"), event) })
+}
+
+// Bounds hold for a real client, whatever it asks for; and a volume that was promised
+// more than it gets holds back its neighbour, until the promise is taken away.
+func TestBoundsAndPromisesForRealClients(t *testing.T) {
+	n := startUp(t, dir(t))
+	const iops, burst = 200, 1 // of the bound; seconds
+	uris := map[string]string{}
+	for name, bounds := range map[string][]string{"bound": {"--iops", fmt.Sprint(iops)}, "promised": {"--min-iops", "1000000"}, "other": nil} {
+		n.ok(append([]string{"volume", "create", name, "--size", "64M"}, bounds...)...)
+		uris[name] = n.ok("volume", "attach", name, "--host", "host-1")
+	}
+	load := func(name string, seconds int) []string {
+		return []string{"--name=v", "--ioengine=nbd", "--uri=" + uris[name], "--rw=randrw", "--bs=4k", "--iodepth=8", "--size=64m", "--time_based",
+			fmt.Sprintf("--runtime=%d", seconds), "--output-format=json"}
+	}
+	out := tool(t, "fio", load("bound", 3)...)
+	var res struct {
+		Jobs []struct {
+			Read, Write struct {
+				Ios     int `json:"total_ios"`
+				Runtime int `json:"runtime"` // ms
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(out[strings.IndexByte(out, '{'):]), &res); err != nil || len(res.Jobs) != 1 {
+		t.Fatalf("fio says %s: %v", out, err)
+	}
+	j := res.Jobs[0]
+	if ops, ms := j.Read.Ios+j.Write.Ios, max(j.Read.Runtime, j.Write.Runtime); ops == 0 || ops > iops*ms/1000+iops*burst+8 {
+		t.Errorf("%d operations in %d ms, with a bound of %d a second", ops, ms, iops)
+	}
+
+	for _, name := range []string{"promised", "other"} {
+		fio := exec.Command("fio", load(name, 120)...)
+		fio.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := fio.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			_ = fio.Process.Kill() // it may have ended
+			_ = fio.Wait()         // killed
+		}()
+	}
+	const held = "for what others are promised"
+	shown := func(name string) string { return n.ok("volume", "show", name) }
+	until(t, "the neighbour is held back", func() bool { return strings.Contains(shown("other"), held) })
+	n.ok("volume", "set", "promised", "--min-iops", "0")
+	until(t, "nobody is held back any more", func() bool { return !strings.Contains(shown("other"), held) })
 }
 
 // What a change does not name stays as it is: a volume's bounds, a tenant's quotas.

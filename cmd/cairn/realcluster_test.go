@@ -79,7 +79,7 @@ func (m *machines) config(sample string, n int, more ...string) string {
 	if tables != "" {
 		text += "\n[" + tables
 	}
-	text = strings.NewReplacer("10.0.0.", "127.0.0.", "/var/lib/cairn/"+kind, filepath.Join(m.dir, id), `"500G"`, `"2G"`).Replace(text)
+	text = strings.NewReplacer("10.0.0.", "127.0.0.", "/var/lib/cairn/"+kind, filepath.Join(m.dir, id), `"500G"`, `"2G"`, `rack = "r1"`, fmt.Sprintf("rack = %q", rackOf(n))).Replace(text)
 	for from, to := range m.port {
 		text = strings.ReplaceAll(text, from, to)
 	}
@@ -95,6 +95,9 @@ func (m *machines) config(sample string, n int, more ...string) string {
 	}
 	return file
 }
+
+// rackOf is the rack of the n-th host: the fourth stands with the third.
+func rackOf(n int) string { return fmt.Sprintf("r%d", min(n, 3)) }
 
 // start runs a daemon and waits until it says that it is ready.
 func (m *machines) start(name string) {
