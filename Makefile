@@ -35,9 +35,9 @@ check: lint
 # the first one that exists.
 test: deps lint proto-check test-unit $(if $(strip $(INT_PKGS)),test-int)
 
-# Crash points and simulated seeds are counted in tens of thousands: a sample
+# Crash points and simulated seeds are many: a sample
 # runs with the race detector, all of them without.
-MANY := chunk/store chaos/sim
+MANY := chunk/store chunk/backup chaos/sim
 test-unit:
 	$(GO) test -race -timeout 8m $$($(GO) list $(UNIT_PKGS) $(foreach d,$(MANY),| grep -v '/$(d)$$'))
 	$(GO) test -race -short -timeout 8m $(addprefix ./,$(MANY))

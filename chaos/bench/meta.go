@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -108,11 +110,14 @@ func (m *metaTrio) cpuTime() (time.Duration, error) {
 }
 
 func (m *metaTrio) client() *metaclient.Client {
-	c := metaclient.Config{Who: "bench"}
+	return metaclient.New(metaclient.Config{Who: "bench", Addrs: m.apis()})
+}
+
+func (m *metaTrio) apis() (out []string) {
 	for _, p := range m.peers {
-		c.Addrs = append(c.Addrs, p.api)
+		out = append(out, p.api)
 	}
-	return metaclient.New(c)
+	return out
 }
 
 // RunMeta measures and prints.
@@ -127,7 +132,7 @@ func RunMeta(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	b := &metaBench{m: m, each: cfg.Each}
+	b := &metaBench{m: m, bin: cfg.Bin, each: cfg.Each}
 	for range metaClients {
 		c := m.client()
 		b.clients = append(b.clients, c)
@@ -142,6 +147,7 @@ func RunMeta(ctx context.Context, cfg Config) (err error) {
 
 type metaBench struct {
 	m       *metaTrio
+	bin     string
 	each    time.Duration
 	clients []*metaclient.Client
 	made    atomic.Int64
@@ -316,7 +322,7 @@ func (b *metaBench) load(ctx context.Context, do func(ctx context.Context, c *me
 			}
 		})
 	}
-	wg.Go(func() { errs <- b.read(ctx, end) })
+	wg.Go(func() { errs <- b.read(ctx) })
 	wg.Go(func() {
 		t := time.NewTicker(time.Second)
 		defer t.Stop()
@@ -346,25 +352,39 @@ func (b *metaBench) load(ctx context.Context, do func(ctx context.Context, c *me
 // or not: what waits behind a slow one has waited since then.
 const metaReadEvery = 5 * time.Millisecond
 
-// read asks linearizably, at a steady rate.
-func (b *metaBench) read(ctx, end context.Context) (err error) {
-	c := b.m.client()
+// read has a process of its own ask, as the hosts' do: in this one a read would
+// wait for its turn among 128 clients.
+func (b *metaBench) read(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, b.bin, "bench", "meta-reader", strings.Join(b.m.apis(), ","), b.each.String())
+	out, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("the reader: %w", err)
+	}
+	var took []time.Duration
+	if err := json.Unmarshal(out, &took); err != nil {
+		return fmt.Errorf("the reader's answer: %w", err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.reads = append(b.reads, took...)
+	return nil
+}
+
+// ReadMeta asks metadata linearizably for a while, at a steady rate, and writes how
+// long each answer took, in nanoseconds, as a list in JSON.
+func ReadMeta(ctx context.Context, w io.Writer, addrs []string, each time.Duration) (err error) {
+	c := metaclient.New(metaclient.Config{Who: "bench", Addrs: addrs})
 	defer func() { err = errors.Join(err, c.Close()) }()
-	for due := time.Now(); ; due = due.Add(metaReadEvery) {
-		t := time.NewTimer(time.Until(due))
-		select {
-		case <-t.C:
-		case <-end.Done():
-			t.Stop()
-			return nil
-		}
+	took := []time.Duration{}
+	began := time.Now()
+	for due := began; due.Sub(began) < each; due = due.Add(metaReadEvery) {
+		time.Sleep(time.Until(due))
 		if _, err := c.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_Hosts{Hosts: true}}); err != nil {
 			return err
 		}
-		b.mu.Lock()
-		b.reads = append(b.reads, time.Since(due))
-		b.mu.Unlock()
+		took = append(took, time.Since(due))
 	}
+	return json.NewEncoder(w).Encode(took)
 }
 
 // leaderLoss kills the leader and times the next command.

@@ -114,7 +114,11 @@ func restored(t *testing.T, r *Repo, x *Index) []byte {
 // is gone nothing is left.
 func TestBackupsShowWhatWas(t *testing.T) {
 	ctx := context.Background()
-	for seed := range uint64(3) {
+	seeds := uint64(3)
+	if testing.Short() {
+		seeds = 1
+	}
+	for seed := range seeds {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		b := newMemory()
 		r, err := Open(ctx, b, true)
@@ -181,7 +185,11 @@ func TestBackupsShowWhatWas(t *testing.T) {
 // and the one before it is whole at any time.
 func TestKilledAtEveryStep(t *testing.T) {
 	ctx := context.Background()
-	for n := 0; ; n++ {
+	step := 1
+	if testing.Short() {
+		step = 4
+	}
+	for n := 0; ; n += step {
 		b := newMemory()
 		r, err := Open(ctx, b, true)
 		if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -28,4 +29,19 @@ func benchMetaCommand() *cobra.Command {
 	out.register(cmd)
 	cmd.Flags().DurationVar(&each, "each", 5*time.Second, "length of each load")
 	return cmd
+}
+
+// benchReaderCommand is what the benchmark of the metadata service starts.
+func benchReaderCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "meta-reader ADDRS TIME", Hidden: true, Args: cobra.ExactArgs(2),
+		Short: "Ask the metadata service and write how long each answer took", Example: "  cairn bench meta-reader 127.0.0.1:7100 5s",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			each, err := time.ParseDuration(args[1])
+			if err != nil {
+				return err
+			}
+			return bench.ReadMeta(cmd.Context(), os.Stdout, strings.Split(args[0], ","), each)
+		},
+	}
 }

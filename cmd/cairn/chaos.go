@@ -45,7 +45,7 @@ func benchCommand() *cobra.Command {
 		},
 	}
 	out.register(cmd)
-	cmd.AddCommand(benchNBDCommand(), benchMetaCommand(), benchOutageCommand(), netBenchCommand(), benchStoreCommand(), benchPlaceCommand(), benchSnapshotCommand(), benchVictimCommand())
+	cmd.AddCommand(benchNBDCommand(), benchMetaCommand(), benchOutageCommand(), netBenchCommand(), benchStoreCommand(), benchPlaceCommand(), benchSnapshotCommand(), benchVictimCommand(), benchReaderCommand())
 	return cmd
 }
 
