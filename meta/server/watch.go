@@ -16,7 +16,7 @@ import (
 // and is told to take everything for changed.
 
 const (
-	newsKept   = 16_384          // changes kept
+	newsKept   = 16_384          // changes kept, and up to as many again before the oldest are dropped
 	newsBatch  = 1024            // in one reply
 	watchBeat  = 3 * time.Second // a reply without changes after this long
 	watchStale = 6 * time.Second // a follower that has not heard of its leader for so long tells nobody anything
@@ -26,7 +26,7 @@ const (
 // news is the ring.
 type news struct {
 	mu   sync.Mutex // guards all below
-	ring []told     // newest last; at most newsKept
+	ring []told     // newest last; at most 2 * newsKept
 	from uint64     // all changes above this revision are in the ring
 	to   uint64     // up to this one
 	wake chan struct{}
@@ -52,7 +52,7 @@ func (n *news) add(revision uint64, cs []*pb.Change) {
 	for _, c := range cs {
 		n.ring = append(n.ring, told{revision, c})
 	}
-	if over := len(n.ring) - newsKept; over > 0 {
+	if over := len(n.ring) - newsKept; over > newsKept { // seldom: it copies what stays
 		n.from = n.ring[over-1].revision // the rest of that batch is of no use
 		for over < len(n.ring) && n.ring[over].revision == n.from {
 			over++
