@@ -40,7 +40,7 @@ test: deps lint proto-check test-unit $(if $(strip $(INT_PKGS)),test-int)
 MANY := chunk/store chunk/backup chaos/sim
 test-unit:
 	$(GO) test -race -timeout 8m $$($(GO) list $(UNIT_PKGS) $(foreach d,$(MANY),| grep -v '/$(d)$$'))
-	$(GO) test -race -short -timeout 8m $(addprefix ./,$(MANY))
+	$(GO) test -race -short -timeout 12m $(addprefix ./,$(MANY))
 	$(GO) test -timeout 12m $(addprefix ./,$(MANY))
 
 # The S3 server that backups are tested against: a program of its own, so that none
