@@ -246,7 +246,7 @@ func (a *apply) setReplicas(op *pb.SetReplicas) (*pb.Result, error) {
 	if op.Replicas < 1 || op.Replicas > 5 {
 		return nil, status.Errorf(status.Invalid, "%d replicas are not possible: 1 to 5", op.Replicas)
 	}
-	p := a.pool(v.Domain)
+	p := a.pool(v.Domain, v.SizeBytes, op.Replicas)
 	if p.domains < int(op.Replicas) {
 		return nil, status.Errorf(status.NoSpace, "%d replicas need %d failure domains (%s) with stores and there are %d: add hosts or ask for fewer replicas", op.Replicas, op.Replicas, v.Domain, p.domains)
 	}

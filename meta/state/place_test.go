@@ -342,3 +342,37 @@ func TestRoomIsKeptOnBothHosts(t *testing.T) {
 		t.Errorf("it has left, and there is no room: %v", res)
 	}
 }
+
+// looking counts the pairs that scans have come by.
+type looking struct {
+	*Mem
+	pairs int
+}
+
+func (l *looking) Scan(prefix, from []byte, fn func(key, val []byte) bool) {
+	l.Mem.Scan(prefix, from, func(k, v []byte) bool { l.pairs++; return fn(k, v) })
+}
+
+// A volume is created after a look at a few stores, however many there are; one that
+// would need more of them than that gets its answer from all.
+func TestACreationLooksAtFewStores(t *testing.T) {
+	c := newCluster(t)
+	const hosts = 200
+	for i := 3; i < hosts; i++ {
+		name := fmt.Sprintf("host-%d", i+1)
+		c.ok(register(name, ""))
+		c.ok(&pb.Command{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: &pb.Store{Id: storeID(byte(i)), Incarnation: 1, Host: name, CapacityBytes: 1 << 40}}}})
+	}
+	for _, x := range []struct {
+		size  uint64
+		kind  status.Kind
+		looks int
+	}{{1 << 30, status.OK, 3}, {20 << 40, status.OK, 60}, {hosts / 3 << 40, status.OK, hosts}, {hosts << 40, status.NoSpace, hosts}} {
+		l := &looking{Mem: c.kv}
+		c.seq++
+		res := Apply(l, &pb.Command{Session: "s", Seq: c.seq, Op: &pb.Command_CreateVolume{CreateVolume: &pb.CreateVolume{Name: fmt.Sprintf("v%d", c.seq), SizeBytes: x.size, Replicas: 3}}})
+		if status.Kind(res.Status) != x.kind || l.pairs > x.looks+1 { // one scan is for what is forgotten
+			t.Errorf("%d TiB: %v %s after a look at %d pairs, at most %d and one", x.size>>40, status.Kind(res.Status), res.Detail, l.pairs, x.looks)
+		}
+	}
+}

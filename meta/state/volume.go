@@ -3,6 +3,7 @@ package state
 import (
 	"bytes"
 	"cmp"
+	"math"
 	"math/bits"
 	"time"
 
@@ -67,19 +68,31 @@ type pool struct {
 	hosts   int
 }
 
-func (a *apply) pool(domain string) pool {
+// pool looks at the stores in service until it has seen enough for a volume: with
+// 10,000 hosts a look at all of them would be a second of each node's time.
+func (a *apply) pool(domain string, size uint64, replicas uint32) pool {
 	var p pool
 	domains, hosts := map[string]bool{}, map[string]bool{}
-	for _, s := range Stores(a.kv) {
-		if s.Retired {
-			continue
+	a.kv.Scan(key(tStore), nil, func(_, val []byte) bool {
+		s := &pb.Store{}
+		if decode(val, s); s.Retired {
+			return true
 		}
 		domains[Label(HostByName(a.kv, s.Host), domain)] = true
 		hosts[s.Host] = true
-		p.largest = max(p.largest, s.CapacityBytes)
-	}
-	p.domains, p.hosts = len(domains), len(hosts)
+		p = pool{domains: len(domains), hosts: len(hosts), largest: max(p.largest, s.CapacityBytes)}
+		return p.domains < int(replicas) || p.most(replicas) < size
+	})
 	return p
+}
+
+// most is how large a volume could become, in bytes.
+func (p pool) most(replicas uint32) uint64 {
+	hi, lo := bits.Mul64(p.largest, uint64(p.hosts))
+	if hi > 0 {
+		return math.MaxUint64
+	}
+	return lo / uint64(replicas)
 }
 
 func checkSize(size uint64) error {
@@ -92,11 +105,7 @@ func checkSize(size uint64) error {
 // checkFits refuses a volume that could never be filled. Thin volumes may
 // together promise more than there is, one alone may not.
 func (p pool) checkFits(size uint64, replicas uint32) error {
-	hi, lo := bits.Mul64(p.largest, uint64(p.hosts))
-	if hi > 0 {
-		return nil
-	}
-	if most := lo / uint64(replicas); size > most {
+	if most := p.most(replicas); size > most {
 		return status.Errorf(status.NoSpace, "a volume of %s can never be filled: the stores of %d hosts, of at most %s each, hold %s at %d replicas; add stores or make it smaller", ids.FormatSize(size), p.hosts, ids.FormatSize(p.largest), ids.FormatSize(most), replicas)
 	}
 	return nil
@@ -130,12 +139,13 @@ func (a *apply) createVolume(op *pb.CreateVolume) (*pb.Result, error) {
 	default:
 		return nil, status.Errorf(status.Invalid, "%q is not a failure domain: use host, rack or zone", v.Domain)
 	}
-	p := a.pool(v.Domain)
-	if v.Replicas == 0 {
-		v.Replicas = uint32(max(1, min(3, p.domains)))
-	}
 	if v.Replicas > 5 {
 		return nil, status.Errorf(status.Invalid, "%d replicas are not possible: 1 to 5", v.Replicas)
+	}
+	const usual = 3
+	p := a.pool(v.Domain, v.SizeBytes, cmp.Or(v.Replicas, usual))
+	if v.Replicas == 0 {
+		v.Replicas = uint32(max(1, min(usual, p.domains)))
 	}
 	if p.domains < int(v.Replicas) {
 		return nil, status.Errorf(status.NoSpace, "%d replicas need %d failure domains (%s) with stores and there are %d: add hosts or ask for fewer replicas", v.Replicas, v.Replicas, v.Domain, p.domains)
@@ -197,7 +207,7 @@ func (a *apply) resizeVolume(op *pb.ResizeVolume) (*pb.Result, error) {
 	if op.SizeBytes < v.SizeBytes {
 		return nil, status.Errorf(status.Invalid, "volume %s has %s: %s would be a shrink, which its gateway does after a look at the data (`cairn volume resize`)", v.Name, ids.FormatSize(v.SizeBytes), ids.FormatSize(op.SizeBytes))
 	}
-	if err := a.pool(v.Domain).checkFits(op.SizeBytes, v.Replicas); err != nil {
+	if err := a.pool(v.Domain, op.SizeBytes, v.Replicas).checkFits(op.SizeBytes, v.Replicas); err != nil {
 		return nil, err
 	}
 	if op.SizeBytes > v.SizeBytes {
