@@ -96,13 +96,14 @@ func matching(m map[string][]byte, prefix, from []byte) []string {
 type Overlay struct {
 	base    KV
 	changed map[string][]byte // nil value: deleted
+	got     map[string][]byte // read of the base by Get; nil value: it has none
 }
 
 var _ KV = (*Overlay)(nil)
 
 // NewOverlay returns an overlay without changes.
 func NewOverlay(base KV) *Overlay {
-	return &Overlay{base: base, changed: map[string][]byte{}}
+	return &Overlay{base: base, changed: map[string][]byte{}, got: map[string][]byte{}}
 }
 
 // Get implements KV.
@@ -110,7 +111,18 @@ func (o *Overlay) Get(key []byte) []byte {
 	if v, ok := o.changed[string(key)]; ok {
 		return v
 	}
-	return o.base.Get(key)
+	return o.before(key)
+}
+
+// before is the base's value. Most keys are read again: by the next command, or to
+// take what they were out of the hash.
+func (o *Overlay) before(key []byte) []byte {
+	v, ok := o.got[string(key)]
+	if !ok {
+		v = o.base.Get(key)
+		o.got[string(key)] = v
+	}
+	return v
 }
 
 // Set implements KV. An empty value is kept as empty, not as a deletion.
@@ -170,7 +182,7 @@ func (o *Overlay) Changes(fn func(key, val []byte) error) error {
 func (o *Overlay) Sum(fn func(key, old, val []byte)) uint64 {
 	var d uint64
 	for k, v := range o.changed {
-		old := o.base.Get([]byte(k))
+		old := o.before([]byte(k))
 		if old != nil {
 			d -= HashPair([]byte(k), old)
 		}
