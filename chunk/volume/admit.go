@@ -41,6 +41,7 @@ func (e *Engine) admitAll(op *Op) {
 func (e *Engine) admit(op *Op) {
 	if op.Kind == OpFlush {
 		e.stats.Flushes++
+		op.failed = status.OK
 		e.flush.next = append(e.flush.next, op)
 		return
 	}
@@ -73,7 +74,7 @@ func (e *Engine) admit(op *Op) {
 			op.Len = end - op.Off
 		}
 	}
-	op.parts, op.failed = 1, status.OK // one for the cutting itself
+	op.parts, op.failed, op.stored = 1, status.OK, false // one for the cutting itself
 	for p, ok := e.firstPiece(op); ok; p, ok = e.nextPiece(p) {
 		op.parts++
 		e.start(p)
@@ -174,6 +175,7 @@ func (e *Engine) start(p piece) {
 		e.startRead(c, p, first, count)
 		return
 	}
+	p.op.stored = true
 	j := e.newJob(c, p, first, count)
 	j.merging = !p.aligned() || p.op.Kind == OpCopy
 	for _, o := range c.jobs {
@@ -234,13 +236,24 @@ func (e *Engine) partDone(op *Op, k status.Kind) {
 		return
 	}
 	switch {
-	case op.Kind == OpRead && op.failed == status.OK && e.now >= e.leaseTill:
-		e.leaseHeld = append(e.leaseHeld, op)
 	case op.Kind != OpRead && op.FUA && op.failed == status.OK:
 		e.flush.next = append(e.flush.next, op)
-	default:
+	case op.stored || op.failed != status.OK:
 		e.done(op, op.failed)
+	default:
+		e.doneLeased(op)
 	}
+}
+
+// doneLeased answers what no store of this epoch has answered for since it was
+// invoked: a read, a flush of nothing, a trim of what is not allocated. Without a
+// lease a newer writer may serve already: then it waits for one, or is confirmed.
+func (e *Engine) doneLeased(op *Op) {
+	if e.now >= e.leaseTill {
+		e.leaseHeld = append(e.leaseHeld, op)
+		return
+	}
+	e.done(op, op.failed)
 }
 
 // allocState is the allocation of chunks: one command at a time, which takes

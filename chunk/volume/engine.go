@@ -116,7 +116,7 @@ type Engine struct {
 
 	waiting   opQueue // operations that came while attaching
 	leaseTill time.Duration
-	leaseHeld []*Op   // reads whose data is there but whose lease is not
+	leaseHeld []*Op   // reads whose data is there but whose lease is not, and the like (doneLeased)
 	confirm   confirm // of those
 	stuck     []*read // reads no replica can serve now; bounded by the operations in flight
 	freeReads []*read

@@ -47,6 +47,7 @@ type Op struct {
 
 	parts    int           // pieces not finished; > 0 while admitting
 	failed   status.Kind   // first failure
+	stored   bool          // a store takes part in it, and would refuse an older epoch
 	answered bool          // it was in Out.Done: whatever still refers to it is late
 	next     *Op           // wait queue
 	at       time.Duration // it was submitted

@@ -40,8 +40,10 @@ func (e *Engine) startFlush() {
 	}
 	f.now, f.next, f.wanted = f.next, nil, false
 	if f.dirty == 0 {
-		f.legs = f.legs[:0]
-		e.flushed()
+		for _, op := range f.now {
+			e.doneLeased(op)
+		}
+		f.now = nil
 		return
 	}
 	f.running, f.dirty = true, 0

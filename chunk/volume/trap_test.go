@@ -144,6 +144,46 @@ func TestNoReadIsAnsweredWithoutALease(t *testing.T) {
 	}
 }
 
+// The same of what no store is asked for: a flush of nothing, a trim and a zeroing
+// where nothing is allocated. A newer writer may have been told that it serves.
+// Guard: doneLeased. Seed 5130736 of chaos/sim flushed so.
+func TestNothingIsAnsweredWithoutALeaseOrAStore(t *testing.T) {
+	ops := map[string]Op{"flush": {Kind: OpFlush}, "trim": {Kind: OpTrim, Off: 2 * testChunk, Len: testChunk}, "zero": {Kind: OpZero, Off: 2 * testChunk, Len: testChunk},
+		"zero, durably": {Kind: OpZero, FUA: true, Off: 2 * testChunk, Len: testChunk}}
+	for name, op := range ops {
+		for seed := range uint64(10) {
+			w := filled(t, seed, 4)
+			w.lease = 200e6
+			w.serving()
+			w.must(2, 2)
+			w.until("durable", func() bool { return !w.e.dirty() && !w.e.flush.running })
+			w.keep = func(i int, q *wire.Request) bool { return q.Kind == wire.Stat }
+			w.settleFor(w.lease)
+			var got []status.Kind
+			do := func() {
+				o := op
+				w.do(&o, func(k status.Kind) { got = append(got, k) })
+			}
+			do()
+			w.settleFor(w.lease)
+			if len(got) != 0 {
+				w.fail("%s: answered %v after the lease", name, got)
+			}
+			w.step(&Lease{Until: w.now + w.lease})
+			if len(got) != 1 || got[0] != status.OK {
+				w.fail("%s: answered %v under a new lease", name, got)
+			}
+			w.settleFor(w.lease)
+			do()
+			w.settleFor(w.lease)
+			w.step(&Fence{Why: "another writer", Fenced: true})
+			if len(got) != 2 || got[1] != status.Fenced {
+				w.fail("%s: answered %v after the fence", name, got)
+			}
+		}
+	}
+}
+
 // Trap: acknowledging before an exclusion is committed. With a member gone, the
 // write is answered only after metadata has put the member out.
 // Guard: excluded, not exclude, takes the member out of job.need.
