@@ -103,12 +103,25 @@ func TestRoutesAndEvents(t *testing.T) {
 	if err := again.RemoveRoute(to); err == nil {
 		t.Error("it was removed twice")
 	}
+	other := Stable(2).String()
+	await(t, "both hops to host-2 are known, or a lost one is no news", func() bool {
+		rep, err := again.Report()
+		must(t, err)
+		return slices.ContainsFunc(rep.Routes, func(r agent.Route) bool { return strings.HasPrefix(r.To, other) && len(r.Hops) == 2 })
+	})
 	seen := again.Events(0)
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, e := range again.Events(0) {
+				t.Logf("event %+v", e)
+			}
+		}
+	})
 	must(t, l.LinkDown(1, 2))
 	var effect agent.Event
 	await(t, "the effect on routes", func() bool {
 		ev := again.Events(seen[len(seen)-1].Seq)
-		i := slices.IndexFunc(ev, func(e agent.Event) bool { return strings.HasPrefix(e.What, "route to "+Stable(2).String()) })
+		i := slices.IndexFunc(ev, func(e agent.Event) bool { return strings.HasPrefix(e.What, "route to "+other) })
 		if i >= 0 {
 			effect = ev[i]
 		}
