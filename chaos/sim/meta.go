@@ -31,6 +31,7 @@ type meta struct {
 	pending []*proposal // not committed; in log order
 	agents  []*agent    // hosts' own clients, by host
 	calls   int         // of all clients, not answered
+	sent    int         // requests under way, of processes that were killed too
 	results map[string][]byte
 }
 
@@ -57,7 +58,9 @@ func newMeta(w *world) *meta {
 }
 
 func (m *meta) hash() uint64 { return state.HashAll(m.kv) }
-func (m *meta) idle() bool   { return m.calls == 0 }
+
+// idle: nobody waits for an answer, and nothing that somebody has asked arrives yet.
+func (m *meta) idle() bool { return m.calls == 0 && m.sent == 0 }
 
 // elect begins a term; the time is not before the election.
 func (m *meta) elect() {

@@ -121,7 +121,9 @@ func (c *call) send(cmd *pb.Command) {
 	if a.blockedUntil > w.now {
 		out += a.blockedUntil - w.now
 	}
+	w.meta.sent++
 	w.after(out, func() {
+		w.meta.sent--
 		w.meta.do(cmd, func(res *pb.Result) {
 			res = proto.Clone(res).(*pb.Result)
 			back := w.span(100*time.Microsecond, time.Millisecond)
