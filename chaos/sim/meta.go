@@ -59,8 +59,9 @@ func newMeta(w *world) *meta {
 
 func (m *meta) hash() uint64 { return state.HashAll(m.kv) }
 
-// idle: nobody waits for an answer, and nothing that somebody has asked arrives yet.
-func (m *meta) idle() bool { return m.calls == 0 && m.sent == 0 }
+// idle: nobody waits for an answer, and nothing that somebody has asked is yet to
+// arrive or to be committed.
+func (m *meta) idle() bool { return m.calls == 0 && m.sent == 0 && len(m.pending) == 0 }
 
 // elect begins a term; the time is not before the election.
 func (m *meta) elect() {

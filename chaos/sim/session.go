@@ -132,7 +132,8 @@ func (c *call) send(cmd *pb.Command) {
 			}
 			w.after(back, func() { a.run(func() { answer(res) }) })
 			if w.faults.echo() { // the network brings the request once more
-				w.after(w.span(0, 300*time.Millisecond), func() { w.meta.do(cmd, func(*pb.Result) {}) })
+				w.meta.sent++
+				w.after(w.span(0, 300*time.Millisecond), func() { w.meta.sent--; w.meta.do(cmd, func(*pb.Result) {}) })
 			}
 		})
 	})
