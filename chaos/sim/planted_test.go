@@ -32,7 +32,7 @@ func TestHunt(t *testing.T) {
 
 // TestPlanted builds this package once for each bug of planted/ and has the
 // simulator look for it: each must be found by it, and each of planted/core by the
-// tests of the engine or of the metadata state: in windows so narrow that seeds do
+// tests of the engine, of the metadata state or of the store: in windows so narrow that seeds do
 // not meet them, those hold messages back. Nothing finds those of planted/unfound
 // yet. CAIRN_SIM_PLANTED is a pattern of names ("*": all) and CAIRN_SIM_STATE a file
 // of what was found before.
@@ -99,7 +99,7 @@ func hunt(t *testing.T, patch string) string {
 	dir := t.TempDir()
 	bin, overlay := filepath.Join(dir, "sim.test"), plant(t, dir, patch)
 	if filepath.Dir(patch) == coreBugs {
-		return engineTests(t, overlay)
+		return coreTests(t, patch, overlay)
 	}
 	out, err := exec.Command("go", "test", "-c", "-o", bin, "-overlay", overlay, ".").CombinedOutput()
 	if err != nil {
@@ -111,12 +111,21 @@ func hunt(t *testing.T, patch string) string {
 	return runHunter(t, bin, "TestHunt", fmt.Sprintf("CAIRN_SIM_HUNT=%d", envInt("CAIRN_SIM_SEEDS", 1500)))
 }
 
-// engineTests runs the tests of the engine and of the metadata state.
-func engineTests(t *testing.T, overlay string) string {
+// coreTests runs the tests of the store for a bug of the store, and else those of the
+// engine and of the metadata state.
+func coreTests(t *testing.T, patch, overlay string) string {
 	t.Helper()
+	text, err := os.ReadFile(patch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"test", "-short", "-failfast", "-overlay", overlay, "../../chunk/volume", "../../meta/state"}
+	if bytes.Contains(text, []byte("--- a/chunk/store/")) {
+		args = append(args[:len(args)-2], "../../chunk/store")
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "go", "test", "-short", "-failfast", "-overlay", overlay, "../../chunk/volume", "../../meta/state").CombinedOutput()
+	out, err := exec.CommandContext(ctx, "go", args...).CombinedOutput()
 	if _, after, ok := strings.Cut(string(out), "--- FAIL: "); ok && err != nil {
 		name, _, _ := strings.Cut(after, " ")
 		return "found by the core's own " + name
