@@ -76,10 +76,10 @@ func amplification(t *testing.T, times int, at func(rng *rand.Rand, blocks int) 
 // A full store is overwritten: what compaction costs stays below what the
 // capacity was chosen for, and where most writes go to few blocks it is less.
 func TestWriteAmplification(t *testing.T) {
+	times := 6
 	if testing.Short() {
-		t.Skip("a figure of one goroutine")
+		times = 2
 	}
-	const times = 6
 	uniform := amplification(t, times, func(rng *rand.Rand, n int) int { return rng.IntN(n) })
 	skewed := amplification(t, times, func(rng *rand.Rand, n int) int {
 		if rng.IntN(10) > 0 {

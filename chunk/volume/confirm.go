@@ -8,8 +8,8 @@ import (
 	"github.com/cairnstore/cairn/proto/wire"
 )
 
-// confirm is how reads, and what else no store has answered for (doneLeased), are answered once the lease is over, because metadata
-// does not answer: every required member says, after the read was invoked, that
+// confirm is how reads, and what else no store has answered for (doneLeased), are
+// answered once the lease is over, because metadata does not answer: every required member says, after the read was invoked, that
 // no newer epoch has sealed the volume there. One round at a time serves all
 // reads that had their data when it began; those that get theirs meanwhile share
 // the next one.

@@ -68,8 +68,8 @@ type pool struct {
 	hosts   int
 }
 
-// pool looks at the stores in service until it has seen enough for a volume: with
-// 10,000 hosts a look at all of them would be a second of each node's time.
+// pool looks at the stores in service until it has seen enough for a volume: there
+// may be tens of thousands, and every node looks.
 func (a *apply) pool(domain string, size uint64, replicas uint32) pool {
 	var p pool
 	domains, hosts := map[string]bool{}, map[string]bool{}
