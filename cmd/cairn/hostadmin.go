@@ -117,7 +117,7 @@ func hostDrainCommand(c *cli) *cobra.Command {
 		Use:   "drain NAME",
 		Short: "Empty a host: nothing new goes there, its VMs and chunks go elsewhere",
 		Long: `Empty a host. It gets no new chunks, VMs or attachments. Its VMs move to other hosts,
-live or, where they are emulated, by stop and start, a few at a time ("cairn place policy --moves-at-once"); one that fits
+live or, where the hosts' machines differ, by stop and start, a few at a time ("cairn place policy --moves-at-once"); one that fits
 nowhere stays. Copies of chunks are made elsewhere. What is attached by hand stays. The
 command says what is still there; "cairn host resume" ends it.`,
 		Example: "  cairn host drain host-2",

@@ -38,10 +38,6 @@ func (m mover) Send(ctx context.Context, vm *pb.VM, host string) error {
 	if err := m.known(ctx); err != nil {
 		return err
 	}
-	// Of itself no emulated guest is moved live: docs/adr/0040-live-migration.md.
-	if why := m.h.vms.Emulated(ctx); why != "" && vm.Queue.Cold {
-		return status.Errorf(status.Unsupported, "it is emulated (%s), and such guests were seen to crash after a live move", why)
-	}
 	def, err := m.h.vms.Definition(ctx, vm.Name)
 	if err != nil {
 		return err

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -30,20 +29,18 @@ type migrateView struct {
 
 func vmMigrate(c *cli) *cobra.Command {
 	var to string
-	var cold, emulated bool
+	var cold bool
 	var out outputFlag
 	cmd := &cobra.Command{
 		Use: "migrate NAME", Short: "Move a running VM to another host while it runs", Args: cobra.ExactArgs(1),
 		Long: `Move a running VM to another host while it runs: its memory is sent there, its volumes
 change hands, and it stands still for a moment. If anything goes wrong it goes on where it
 was, and the command says why. Hosts whose machines differ (QEMU's version, KVM or not, the
-processor) refuse it; --cold shuts the guest down and starts it there. A guest that is
-emulated because its host has no KVM is moved live only with --emulated: QEMU 7.2 was seen
-to lose memory of such guests when they are moved more than once.`,
+processor) refuse it; --cold shuts the guest down and starts it there.`,
 		Example: "  cairn vm migrate web\n  cairn vm migrate web --to host-2\n  cairn vm migrate web --to host-2 --cold",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.with(cmd.Context(), migrateWait, func(ctx context.Context, s *session) error {
-				w, err := s.migrateVM(ctx, args[0], to, cold, emulated)
+				w, err := s.migrateVM(ctx, args[0], to, cold)
 				if err != nil {
 					return err
 				}
@@ -58,12 +55,11 @@ to lose memory of such guests when they are moved more than once.`,
 	f := cmd.Flags()
 	f.StringVar(&to, "to", "", "host (default: the best other one, see `cairn place explain`)")
 	f.BoolVar(&cold, "cold", false, "shut the guest down and start it there")
-	f.BoolVar(&emulated, "emulated", false, "move it live although it is emulated, and may crash")
 	out.register(cmd)
 	return cmd
 }
 
-func (s *session) migrateVM(ctx context.Context, name, to string, cold, emulated bool) (*migrateView, error) {
+func (s *session) migrateVM(ctx context.Context, name, to string, cold bool) (*migrateView, error) {
 	begun := time.Now()
 	vm, err := s.vm(ctx, name)
 	if err != nil {
@@ -80,9 +76,6 @@ func (s *session) migrateVM(ctx context.Context, name, to string, cold, emulated
 		return nil, status.Errorf(status.Conflict, "VM %s is on host %s already", name, to)
 	case vm.GetQueue().GetSliced() && !cold:
 		return nil, status.Errorf(status.Conflict, "VM %s takes turns with others and waits for its own: it can only move with --cold", name)
-	}
-	if rep, err := s.shown(ctx, vm); err == nil && !cold && !emulated && strings.HasPrefix(rep.Accel, "tcg") {
-		return nil, status.Errorf(status.Unsupported, "VM %s is emulated (%s), and such guests were seen to crash after a live move: --cold moves it by stop and start, --emulated moves it live all the same", name, rep.Accel)
 	}
 	if to == "" {
 		rep, err := s.meta.Query(ctx, &pb.QueryRequest{Q: &pb.QueryRequest_PlaceVm{PlaceVm: &pb.PlaceVM{Vm: name, ExceptHosts: []string{vm.Host}}}})

@@ -74,14 +74,6 @@ func (a *Agent) Features(ctx context.Context) (string, error) {
 	return f, nil
 }
 
-// Emulated says why this host emulates its guests; "" if it does not.
-func (a *Agent) Emulated(ctx context.Context) string {
-	if acc := a.accelerator(ctx); acc.Name == "tcg" {
-		return acc.String()
-	}
-	return ""
-}
-
 // Definition returns a running machine as it was started, for its like elsewhere.
 func (a *Agent) Definition(ctx context.Context, name string) (*pb.VM, error) {
 	e, err := a.find(ctx, name)
