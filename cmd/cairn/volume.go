@@ -161,10 +161,11 @@ func volumeCreate(c *cli) *cobra.Command {
 	var tags []string
 	var q qosFlags
 	cmd := &cobra.Command{
-		Use:     "create NAME --size SIZE",
-		Short:   "Create a thin volume",
-		Example: "  cairn volume create db --size 100G\n  cairn volume create scratch --size 1T --replicas 2",
-		Args:    cobra.ExactArgs(1),
+		Use:     "create NAME... --size SIZE",
+		Short:   "Create thin volumes",
+		Long:    "Create a thin volume of each name, all alike: all of them, or none if one cannot be.",
+		Example: "  cairn volume create db --size 100G\n  cairn volume create scratch --size 1T --replicas 2\n  cairn volume create web-{1..40} --size 20G",
+		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			n, err := parseSize(size)
 			if err != nil {
@@ -178,11 +179,21 @@ func volumeCreate(c *cli) *cobra.Command {
 				if op.Qos, err = q.qos(cmd, nil); err != nil {
 					return err
 				}
-				res, err := s.meta.Do(ctx, &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: op}})
+				cmd := &pb.Command{Op: &pb.Command_CreateVolume{CreateVolume: op}}
+				if len(args) > 1 { // nodes of before state version 5 know only one
+					cmd.Op = &pb.Command_CreateVolumes{CreateVolumes: &pb.CreateVolumes{Like: op, Names: args}}
+				}
+				res, err := s.meta.Do(ctx, cmd)
 				if err != nil {
 					return err
 				}
-				say("volume %s: %s, %s, one per %s", res.Volume.Name, formatSize(n), count(int(res.Volume.Replicas), "replica"), res.Volume.Domain)
+				made := res.Volumes
+				if res.Volume != nil {
+					made = []*pb.Volume{res.Volume}
+				}
+				for _, v := range made {
+					say("volume %s: %s, %s, one per %s", v.Name, formatSize(n), count(int(v.Replicas), "replica"), v.Domain)
+				}
 				return nil
 			})
 		},

@@ -20,6 +20,7 @@ const (
 	KeptEvents    = 10_000            // events kept
 	MaxVolumeSize = uint64(1) << 50   // 1 PiB
 	MaxIndices    = 4096              // indices in one Allocate
+	MaxNames      = 256               // names in one CreateVolumes
 	maxNameBytes  = 63
 	maxTextBytes  = 4096 // session names, host names, VM fields
 )
@@ -217,6 +218,8 @@ func (a *apply) do(cmd *pb.Command) (*pb.Result, error) {
 		return a.registerStore(op.RegisterStore.GetStore())
 	case *pb.Command_CreateVolume:
 		return a.createVolume(op.CreateVolume)
+	case *pb.Command_CreateVolumes:
+		return a.createVolumes(op.CreateVolumes)
 	case *pb.Command_RenameVolume:
 		return a.renameVolume(op.RenameVolume)
 	case *pb.Command_ResizeVolume:

@@ -18,12 +18,13 @@ import (
 //	   volumes keep
 //	4  a second shrink does not shorten the time for which the first can be undone;
 //	   a store can be removed (RemoveStore)
+//	5  many volumes can be created by one command (CreateVolumes)
 //
 // Which one a cluster uses is in its state, the same on every node, and never
 // falls: the leader raises it once every member knows a newer one. Until then, what
 // is newer is left out by every program just as an older one leaves it out, so that
 // nodes of both make one state of one log.
-const Format = uint32(4)
+const Format = uint32(5)
 
 var formatKey = key(tMeta, "format")
 
@@ -32,7 +33,10 @@ func FormatOf(kv KV) uint32 { return max(1, uint32(u64(kv.Get(formatKey)))) }
 
 // NeedsFormat returns the version from which on all of cmd means something.
 func NeedsFormat(cmd *pb.Command) uint32 {
-	if cmd.GetRemoveStore() != nil {
+	switch cmd.Op.(type) {
+	case *pb.Command_CreateVolumes:
+		return 5
+	case *pb.Command_RemoveStore:
 		return 4
 	}
 	if slices.ContainsFunc(cmd.GetMoveChunks().GetMoves(), func(m *pb.ChunkMove) bool { return m.Wish }) {

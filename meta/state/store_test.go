@@ -4,6 +4,8 @@ import (
 	"errors"
 	"testing"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
 )
@@ -72,6 +74,49 @@ func TestRemovingAStore(t *testing.T) {
 		t.Error("a removed store is there, or what it was to drop is not")
 	}
 	c.refused(status.NotFound, "no store", remove)
+	c.audit()
+}
+
+// Volumes are created together or not at all.
+func TestCreatingManyVolumes(t *testing.T) {
+	c := newCluster(t)
+	like := create("").GetCreateVolume()
+	many := func(names ...string) *pb.Command {
+		return &pb.Command{Op: &pb.Command_CreateVolumes{CreateVolumes: &pb.CreateVolumes{Like: like, Names: names}}}
+	}
+	if err := CheckFormat(c.kv, many("a")); !errors.Is(err, status.Unsupported) {
+		t.Errorf("nodes that do not know it are sent it: %v", err)
+	}
+	c.raise(Format)
+	c.ok(&pb.Command{Op: &pb.Command_SetTenant{SetTenant: &pb.SetTenant{Tenant: "acme", LogicalQuotaBytes: 5 * like.SizeBytes}}})
+	like.Tenant = "acme"
+	first := many("a", "b", "c")
+	res := c.ok(first)
+	if len(res.Volumes) != 3 || res.Volume != nil {
+		t.Fatalf("created: %v", res)
+	}
+	for i, name := range []string{"a", "b", "c"} {
+		if v := c.volume(name); v == nil || v.Id != res.Volumes[i].Id || v.Name != name || v.SizeBytes != like.SizeBytes || i > 0 && v.Id == res.Volumes[0].Id {
+			t.Errorf("%s is %v, answered as %v", name, v, res.Volumes[i])
+		}
+	}
+	if again := c.raw(first); !proto.Equal(again, res) { // its answer was lost
+		t.Errorf("asked again: %v, first %v", again, res)
+	}
+	c.refused(status.Exists, "volume b exists", many("x", "b"))
+	c.refused(status.Invalid, "x is to be created twice", many("x", "y", "x"))
+	c.refused(status.Invalid, "name", many("x", "Not A Name"))
+	c.refused(status.NoSpace, "tenant acme", many("x", "y", "z"))
+	c.refused(status.Invalid, "1 to 256", many())
+	c.refused(status.Invalid, "1 to 256", many(make([]string, 257)...))
+	like.Thick, like.Tenant, like.SizeBytes = true, "", StoreBytes(c.kv)/9>>30<<30
+	c.refused(status.NoSpace, "set aside", many("x", "y", "z", "zz"))
+	for _, name := range []string{"x", "y", "z"} {
+		if v := c.volume(name); v != nil {
+			t.Errorf("refused, and there: %v", v)
+		}
+	}
+	c.ok(many("x", "y", "z"))
 	c.audit()
 }
 

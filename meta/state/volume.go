@@ -112,13 +112,41 @@ func (p pool) checkFits(size uint64, replicas uint32) error {
 }
 
 func (a *apply) createVolume(op *pb.CreateVolume) (*pb.Result, error) {
-	if !validName(op.Name) {
-		return nil, badName("volume", op.Name)
+	made, err := a.create(op, []string{op.Name})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.Result{Volume: made[0]}, nil
+}
+
+func (a *apply) createVolumes(op *pb.CreateVolumes) (*pb.Result, error) {
+	if n := len(op.Names); n == 0 || n > MaxNames || op.Like == nil {
+		return nil, status.Errorf(status.Invalid, "one command creates 1 to %d volumes, not %d: ask several times", MaxNames, n)
+	}
+	made, err := a.create(op.Like, op.Names)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.Result{Volumes: made}, nil
+}
+
+// create makes a volume of each name, or none.
+func (a *apply) create(op *pb.CreateVolume, names []string) ([]*pb.Volume, error) {
+	n := uint64(len(names))
+	seen := make(map[string]bool, n)
+	for _, name := range names {
+		switch {
+		case !validName(name):
+			return nil, badName("volume", name)
+		case seen[name]:
+			return nil, status.Errorf(status.Invalid, "volume %s is to be created twice: name each one once", name)
+		}
+		seen[name] = true
 	}
 	if err := checkSize(op.SizeBytes); err != nil {
 		return nil, err
 	}
-	v := &pb.Volume{Name: op.Name, SizeBytes: op.SizeBytes, ChunkBytes: op.ChunkBytes, Replicas: op.Replicas, Domain: op.Domain,
+	v := &pb.Volume{SizeBytes: op.SizeBytes, ChunkBytes: op.ChunkBytes, Replicas: op.Replicas, Domain: op.Domain,
 		Tenant: op.Tenant, Tags: op.Tags, Thick: op.Thick, Qos: op.Qos}
 	if err := cmp.Or(checkTags(op.Tags), checkQos(op.Qos)); err != nil {
 		return nil, err
@@ -153,17 +181,24 @@ func (a *apply) createVolume(op *pb.CreateVolume) (*pb.Result, error) {
 	if err := p.checkFits(v.SizeBytes, v.Replicas); err != nil {
 		return nil, err
 	}
-	if a.kv.Get(key(tName, op.Name)) != nil {
-		return nil, status.Errorf(status.Exists, "volume %s exists already: choose another name", op.Name)
+	for _, name := range names {
+		if a.kv.Get(key(tName, name)) != nil {
+			return nil, status.Errorf(status.Exists, "volume %s exists already: choose another name", name)
+		}
 	}
-	if err := cmp.Or(a.checkQuota(v.Tenant, v.SizeBytes, 0), a.checkThick(chargeOf(v).thick, 0)); err != nil {
+	if err := cmp.Or(a.checkQuota(v.Tenant, n*v.SizeBytes, 0), a.checkThick(n*chargeOf(v).thick, 0)); err != nil {
 		return nil, err
 	}
-	v.Id, v.CreatedUnixNs, v.Revision = next(a.kv, "volume"), a.now, 1
-	put(a.kv, key(tVolume, v.Id), v)
-	a.kv.Set(key(tName, v.Name), put64(v.Id))
-	a.event("volume %s created: %s, %d replicas", v.Name, ids.FormatSize(v.SizeBytes), v.Replicas)
-	return &pb.Result{Volume: v}, nil
+	made := make([]*pb.Volume, 0, n)
+	for _, name := range names {
+		v := proto.CloneOf(v)
+		v.Name, v.Id, v.CreatedUnixNs, v.Revision = name, next(a.kv, "volume"), a.now, 1
+		put(a.kv, key(tVolume, v.Id), v)
+		a.kv.Set(key(tName, v.Name), put64(v.Id))
+		a.event("volume %s created: %s, %d replicas", v.Name, ids.FormatSize(v.SizeBytes), v.Replicas)
+		made = append(made, v)
+	}
+	return made, nil
 }
 
 func (a *apply) renameVolume(op *pb.RenameVolume) (*pb.Result, error) {

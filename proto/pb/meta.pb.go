@@ -123,7 +123,7 @@ func (x ChunkMove_Step) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ChunkMove_Step.Descriptor instead.
 func (ChunkMove_Step) EnumDescriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40, 0}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41, 0}
 }
 
 type Store struct {
@@ -1441,6 +1441,7 @@ type Command struct {
 	//	*Command_SetPlacement
 	//	*Command_RetireStore
 	//	*Command_RemoveStore
+	//	*Command_CreateVolumes
 	Op            isCommand_Op `protobuf_oneof:"op"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1889,6 +1890,15 @@ func (x *Command) GetRemoveStore() *RemoveStore {
 	return nil
 }
 
+func (x *Command) GetCreateVolumes() *CreateVolumes {
+	if x != nil {
+		if x, ok := x.Op.(*Command_CreateVolumes); ok {
+			return x.CreateVolumes
+		}
+	}
+	return nil
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -2061,6 +2071,10 @@ type Command_RemoveStore struct {
 	RemoveStore *RemoveStore `protobuf:"bytes,91,opt,name=remove_store,json=removeStore,proto3,oneof"`
 }
 
+type Command_CreateVolumes struct {
+	CreateVolumes *CreateVolumes `protobuf:"bytes,92,opt,name=create_volumes,json=createVolumes,proto3,oneof"`
+}
+
 func (*Command_OpenSession) isCommand_Op() {}
 
 func (*Command_RegisterHost) isCommand_Op() {}
@@ -2144,6 +2158,8 @@ func (*Command_SetPlacement) isCommand_Op() {}
 func (*Command_RetireStore) isCommand_Op() {}
 
 func (*Command_RemoveStore) isCommand_Op() {}
+
+func (*Command_CreateVolumes) isCommand_Op() {}
 
 // RetireStore takes a store out of service, or back: a retired one gets no new
 // chunks, and those it has are to go elsewhere.
@@ -3360,6 +3376,59 @@ func (x *CreateVolume) GetQos() *Qos {
 	return nil
 }
 
+// CreateVolumes makes volumes that differ only in their names, all or none of them.
+type CreateVolumes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Like          *CreateVolume          `protobuf:"bytes,1,opt,name=like,proto3" json:"like,omitempty"`   // its name is not used
+	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"` // at most 256
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateVolumes) Reset() {
+	*x = CreateVolumes{}
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateVolumes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateVolumes) ProtoMessage() {}
+
+func (x *CreateVolumes) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateVolumes.ProtoReflect.Descriptor instead.
+func (*CreateVolumes) Descriptor() ([]byte, []int) {
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *CreateVolumes) GetLike() *CreateVolume {
+	if x != nil {
+		return x.Like
+	}
+	return nil
+}
+
+func (x *CreateVolumes) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
 type RenameVolume struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -3370,7 +3439,7 @@ type RenameVolume struct {
 
 func (x *RenameVolume) Reset() {
 	*x = RenameVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3382,7 +3451,7 @@ func (x *RenameVolume) String() string {
 func (*RenameVolume) ProtoMessage() {}
 
 func (x *RenameVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[35]
+	mi := &file_proto_pb_meta_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3395,7 +3464,7 @@ func (x *RenameVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameVolume.ProtoReflect.Descriptor instead.
 func (*RenameVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{35}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RenameVolume) GetVolume() string {
@@ -3422,7 +3491,7 @@ type ResizeVolume struct {
 
 func (x *ResizeVolume) Reset() {
 	*x = ResizeVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3434,7 +3503,7 @@ func (x *ResizeVolume) String() string {
 func (*ResizeVolume) ProtoMessage() {}
 
 func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[36]
+	mi := &file_proto_pb_meta_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3447,7 +3516,7 @@ func (x *ResizeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolume.ProtoReflect.Descriptor instead.
 func (*ResizeVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{36}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ResizeVolume) GetVolume() string {
@@ -3475,7 +3544,7 @@ type DeleteVolume struct {
 
 func (x *DeleteVolume) Reset() {
 	*x = DeleteVolume{}
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3487,7 +3556,7 @@ func (x *DeleteVolume) String() string {
 func (*DeleteVolume) ProtoMessage() {}
 
 func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[37]
+	mi := &file_proto_pb_meta_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3500,7 +3569,7 @@ func (x *DeleteVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolume.ProtoReflect.Descriptor instead.
 func (*DeleteVolume) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{37}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DeleteVolume) GetVolume() string {
@@ -3532,7 +3601,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3544,7 +3613,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[38]
+	mi := &file_proto_pb_meta_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3557,7 +3626,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{38}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Attach) GetVolume() string {
@@ -3619,7 +3688,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3631,7 +3700,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[39]
+	mi := &file_proto_pb_meta_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3644,7 +3713,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{39}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *HandOver) GetVolumeId() uint64 {
@@ -3704,7 +3773,7 @@ type ChunkMove struct {
 
 func (x *ChunkMove) Reset() {
 	*x = ChunkMove{}
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3716,7 +3785,7 @@ func (x *ChunkMove) String() string {
 func (*ChunkMove) ProtoMessage() {}
 
 func (x *ChunkMove) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[40]
+	mi := &file_proto_pb_meta_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3729,7 +3798,7 @@ func (x *ChunkMove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkMove.ProtoReflect.Descriptor instead.
 func (*ChunkMove) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{40}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChunkMove) GetIndex() uint32 {
@@ -3789,7 +3858,7 @@ type MoveChunks struct {
 
 func (x *MoveChunks) Reset() {
 	*x = MoveChunks{}
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3801,7 +3870,7 @@ func (x *MoveChunks) String() string {
 func (*MoveChunks) ProtoMessage() {}
 
 func (x *MoveChunks) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[41]
+	mi := &file_proto_pb_meta_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3814,7 +3883,7 @@ func (x *MoveChunks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveChunks.ProtoReflect.Descriptor instead.
 func (*MoveChunks) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{41}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *MoveChunks) GetVolumeId() uint64 {
@@ -3857,7 +3926,7 @@ type SetReplicas struct {
 
 func (x *SetReplicas) Reset() {
 	*x = SetReplicas{}
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3869,7 +3938,7 @@ func (x *SetReplicas) String() string {
 func (*SetReplicas) ProtoMessage() {}
 
 func (x *SetReplicas) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[42]
+	mi := &file_proto_pb_meta_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3882,7 +3951,7 @@ func (x *SetReplicas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetReplicas.ProtoReflect.Descriptor instead.
 func (*SetReplicas) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{42}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *SetReplicas) GetVolume() string {
@@ -3910,7 +3979,7 @@ type Detach struct {
 
 func (x *Detach) Reset() {
 	*x = Detach{}
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3922,7 +3991,7 @@ func (x *Detach) String() string {
 func (*Detach) ProtoMessage() {}
 
 func (x *Detach) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[43]
+	mi := &file_proto_pb_meta_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3935,7 +4004,7 @@ func (x *Detach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detach.ProtoReflect.Descriptor instead.
 func (*Detach) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{43}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Detach) GetVolumeId() uint64 {
@@ -3968,7 +4037,7 @@ type Allocate struct {
 
 func (x *Allocate) Reset() {
 	*x = Allocate{}
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3980,7 +4049,7 @@ func (x *Allocate) String() string {
 func (*Allocate) ProtoMessage() {}
 
 func (x *Allocate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[44]
+	mi := &file_proto_pb_meta_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3993,7 +4062,7 @@ func (x *Allocate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allocate.ProtoReflect.Descriptor instead.
 func (*Allocate) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{44}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Allocate) GetVolumeId() uint64 {
@@ -4053,7 +4122,7 @@ type MemberChange struct {
 
 func (x *MemberChange) Reset() {
 	*x = MemberChange{}
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4065,7 +4134,7 @@ func (x *MemberChange) String() string {
 func (*MemberChange) ProtoMessage() {}
 
 func (x *MemberChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[45]
+	mi := &file_proto_pb_meta_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4078,7 +4147,7 @@ func (x *MemberChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberChange.ProtoReflect.Descriptor instead.
 func (*MemberChange) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{45}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *MemberChange) GetVolumeId() uint64 {
@@ -4141,7 +4210,7 @@ type ChangeMembers struct {
 
 func (x *ChangeMembers) Reset() {
 	*x = ChangeMembers{}
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4153,7 +4222,7 @@ func (x *ChangeMembers) String() string {
 func (*ChangeMembers) ProtoMessage() {}
 
 func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[46]
+	mi := &file_proto_pb_meta_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4166,7 +4235,7 @@ func (x *ChangeMembers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembers.ProtoReflect.Descriptor instead.
 func (*ChangeMembers) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{46}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ChangeMembers) GetChanges() []*MemberChange {
@@ -4186,7 +4255,7 @@ type PutVM struct {
 
 func (x *PutVM) Reset() {
 	*x = PutVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4198,7 +4267,7 @@ func (x *PutVM) String() string {
 func (*PutVM) ProtoMessage() {}
 
 func (x *PutVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[47]
+	mi := &file_proto_pb_meta_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4211,7 +4280,7 @@ func (x *PutVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutVM.ProtoReflect.Descriptor instead.
 func (*PutVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{47}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PutVM) GetVm() *VM {
@@ -4237,7 +4306,7 @@ type DeleteVM struct {
 
 func (x *DeleteVM) Reset() {
 	*x = DeleteVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4249,7 +4318,7 @@ func (x *DeleteVM) String() string {
 func (*DeleteVM) ProtoMessage() {}
 
 func (x *DeleteVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[48]
+	mi := &file_proto_pb_meta_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4262,7 +4331,7 @@ func (x *DeleteVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVM.ProtoReflect.Descriptor instead.
 func (*DeleteVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{48}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DeleteVM) GetName() string {
@@ -4283,14 +4352,14 @@ type Result struct {
 	Vm            *VM                    `protobuf:"bytes,7,opt,name=vm,proto3" json:"vm,omitempty"`
 	ClusterId     string                 `protobuf:"bytes,8,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Refused       bool                   `protobuf:"varint,9,opt,name=refused,proto3" json:"refused,omitempty"` // refused before the log: not done, and its number is not used up
-	Volumes       []*Volume              `protobuf:"bytes,60,rep,name=volumes,proto3" json:"volumes,omitempty"` // name_snapshots, in order; hand_over: all of them
+	Volumes       []*Volume              `protobuf:"bytes,60,rep,name=volumes,proto3" json:"volumes,omitempty"` // create_volumes and name_snapshots, in order; hand_over: all of them
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4302,7 +4371,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[49]
+	mi := &file_proto_pb_meta_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4315,7 +4384,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{49}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Result) GetStatus() uint32 {
@@ -4399,7 +4468,7 @@ type MemberResult struct {
 
 func (x *MemberResult) Reset() {
 	*x = MemberResult{}
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4411,7 +4480,7 @@ func (x *MemberResult) String() string {
 func (*MemberResult) ProtoMessage() {}
 
 func (x *MemberResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[50]
+	mi := &file_proto_pb_meta_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4424,7 +4493,7 @@ func (x *MemberResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberResult.ProtoReflect.Descriptor instead.
 func (*MemberResult) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{50}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *MemberResult) GetStatus() uint32 {
@@ -4477,7 +4546,7 @@ type QueryRequest struct {
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4489,7 +4558,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[51]
+	mi := &file_proto_pb_meta_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4502,7 +4571,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{51}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *QueryRequest) GetQ() isQueryRequest_Q {
@@ -4772,7 +4841,7 @@ type GoneVolumes struct {
 
 func (x *GoneVolumes) Reset() {
 	*x = GoneVolumes{}
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4784,7 +4853,7 @@ func (x *GoneVolumes) String() string {
 func (*GoneVolumes) ProtoMessage() {}
 
 func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[52]
+	mi := &file_proto_pb_meta_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4797,7 +4866,7 @@ func (x *GoneVolumes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoneVolumes.ProtoReflect.Descriptor instead.
 func (*GoneVolumes) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{52}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GoneVolumes) GetVolumeIds() []uint64 {
@@ -4817,7 +4886,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4829,7 +4898,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[53]
+	mi := &file_proto_pb_meta_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4842,7 +4911,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{53}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Events) GetAfter() uint64 {
@@ -4870,7 +4939,7 @@ type PlaceVM struct {
 
 func (x *PlaceVM) Reset() {
 	*x = PlaceVM{}
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4882,7 +4951,7 @@ func (x *PlaceVM) String() string {
 func (*PlaceVM) ProtoMessage() {}
 
 func (x *PlaceVM) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[54]
+	mi := &file_proto_pb_meta_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4895,7 +4964,7 @@ func (x *PlaceVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceVM.ProtoReflect.Descriptor instead.
 func (*PlaceVM) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{54}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *PlaceVM) GetVm() string {
@@ -4942,7 +5011,7 @@ type QueryReply struct {
 
 func (x *QueryReply) Reset() {
 	*x = QueryReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4954,7 +5023,7 @@ func (x *QueryReply) String() string {
 func (*QueryReply) ProtoMessage() {}
 
 func (x *QueryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[55]
+	mi := &file_proto_pb_meta_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4967,7 +5036,7 @@ func (x *QueryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryReply.ProtoReflect.Descriptor instead.
 func (*QueryReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{55}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *QueryReply) GetStatus() uint32 {
@@ -5135,7 +5204,7 @@ type PoolMark struct {
 
 func (x *PoolMark) Reset() {
 	*x = PoolMark{}
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5147,7 +5216,7 @@ func (x *PoolMark) String() string {
 func (*PoolMark) ProtoMessage() {}
 
 func (x *PoolMark) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[56]
+	mi := &file_proto_pb_meta_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5160,7 +5229,7 @@ func (x *PoolMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolMark.ProtoReflect.Descriptor instead.
 func (*PoolMark) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{56}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *PoolMark) GetPercent() uint32 {
@@ -5190,7 +5259,7 @@ type OriginState struct {
 
 func (x *OriginState) Reset() {
 	*x = OriginState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5202,7 +5271,7 @@ func (x *OriginState) String() string {
 func (*OriginState) ProtoMessage() {}
 
 func (x *OriginState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[57]
+	mi := &file_proto_pb_meta_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5215,7 +5284,7 @@ func (x *OriginState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OriginState.ProtoReflect.Descriptor instead.
 func (*OriginState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{57}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *OriginState) GetVolume() *Volume {
@@ -5259,7 +5328,7 @@ type StoreUsage struct {
 
 func (x *StoreUsage) Reset() {
 	*x = StoreUsage{}
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5271,7 +5340,7 @@ func (x *StoreUsage) String() string {
 func (*StoreUsage) ProtoMessage() {}
 
 func (x *StoreUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[58]
+	mi := &file_proto_pb_meta_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5284,7 +5353,7 @@ func (x *StoreUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreUsage.ProtoReflect.Descriptor instead.
 func (*StoreUsage) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{58}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *StoreUsage) GetStore() []byte {
@@ -5335,7 +5404,7 @@ type StoreState struct {
 
 func (x *StoreState) Reset() {
 	*x = StoreState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5347,7 +5416,7 @@ func (x *StoreState) String() string {
 func (*StoreState) ProtoMessage() {}
 
 func (x *StoreState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[59]
+	mi := &file_proto_pb_meta_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5360,7 +5429,7 @@ func (x *StoreState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreState.ProtoReflect.Descriptor instead.
 func (*StoreState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{59}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *StoreState) GetStore() *Store {
@@ -5411,7 +5480,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5423,7 +5492,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[60]
+	mi := &file_proto_pb_meta_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5436,7 +5505,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{60}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *HostState) GetHost() *Host {
@@ -5484,7 +5553,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5496,7 +5565,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[61]
+	mi := &file_proto_pb_meta_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5509,7 +5578,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{61}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Lease) GetVolumeId() uint64 {
@@ -5541,7 +5610,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5553,7 +5622,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[62]
+	mi := &file_proto_pb_meta_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5566,7 +5635,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{62}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RenewRequest) GetHost() string {
@@ -5639,7 +5708,7 @@ type RenewReply struct {
 
 func (x *RenewReply) Reset() {
 	*x = RenewReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5651,7 +5720,7 @@ func (x *RenewReply) String() string {
 func (*RenewReply) ProtoMessage() {}
 
 func (x *RenewReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[63]
+	mi := &file_proto_pb_meta_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5664,7 +5733,7 @@ func (x *RenewReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewReply.ProtoReflect.Descriptor instead.
 func (*RenewReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{63}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *RenewReply) GetStatus() uint32 {
@@ -5767,7 +5836,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5779,7 +5848,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[64]
+	mi := &file_proto_pb_meta_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5792,7 +5861,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{64}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *NodeRequest) GetTermOnly() bool {
@@ -5833,7 +5902,7 @@ type NodeReply struct {
 
 func (x *NodeReply) Reset() {
 	*x = NodeReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5845,7 +5914,7 @@ func (x *NodeReply) String() string {
 func (*NodeReply) ProtoMessage() {}
 
 func (x *NodeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[65]
+	mi := &file_proto_pb_meta_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5858,7 +5927,7 @@ func (x *NodeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReply.ProtoReflect.Descriptor instead.
 func (*NodeReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{65}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *NodeReply) GetId() string {
@@ -6032,7 +6101,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6044,7 +6113,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[66]
+	mi := &file_proto_pb_meta_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6057,7 +6126,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{66}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *WatchRequest) GetAfter() uint64 {
@@ -6088,7 +6157,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6100,7 +6169,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[67]
+	mi := &file_proto_pb_meta_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6113,7 +6182,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{67}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Change) GetWhat() isChange_What {
@@ -6252,7 +6321,7 @@ type WatchReply struct {
 
 func (x *WatchReply) Reset() {
 	*x = WatchReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6264,7 +6333,7 @@ func (x *WatchReply) String() string {
 func (*WatchReply) ProtoMessage() {}
 
 func (x *WatchReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[68]
+	mi := &file_proto_pb_meta_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6277,7 +6346,7 @@ func (x *WatchReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReply.ProtoReflect.Descriptor instead.
 func (*WatchReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{68}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *WatchReply) GetRevision() uint64 {
@@ -6318,7 +6387,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6330,7 +6399,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[69]
+	mi := &file_proto_pb_meta_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6343,7 +6412,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{69}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *AddNodeRequest) GetApiAddr() string {
@@ -6370,7 +6439,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6382,7 +6451,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[70]
+	mi := &file_proto_pb_meta_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6395,7 +6464,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{70}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -6424,7 +6493,7 @@ type NodesReply struct {
 
 func (x *NodesReply) Reset() {
 	*x = NodesReply{}
-	mi := &file_proto_pb_meta_proto_msgTypes[71]
+	mi := &file_proto_pb_meta_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6436,7 +6505,7 @@ func (x *NodesReply) String() string {
 func (*NodesReply) ProtoMessage() {}
 
 func (x *NodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[71]
+	mi := &file_proto_pb_meta_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6449,7 +6518,7 @@ func (x *NodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodesReply.ProtoReflect.Descriptor instead.
 func (*NodesReply) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{71}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *NodesReply) GetStatus() uint32 {
@@ -6488,7 +6557,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_proto_pb_meta_proto_msgTypes[72]
+	mi := &file_proto_pb_meta_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6500,7 +6569,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[72]
+	mi := &file_proto_pb_meta_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6513,7 +6582,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{72}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{73}
 }
 
 type BackupPiece struct {
@@ -6528,7 +6597,7 @@ type BackupPiece struct {
 
 func (x *BackupPiece) Reset() {
 	*x = BackupPiece{}
-	mi := &file_proto_pb_meta_proto_msgTypes[73]
+	mi := &file_proto_pb_meta_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6540,7 +6609,7 @@ func (x *BackupPiece) String() string {
 func (*BackupPiece) ProtoMessage() {}
 
 func (x *BackupPiece) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_pb_meta_proto_msgTypes[73]
+	mi := &file_proto_pb_meta_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6553,7 +6622,7 @@ func (x *BackupPiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupPiece.ProtoReflect.Descriptor instead.
 func (*BackupPiece) Descriptor() ([]byte, []int) {
-	return file_proto_pb_meta_proto_rawDescGZIP(), []int{73}
+	return file_proto_pb_meta_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *BackupPiece) GetStatus() uint32 {
@@ -6720,7 +6789,7 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"timeUnixNs\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
-	"\aoutcome\x18( \x01(\tR\aoutcome\"\x8f\x14\n" +
+	"\aoutcome\x18( \x01(\tR\aoutcome\"\xd1\x14\n" +
 	"\aCommand\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12 \n" +
@@ -6775,7 +6844,8 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\abind_vm\x18P \x01(\v2\x10.cairn.v1.BindVMH\x00R\x06bindVm\x12=\n" +
 	"\rset_placement\x18Q \x01(\v2\x16.cairn.v1.SetPlacementH\x00R\fsetPlacement\x12:\n" +
 	"\fretire_store\x18Z \x01(\v2\x15.cairn.v1.RetireStoreH\x00R\vretireStore\x12:\n" +
-	"\fremove_store\x18[ \x01(\v2\x15.cairn.v1.RemoveStoreH\x00R\vremoveStoreB\x04\n" +
+	"\fremove_store\x18[ \x01(\v2\x15.cairn.v1.RemoveStoreH\x00R\vremoveStore\x12@\n" +
+	"\x0ecreate_volumes\x18\\ \x01(\v2\x17.cairn.v1.CreateVolumesH\x00R\rcreateVolumesB\x04\n" +
 	"\x02op\"=\n" +
 	"\vRetireStore\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\fR\x05store\x12\x18\n" +
@@ -6861,7 +6931,10 @@ const file_proto_pb_meta_proto_rawDesc = "" +
 	"\x03qos\x18+ \x01(\v2\r.cairn.v1.QosR\x03qos\x1a7\n" +
 	"\tTagsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\":\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
+	"\rCreateVolumes\x12*\n" +
+	"\x04like\x18\x01 \x01(\v2\x16.cairn.v1.CreateVolumeR\x04like\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\":\n" +
 	"\fRenameVolume\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"E\n" +
@@ -7165,7 +7238,7 @@ func file_proto_pb_meta_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_pb_meta_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
+var file_proto_pb_meta_proto_msgTypes = make([]protoimpl.MessageInfo, 79)
 var file_proto_pb_meta_proto_goTypes = []any{
 	(ChunkState)(0),           // 0: cairn.v1.ChunkState
 	(ChunkMove_Step)(0),       // 1: cairn.v1.ChunkMove.Step
@@ -7204,95 +7277,96 @@ var file_proto_pb_meta_proto_goTypes = []any{
 	(*RegisterHost)(nil),      // 34: cairn.v1.RegisterHost
 	(*RegisterStore)(nil),     // 35: cairn.v1.RegisterStore
 	(*CreateVolume)(nil),      // 36: cairn.v1.CreateVolume
-	(*RenameVolume)(nil),      // 37: cairn.v1.RenameVolume
-	(*ResizeVolume)(nil),      // 38: cairn.v1.ResizeVolume
-	(*DeleteVolume)(nil),      // 39: cairn.v1.DeleteVolume
-	(*Attach)(nil),            // 40: cairn.v1.Attach
-	(*HandOver)(nil),          // 41: cairn.v1.HandOver
-	(*ChunkMove)(nil),         // 42: cairn.v1.ChunkMove
-	(*MoveChunks)(nil),        // 43: cairn.v1.MoveChunks
-	(*SetReplicas)(nil),       // 44: cairn.v1.SetReplicas
-	(*Detach)(nil),            // 45: cairn.v1.Detach
-	(*Allocate)(nil),          // 46: cairn.v1.Allocate
-	(*MemberChange)(nil),      // 47: cairn.v1.MemberChange
-	(*ChangeMembers)(nil),     // 48: cairn.v1.ChangeMembers
-	(*PutVM)(nil),             // 49: cairn.v1.PutVM
-	(*DeleteVM)(nil),          // 50: cairn.v1.DeleteVM
-	(*Result)(nil),            // 51: cairn.v1.Result
-	(*MemberResult)(nil),      // 52: cairn.v1.MemberResult
-	(*QueryRequest)(nil),      // 53: cairn.v1.QueryRequest
-	(*GoneVolumes)(nil),       // 54: cairn.v1.GoneVolumes
-	(*Events)(nil),            // 55: cairn.v1.Events
-	(*PlaceVM)(nil),           // 56: cairn.v1.PlaceVM
-	(*QueryReply)(nil),        // 57: cairn.v1.QueryReply
-	(*PoolMark)(nil),          // 58: cairn.v1.PoolMark
-	(*OriginState)(nil),       // 59: cairn.v1.OriginState
-	(*StoreUsage)(nil),        // 60: cairn.v1.StoreUsage
-	(*StoreState)(nil),        // 61: cairn.v1.StoreState
-	(*HostState)(nil),         // 62: cairn.v1.HostState
-	(*Lease)(nil),             // 63: cairn.v1.Lease
-	(*RenewRequest)(nil),      // 64: cairn.v1.RenewRequest
-	(*RenewReply)(nil),        // 65: cairn.v1.RenewReply
-	(*NodeRequest)(nil),       // 66: cairn.v1.NodeRequest
-	(*NodeReply)(nil),         // 67: cairn.v1.NodeReply
-	(*WatchRequest)(nil),      // 68: cairn.v1.WatchRequest
-	(*Change)(nil),            // 69: cairn.v1.Change
-	(*WatchReply)(nil),        // 70: cairn.v1.WatchReply
-	(*AddNodeRequest)(nil),    // 71: cairn.v1.AddNodeRequest
-	(*RemoveNodeRequest)(nil), // 72: cairn.v1.RemoveNodeRequest
-	(*NodesReply)(nil),        // 73: cairn.v1.NodesReply
-	(*BackupRequest)(nil),     // 74: cairn.v1.BackupRequest
-	(*BackupPiece)(nil),       // 75: cairn.v1.BackupPiece
-	nil,                       // 76: cairn.v1.Host.LabelsEntry
-	nil,                       // 77: cairn.v1.Volume.TagsEntry
-	nil,                       // 78: cairn.v1.UpdateVolume.SetTagsEntry
-	nil,                       // 79: cairn.v1.CreateVolume.TagsEntry
-	(*HostPromise)(nil),       // 80: cairn.v1.HostPromise
-	(*Layer)(nil),             // 81: cairn.v1.Layer
-	(*Origin)(nil),            // 82: cairn.v1.Origin
-	(*VMNeeds)(nil),           // 83: cairn.v1.VMNeeds
-	(*VMQueue)(nil),           // 84: cairn.v1.VMQueue
-	(*PrepareSnapshot)(nil),   // 85: cairn.v1.PrepareSnapshot
-	(*NameSnapshots)(nil),     // 86: cairn.v1.NameSnapshots
-	(*DeleteSnapshot)(nil),    // 87: cairn.v1.DeleteSnapshot
-	(*CloneVolume)(nil),       // 88: cairn.v1.CloneVolume
-	(*RollbackVolume)(nil),    // 89: cairn.v1.RollbackVolume
-	(*FlattenVolume)(nil),     // 90: cairn.v1.FlattenVolume
-	(*PruneLayer)(nil),        // 91: cairn.v1.PruneLayer
-	(*BindVM)(nil),            // 92: cairn.v1.BindVM
-	(*SetPlacement)(nil),      // 93: cairn.v1.SetPlacement
-	(*LayersOf)(nil),          // 94: cairn.v1.LayersOf
-	(*PlaceQuestion)(nil),     // 95: cairn.v1.PlaceQuestion
-	(*VolumeLayers)(nil),      // 96: cairn.v1.VolumeLayers
-	(*PlaceAnswer)(nil),       // 97: cairn.v1.PlaceAnswer
-	(*VolumeHeat)(nil),        // 98: cairn.v1.VolumeHeat
-	(*VolumeWishes)(nil),      // 99: cairn.v1.VolumeWishes
+	(*CreateVolumes)(nil),     // 37: cairn.v1.CreateVolumes
+	(*RenameVolume)(nil),      // 38: cairn.v1.RenameVolume
+	(*ResizeVolume)(nil),      // 39: cairn.v1.ResizeVolume
+	(*DeleteVolume)(nil),      // 40: cairn.v1.DeleteVolume
+	(*Attach)(nil),            // 41: cairn.v1.Attach
+	(*HandOver)(nil),          // 42: cairn.v1.HandOver
+	(*ChunkMove)(nil),         // 43: cairn.v1.ChunkMove
+	(*MoveChunks)(nil),        // 44: cairn.v1.MoveChunks
+	(*SetReplicas)(nil),       // 45: cairn.v1.SetReplicas
+	(*Detach)(nil),            // 46: cairn.v1.Detach
+	(*Allocate)(nil),          // 47: cairn.v1.Allocate
+	(*MemberChange)(nil),      // 48: cairn.v1.MemberChange
+	(*ChangeMembers)(nil),     // 49: cairn.v1.ChangeMembers
+	(*PutVM)(nil),             // 50: cairn.v1.PutVM
+	(*DeleteVM)(nil),          // 51: cairn.v1.DeleteVM
+	(*Result)(nil),            // 52: cairn.v1.Result
+	(*MemberResult)(nil),      // 53: cairn.v1.MemberResult
+	(*QueryRequest)(nil),      // 54: cairn.v1.QueryRequest
+	(*GoneVolumes)(nil),       // 55: cairn.v1.GoneVolumes
+	(*Events)(nil),            // 56: cairn.v1.Events
+	(*PlaceVM)(nil),           // 57: cairn.v1.PlaceVM
+	(*QueryReply)(nil),        // 58: cairn.v1.QueryReply
+	(*PoolMark)(nil),          // 59: cairn.v1.PoolMark
+	(*OriginState)(nil),       // 60: cairn.v1.OriginState
+	(*StoreUsage)(nil),        // 61: cairn.v1.StoreUsage
+	(*StoreState)(nil),        // 62: cairn.v1.StoreState
+	(*HostState)(nil),         // 63: cairn.v1.HostState
+	(*Lease)(nil),             // 64: cairn.v1.Lease
+	(*RenewRequest)(nil),      // 65: cairn.v1.RenewRequest
+	(*RenewReply)(nil),        // 66: cairn.v1.RenewReply
+	(*NodeRequest)(nil),       // 67: cairn.v1.NodeRequest
+	(*NodeReply)(nil),         // 68: cairn.v1.NodeReply
+	(*WatchRequest)(nil),      // 69: cairn.v1.WatchRequest
+	(*Change)(nil),            // 70: cairn.v1.Change
+	(*WatchReply)(nil),        // 71: cairn.v1.WatchReply
+	(*AddNodeRequest)(nil),    // 72: cairn.v1.AddNodeRequest
+	(*RemoveNodeRequest)(nil), // 73: cairn.v1.RemoveNodeRequest
+	(*NodesReply)(nil),        // 74: cairn.v1.NodesReply
+	(*BackupRequest)(nil),     // 75: cairn.v1.BackupRequest
+	(*BackupPiece)(nil),       // 76: cairn.v1.BackupPiece
+	nil,                       // 77: cairn.v1.Host.LabelsEntry
+	nil,                       // 78: cairn.v1.Volume.TagsEntry
+	nil,                       // 79: cairn.v1.UpdateVolume.SetTagsEntry
+	nil,                       // 80: cairn.v1.CreateVolume.TagsEntry
+	(*HostPromise)(nil),       // 81: cairn.v1.HostPromise
+	(*Layer)(nil),             // 82: cairn.v1.Layer
+	(*Origin)(nil),            // 83: cairn.v1.Origin
+	(*VMNeeds)(nil),           // 84: cairn.v1.VMNeeds
+	(*VMQueue)(nil),           // 85: cairn.v1.VMQueue
+	(*PrepareSnapshot)(nil),   // 86: cairn.v1.PrepareSnapshot
+	(*NameSnapshots)(nil),     // 87: cairn.v1.NameSnapshots
+	(*DeleteSnapshot)(nil),    // 88: cairn.v1.DeleteSnapshot
+	(*CloneVolume)(nil),       // 89: cairn.v1.CloneVolume
+	(*RollbackVolume)(nil),    // 90: cairn.v1.RollbackVolume
+	(*FlattenVolume)(nil),     // 91: cairn.v1.FlattenVolume
+	(*PruneLayer)(nil),        // 92: cairn.v1.PruneLayer
+	(*BindVM)(nil),            // 93: cairn.v1.BindVM
+	(*SetPlacement)(nil),      // 94: cairn.v1.SetPlacement
+	(*LayersOf)(nil),          // 95: cairn.v1.LayersOf
+	(*PlaceQuestion)(nil),     // 96: cairn.v1.PlaceQuestion
+	(*VolumeLayers)(nil),      // 97: cairn.v1.VolumeLayers
+	(*PlaceAnswer)(nil),       // 98: cairn.v1.PlaceAnswer
+	(*VolumeHeat)(nil),        // 99: cairn.v1.VolumeHeat
+	(*VolumeWishes)(nil),      // 100: cairn.v1.VolumeWishes
 }
 var file_proto_pb_meta_proto_depIdxs = []int32{
-	76,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
-	80,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
+	77,  // 0: cairn.v1.Host.labels:type_name -> cairn.v1.Host.LabelsEntry
+	81,  // 1: cairn.v1.Host.promise:type_name -> cairn.v1.HostPromise
 	0,   // 2: cairn.v1.Chunk.state:type_name -> cairn.v1.ChunkState
 	6,   // 3: cairn.v1.Chunk.filling:type_name -> cairn.v1.Filling
 	4,   // 4: cairn.v1.Volume.members:type_name -> cairn.v1.Member
-	77,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
+	78,  // 5: cairn.v1.Volume.tags:type_name -> cairn.v1.Volume.TagsEntry
 	8,   // 6: cairn.v1.Volume.qos:type_name -> cairn.v1.Qos
-	81,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
-	82,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
-	83,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
-	84,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
+	82,  // 7: cairn.v1.Volume.layers:type_name -> cairn.v1.Layer
+	83,  // 8: cairn.v1.Volume.origin:type_name -> cairn.v1.Origin
+	84,  // 9: cairn.v1.VM.needs:type_name -> cairn.v1.VMNeeds
+	85,  // 10: cairn.v1.VM.queue:type_name -> cairn.v1.VMQueue
 	33,  // 11: cairn.v1.Command.open_session:type_name -> cairn.v1.OpenSession
 	34,  // 12: cairn.v1.Command.register_host:type_name -> cairn.v1.RegisterHost
 	35,  // 13: cairn.v1.Command.register_store:type_name -> cairn.v1.RegisterStore
 	36,  // 14: cairn.v1.Command.create_volume:type_name -> cairn.v1.CreateVolume
-	37,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
-	38,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
-	39,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
-	40,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
-	45,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
-	46,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
-	48,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
-	49,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
-	50,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
+	38,  // 15: cairn.v1.Command.rename_volume:type_name -> cairn.v1.RenameVolume
+	39,  // 16: cairn.v1.Command.resize_volume:type_name -> cairn.v1.ResizeVolume
+	40,  // 17: cairn.v1.Command.delete_volume:type_name -> cairn.v1.DeleteVolume
+	41,  // 18: cairn.v1.Command.attach:type_name -> cairn.v1.Attach
+	46,  // 19: cairn.v1.Command.detach:type_name -> cairn.v1.Detach
+	47,  // 20: cairn.v1.Command.allocate:type_name -> cairn.v1.Allocate
+	49,  // 21: cairn.v1.Command.change_members:type_name -> cairn.v1.ChangeMembers
+	50,  // 22: cairn.v1.Command.put_vm:type_name -> cairn.v1.PutVM
+	51,  // 23: cairn.v1.Command.delete_vm:type_name -> cairn.v1.DeleteVM
 	32,  // 24: cairn.v1.Command.init_cluster:type_name -> cairn.v1.InitCluster
 	17,  // 25: cairn.v1.Command.set_host:type_name -> cairn.v1.SetHost
 	18,  // 26: cairn.v1.Command.remove_host:type_name -> cairn.v1.RemoveHost
@@ -7308,95 +7382,97 @@ var file_proto_pb_meta_proto_depIdxs = []int32{
 	30,  // 36: cairn.v1.Command.set_tenant:type_name -> cairn.v1.SetTenant
 	31,  // 37: cairn.v1.Command.trust_volume:type_name -> cairn.v1.TrustVolume
 	28,  // 38: cairn.v1.Command.dropped_copies:type_name -> cairn.v1.DroppedCopies
-	43,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
-	44,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
-	41,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
-	85,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
-	86,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
-	87,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
-	88,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
-	89,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
-	90,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
-	91,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
-	92,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
-	93,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
+	44,  // 39: cairn.v1.Command.move_chunks:type_name -> cairn.v1.MoveChunks
+	45,  // 40: cairn.v1.Command.set_replicas:type_name -> cairn.v1.SetReplicas
+	42,  // 41: cairn.v1.Command.hand_over:type_name -> cairn.v1.HandOver
+	86,  // 42: cairn.v1.Command.prepare_snapshot:type_name -> cairn.v1.PrepareSnapshot
+	87,  // 43: cairn.v1.Command.name_snapshots:type_name -> cairn.v1.NameSnapshots
+	88,  // 44: cairn.v1.Command.delete_snapshot:type_name -> cairn.v1.DeleteSnapshot
+	89,  // 45: cairn.v1.Command.clone_volume:type_name -> cairn.v1.CloneVolume
+	90,  // 46: cairn.v1.Command.rollback_volume:type_name -> cairn.v1.RollbackVolume
+	91,  // 47: cairn.v1.Command.flatten_volume:type_name -> cairn.v1.FlattenVolume
+	92,  // 48: cairn.v1.Command.prune_layer:type_name -> cairn.v1.PruneLayer
+	93,  // 49: cairn.v1.Command.bind_vm:type_name -> cairn.v1.BindVM
+	94,  // 50: cairn.v1.Command.set_placement:type_name -> cairn.v1.SetPlacement
 	15,  // 51: cairn.v1.Command.retire_store:type_name -> cairn.v1.RetireStore
 	16,  // 52: cairn.v1.Command.remove_store:type_name -> cairn.v1.RemoveStore
-	27,  // 53: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
-	78,  // 54: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
-	8,   // 55: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
-	3,   // 56: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
-	2,   // 57: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
-	79,  // 58: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
-	8,   // 59: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
-	41,  // 60: cairn.v1.HandOver.also:type_name -> cairn.v1.HandOver
-	92,  // 61: cairn.v1.HandOver.bind:type_name -> cairn.v1.BindVM
-	1,   // 62: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
-	42,  // 63: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
-	5,   // 64: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
-	47,  // 65: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
-	12,  // 66: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
-	7,   // 67: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
-	5,   // 68: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
-	52,  // 69: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
-	12,  // 70: cairn.v1.Result.vm:type_name -> cairn.v1.VM
-	7,   // 71: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
-	54,  // 72: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
-	55,  // 73: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
-	56,  // 74: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
-	94,  // 75: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
-	95,  // 76: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
-	7,   // 77: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
-	5,   // 78: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
-	62,  // 79: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
-	12,  // 80: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
-	13,  // 81: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
-	67,  // 82: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
-	9,   // 83: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
-	10,  // 84: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
-	11,  // 85: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
-	27,  // 86: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
-	96,  // 87: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
-	59,  // 88: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
-	97,  // 89: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
-	58,  // 90: cairn.v1.QueryReply.pool_mark:type_name -> cairn.v1.PoolMark
-	7,   // 91: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
-	5,   // 92: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
-	2,   // 93: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
-	60,  // 94: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
-	3,   // 95: cairn.v1.HostState.host:type_name -> cairn.v1.Host
-	61,  // 96: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
-	63,  // 97: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
-	63,  // 98: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
-	60,  // 99: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
-	98,  // 100: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
-	63,  // 101: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
-	7,   // 102: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
-	12,  // 103: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
-	99,  // 104: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
-	69,  // 105: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
-	67,  // 106: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
-	14,  // 107: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
-	53,  // 108: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
-	64,  // 109: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
-	66,  // 110: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
-	68,  // 111: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
-	71,  // 112: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
-	72,  // 113: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
-	74,  // 114: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
-	51,  // 115: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
-	57,  // 116: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
-	65,  // 117: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
-	67,  // 118: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
-	70,  // 119: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
-	73,  // 120: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
-	73,  // 121: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
-	75,  // 122: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
-	115, // [115:123] is the sub-list for method output_type
-	107, // [107:115] is the sub-list for method input_type
-	107, // [107:107] is the sub-list for extension type_name
-	107, // [107:107] is the sub-list for extension extendee
-	0,   // [0:107] is the sub-list for field type_name
+	37,  // 53: cairn.v1.Command.create_volumes:type_name -> cairn.v1.CreateVolumes
+	27,  // 54: cairn.v1.DroppedCopies.copies:type_name -> cairn.v1.ChunkCopy
+	79,  // 55: cairn.v1.UpdateVolume.set_tags:type_name -> cairn.v1.UpdateVolume.SetTagsEntry
+	8,   // 56: cairn.v1.UpdateVolume.qos:type_name -> cairn.v1.Qos
+	3,   // 57: cairn.v1.RegisterHost.host:type_name -> cairn.v1.Host
+	2,   // 58: cairn.v1.RegisterStore.store:type_name -> cairn.v1.Store
+	80,  // 59: cairn.v1.CreateVolume.tags:type_name -> cairn.v1.CreateVolume.TagsEntry
+	8,   // 60: cairn.v1.CreateVolume.qos:type_name -> cairn.v1.Qos
+	36,  // 61: cairn.v1.CreateVolumes.like:type_name -> cairn.v1.CreateVolume
+	42,  // 62: cairn.v1.HandOver.also:type_name -> cairn.v1.HandOver
+	93,  // 63: cairn.v1.HandOver.bind:type_name -> cairn.v1.BindVM
+	1,   // 64: cairn.v1.ChunkMove.step:type_name -> cairn.v1.ChunkMove.Step
+	43,  // 65: cairn.v1.MoveChunks.moves:type_name -> cairn.v1.ChunkMove
+	5,   // 66: cairn.v1.Allocate.chunks:type_name -> cairn.v1.Chunk
+	48,  // 67: cairn.v1.ChangeMembers.changes:type_name -> cairn.v1.MemberChange
+	12,  // 68: cairn.v1.PutVM.vm:type_name -> cairn.v1.VM
+	7,   // 69: cairn.v1.Result.volume:type_name -> cairn.v1.Volume
+	5,   // 70: cairn.v1.Result.chunks:type_name -> cairn.v1.Chunk
+	53,  // 71: cairn.v1.Result.members:type_name -> cairn.v1.MemberResult
+	12,  // 72: cairn.v1.Result.vm:type_name -> cairn.v1.VM
+	7,   // 73: cairn.v1.Result.volumes:type_name -> cairn.v1.Volume
+	55,  // 74: cairn.v1.QueryRequest.gone:type_name -> cairn.v1.GoneVolumes
+	56,  // 75: cairn.v1.QueryRequest.events:type_name -> cairn.v1.Events
+	57,  // 76: cairn.v1.QueryRequest.place_vm:type_name -> cairn.v1.PlaceVM
+	95,  // 77: cairn.v1.QueryRequest.layers_of:type_name -> cairn.v1.LayersOf
+	96,  // 78: cairn.v1.QueryRequest.place:type_name -> cairn.v1.PlaceQuestion
+	7,   // 79: cairn.v1.QueryReply.volumes:type_name -> cairn.v1.Volume
+	5,   // 80: cairn.v1.QueryReply.chunks:type_name -> cairn.v1.Chunk
+	63,  // 81: cairn.v1.QueryReply.hosts:type_name -> cairn.v1.HostState
+	12,  // 82: cairn.v1.QueryReply.vms:type_name -> cairn.v1.VM
+	13,  // 83: cairn.v1.QueryReply.events:type_name -> cairn.v1.Event
+	68,  // 84: cairn.v1.QueryReply.nodes:type_name -> cairn.v1.NodeReply
+	9,   // 85: cairn.v1.QueryReply.tenants:type_name -> cairn.v1.Tenant
+	10,  // 86: cairn.v1.QueryReply.pool:type_name -> cairn.v1.Pool
+	11,  // 87: cairn.v1.QueryReply.tokens:type_name -> cairn.v1.JoinToken
+	27,  // 88: cairn.v1.QueryReply.waste:type_name -> cairn.v1.ChunkCopy
+	97,  // 89: cairn.v1.QueryReply.layers:type_name -> cairn.v1.VolumeLayers
+	60,  // 90: cairn.v1.QueryReply.origins:type_name -> cairn.v1.OriginState
+	98,  // 91: cairn.v1.QueryReply.place:type_name -> cairn.v1.PlaceAnswer
+	59,  // 92: cairn.v1.QueryReply.pool_mark:type_name -> cairn.v1.PoolMark
+	7,   // 93: cairn.v1.OriginState.volume:type_name -> cairn.v1.Volume
+	5,   // 94: cairn.v1.OriginState.chunks:type_name -> cairn.v1.Chunk
+	2,   // 95: cairn.v1.StoreState.store:type_name -> cairn.v1.Store
+	61,  // 96: cairn.v1.StoreState.usage:type_name -> cairn.v1.StoreUsage
+	3,   // 97: cairn.v1.HostState.host:type_name -> cairn.v1.Host
+	62,  // 98: cairn.v1.HostState.stores:type_name -> cairn.v1.StoreState
+	64,  // 99: cairn.v1.RenewRequest.leases:type_name -> cairn.v1.Lease
+	64,  // 100: cairn.v1.RenewRequest.release:type_name -> cairn.v1.Lease
+	61,  // 101: cairn.v1.RenewRequest.usage:type_name -> cairn.v1.StoreUsage
+	99,  // 102: cairn.v1.RenewRequest.heat:type_name -> cairn.v1.VolumeHeat
+	64,  // 103: cairn.v1.RenewReply.refused:type_name -> cairn.v1.Lease
+	7,   // 104: cairn.v1.RenewReply.volumes:type_name -> cairn.v1.Volume
+	12,  // 105: cairn.v1.RenewReply.vms:type_name -> cairn.v1.VM
+	100, // 106: cairn.v1.RenewReply.wishes:type_name -> cairn.v1.VolumeWishes
+	70,  // 107: cairn.v1.WatchReply.changes:type_name -> cairn.v1.Change
+	68,  // 108: cairn.v1.NodesReply.nodes:type_name -> cairn.v1.NodeReply
+	14,  // 109: cairn.v1.Meta.Do:input_type -> cairn.v1.Command
+	54,  // 110: cairn.v1.Meta.Query:input_type -> cairn.v1.QueryRequest
+	65,  // 111: cairn.v1.Meta.Renew:input_type -> cairn.v1.RenewRequest
+	67,  // 112: cairn.v1.Meta.Node:input_type -> cairn.v1.NodeRequest
+	69,  // 113: cairn.v1.Meta.Watch:input_type -> cairn.v1.WatchRequest
+	72,  // 114: cairn.v1.Meta.AddNode:input_type -> cairn.v1.AddNodeRequest
+	73,  // 115: cairn.v1.Meta.RemoveNode:input_type -> cairn.v1.RemoveNodeRequest
+	75,  // 116: cairn.v1.Meta.Backup:input_type -> cairn.v1.BackupRequest
+	52,  // 117: cairn.v1.Meta.Do:output_type -> cairn.v1.Result
+	58,  // 118: cairn.v1.Meta.Query:output_type -> cairn.v1.QueryReply
+	66,  // 119: cairn.v1.Meta.Renew:output_type -> cairn.v1.RenewReply
+	68,  // 120: cairn.v1.Meta.Node:output_type -> cairn.v1.NodeReply
+	71,  // 121: cairn.v1.Meta.Watch:output_type -> cairn.v1.WatchReply
+	74,  // 122: cairn.v1.Meta.AddNode:output_type -> cairn.v1.NodesReply
+	74,  // 123: cairn.v1.Meta.RemoveNode:output_type -> cairn.v1.NodesReply
+	76,  // 124: cairn.v1.Meta.Backup:output_type -> cairn.v1.BackupPiece
+	117, // [117:125] is the sub-list for method output_type
+	109, // [109:117] is the sub-list for method input_type
+	109, // [109:109] is the sub-list for extension type_name
+	109, // [109:109] is the sub-list for extension extendee
+	0,   // [0:109] is the sub-list for field type_name
 }
 
 func init() { file_proto_pb_meta_proto_init() }
@@ -7449,8 +7525,9 @@ func file_proto_pb_meta_proto_init() {
 		(*Command_SetPlacement)(nil),
 		(*Command_RetireStore)(nil),
 		(*Command_RemoveStore)(nil),
+		(*Command_CreateVolumes)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[51].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[52].OneofWrappers = []any{
 		(*QueryRequest_Volume)(nil),
 		(*QueryRequest_Volumes)(nil),
 		(*QueryRequest_Hosts)(nil),
@@ -7467,7 +7544,7 @@ func file_proto_pb_meta_proto_init() {
 		(*QueryRequest_LayersOf)(nil),
 		(*QueryRequest_Place)(nil),
 	}
-	file_proto_pb_meta_proto_msgTypes[67].OneofWrappers = []any{
+	file_proto_pb_meta_proto_msgTypes[68].OneofWrappers = []any{
 		(*Change_Volume)(nil),
 		(*Change_Host)(nil),
 		(*Change_Store)(nil),
@@ -7482,7 +7559,7 @@ func file_proto_pb_meta_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_pb_meta_proto_rawDesc), len(file_proto_pb_meta_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   78,
+			NumMessages:   79,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
