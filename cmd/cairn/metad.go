@@ -175,7 +175,11 @@ func metaCommand(c *cli) *cobra.Command {
 			if os.Getenv("GOMAXPROCS") == "" {
 				runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
 			}
-			m, err := startMeta(cfg, daemonLog(cfg.LogFormat))
+			log := daemonLog(cfg.LogFormat)
+			if err := coarseTimers(); err != nil {
+				log.Info("each command costs more processor time than it could", "err", err)
+			}
+			m, err := startMeta(cfg, log)
 			if err != nil {
 				return err
 			}

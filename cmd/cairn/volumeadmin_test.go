@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -116,4 +117,26 @@ func TestShrinkUndoRemoveUndelete(t *testing.T) {
 	n.ok("volume", "create", "w", "--size", "1G")
 	n.ok("volume", "rm", "w", "--now")
 	n.fails("no deleted volume", "volume", "undelete", "w")
+}
+
+// Volumes of one command are all there or none, also right after the cluster's start.
+func TestVolumesAreCreatedTogether(t *testing.T) {
+	n := startUp(t, dir(t), "--store-size", "1G")
+	names := func() (out []string) {
+		for _, v := range decodeJSON[[]volumeView](t, n.ok("volume", "ls", "-o", "json")) {
+			out = append(out, v.Name)
+		}
+		return out
+	}
+	n.ok("volume", "create", "a", "b", "c", "--size", "64M", "--replicas", "2", "--tag", "of=web")
+	n.refuses("volume b exists already", "volume", "create", "d", "b", "--size", "64M")
+	n.refuses("d is to be created twice", "volume", "create", "d", "e", "d", "--size", "64M")
+	if got := names(); !slices.Equal(got, []string{"a", "b", "c"}) {
+		t.Errorf("there are %v", got)
+	}
+	for _, name := range names() {
+		if v := decodeJSON[volumeView](t, n.ok("volume", "show", name, "-o", "json")); v.SizeBytes != 64<<20 || v.Replicas != 2 || v.Tags["of"] != "web" {
+			t.Errorf("%+v", v)
+		}
+	}
 }

@@ -1,6 +1,8 @@
 package server
 
 import (
+	"errors"
+
 	"github.com/cairnstore/cairn/meta/state"
 	"github.com/cairnstore/cairn/proto/pb"
 	"github.com/cairnstore/cairn/proto/status"
@@ -22,16 +24,23 @@ func (s *Server) formatInUse() (used uint32, err error) {
 	return used, err
 }
 
-// checkFormat refuses a command that some member might not understand.
-func (s *Server) checkFormat(cmd *pb.Command) (err error) {
+// checkFormat refuses a command that some member might not understand. The version
+// is raised once a second; a new cluster's first command does not wait for that.
+func (s *Server) checkFormat(cmd *pb.Command) error {
 	if state.NeedsFormat(cmd) <= 1 {
 		return nil // the most of them: no look at the state
 	}
-	rerr := s.fsm.read(func(kv state.KV) { err = state.CheckFormat(kv, cmd) })
-	if rerr != nil {
-		return rerr
+	var refused error
+	check := func() error {
+		return s.fsm.read(func(kv state.KV) { refused = state.CheckFormat(kv, cmd) })
 	}
-	return err
+	if err := check(); err != nil || refused == nil {
+		return err
+	}
+	if err := errors.Join(s.raiseFormat(), check()); err != nil {
+		return err
+	}
+	return refused
 }
 
 // raiseFormat puts the newest version in use that every member knows.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"sync"
@@ -68,9 +69,12 @@ type fsm struct {
 
 var _ raft.BatchingFSM = (*fsm)(nil)
 
+// openBadger opens the database. Its tables in memory are of another size on each
+// node, 8 to 10 MiB: all nodes write the same, and would else write their tables out
+// at the same moment, with no majority left that is quick.
 func openBadger(dir string) (*badger.DB, error) {
 	opt := badger.DefaultOptions(dir).WithLogger(nil).WithSyncWrites(false).
-		WithMemTableSize(8 << 20).WithNumMemtables(2).WithBlockCacheSize(16 << 20).
+		WithMemTableSize(8<<20 + rand.Int64N(2<<20)).WithNumMemtables(2).WithBlockCacheSize(16 << 20).
 		WithChecksumVerificationMode(options.OnTableRead).WithVerifyValueChecksum(true).
 		WithValueLogFileSize(64 << 20).WithDetectConflicts(false).WithNumCompactors(2)
 	return badger.Open(opt)

@@ -87,6 +87,7 @@ type Server struct {
 	raft       atomic.Pointer[raft.Raft] // nil until the node takes part
 	trans      *transport                // set before raft
 	verify     verifier
+	lateness   lateness // of answers to confirm
 	flight     flight
 	silent     silence
 	watches    atomic.Int64 // streams of Watch

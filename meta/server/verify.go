@@ -2,7 +2,9 @@ package server
 
 import (
 	"context"
+	"slices"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -45,27 +47,82 @@ func (s *Server) confirm() error {
 	return r.VerifyLeader().Error()
 }
 
-// termStands reports whether a majority has that term now.
+// askMore is how long those asked have before all the others are asked too. An
+// answer takes well below a millisecond; each costs two processes a turn.
+const askMore = 2 * time.Millisecond
+
+// termStands reports whether a majority has that term now. As many are asked as
+// are needed, the others when one of these does not say so, or is late.
 func (s *Server) termStands(term uint64) bool {
 	ctx, cancel := context.WithTimeout(s.ctx, s.cfg.Timeout)
 	defer cancel() // the first to answer are enough
 	all := voters(s.servers())
-	have, asked, said := 0, 0, make(chan bool, len(all))
+	missing, rest := len(all)/2+1, make([]raft.Server, 0, len(all))
 	for _, v := range all {
 		if string(v.ID) == s.id {
-			have++
-			continue
-		}
-		asked++
-		p := s.peerOf(v)
-		go func() { said <- s.askTerm(ctx, p) == term }() // ends with ctx
-	}
-	for ; have <= len(all)/2 && asked > 0; asked-- {
-		if <-said {
-			have++
+			missing--
+		} else {
+			rest = append(rest, v)
 		}
 	}
-	return have > len(all)/2
+	s.lateness.order(rest)
+	said := make(chan answered, len(rest))
+	var out []raft.ServerID // asked, and silent
+	ask := func(n int) {
+		for _, v := range rest[:n] {
+			p := s.peerOf(v)
+			out = append(out, v.ID)
+			go func() { said <- answered{v.ID, s.askTerm(ctx, p) == term} }() // ends with ctx
+		}
+		rest = rest[n:]
+	}
+	ask(min(max(missing, 0), len(rest)))
+	late := time.NewTimer(askMore)
+	defer late.Stop()
+	for missing > 0 && len(out) > 0 {
+		select {
+		case a := <-said:
+			out = slices.DeleteFunc(out, func(id raft.ServerID) bool { return id == a.by })
+			if a.yes {
+				missing--
+				continue
+			}
+			s.lateness.note(a.by)
+			ask(len(rest))
+		case <-late.C:
+			s.lateness.note(out...)
+			ask(len(rest))
+		}
+	}
+	return missing <= 0
+}
+
+type answered struct {
+	by  raft.ServerID
+	yes bool
+}
+
+// lateness remembers who was late with an answer: they are asked last.
+type lateness struct {
+	mu sync.Mutex
+	at map[raft.ServerID]time.Time
+}
+
+func (l *lateness) note(ids ...raft.ServerID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.at == nil {
+		l.at = map[raft.ServerID]time.Time{}
+	}
+	for _, id := range ids {
+		l.at[id] = time.Now()
+	}
+}
+
+func (l *lateness) order(servers []raft.Server) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	slices.SortStableFunc(servers, func(x, y raft.Server) int { return l.at[x.ID].Compare(l.at[y.ID]) })
 }
 
 // askTerm returns a peer's term if its vote counts, or 0.

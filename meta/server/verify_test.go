@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -79,11 +80,22 @@ func TestATermStandsOnAMajority(t *testing.T) {
 			t.Errorf("term %d stands and all three are in %d", other, term)
 		}
 	}
-	tr.stop((at + 1) % 3)
+	// One of two is asked first; when that one is gone the other is, from then on.
+	others := func() []raft.Server {
+		out := slices.DeleteFunc(slices.Clone(voters(s.servers())), func(v raft.Server) bool { return string(v.ID) == s.id })
+		s.lateness.order(out)
+		return out
+	}
+	first := others()[0].ID
+	gone := slices.IndexFunc(tr.nodes[:], func(n *Server) bool { return n.id == string(first) })
+	tr.stop(gone)
 	if !s.termStands(term) {
 		t.Error("the term of two of three does not stand")
 	}
-	tr.stop((at + 2) % 3)
+	if last := others()[1].ID; last != first {
+		t.Errorf("%s is gone and still asked first: %s is last", first, last)
+	}
+	tr.stop(3 - at - gone)
 	if s.termStands(term) {
 		t.Error("the term of one of three stands")
 	}
