@@ -88,6 +88,7 @@ var snapRows = []struct {
 	{"clone of it, the command", snapTargetMs},
 	{"clone of a golden image, the command", snapTargetMs},
 	{"the same, attached and read", 0},
+	{"a command that only says its version", 0},
 }
 
 // snapBench is one benchmark in progress.
@@ -360,6 +361,11 @@ func (b *snapBench) clones(ctx context.Context, l snapLoad, round int) error {
 			err = errors.New("the clone does not show its golden image")
 		}
 		b.add(l, 9, inMs(time.Since(began)))
+		began = time.Now()
+		if _, verr := b.Cairn(ctx, "--version"); verr != nil {
+			return errors.Join(err, verr, dev.Close())
+		}
+		b.add(l, 10, inMs(time.Since(began)))
 		return errors.Join(err, dev.Close())
 	})
 	if err != nil {
