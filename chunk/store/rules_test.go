@@ -277,14 +277,35 @@ func TestPoisonIsReportedUntilOverwritten(t *testing.T) {
 	s := open(t, d, testBoot)
 	mustOK(t, ask(s, put(1, 0, 3, 5, 1)))
 	mustOK(t, ask(s, wire.Request{Kind: wire.Install, Volume: 1, Chunk: 1, Limit: 9, Entries: []wire.Entry{{Chunk: 1, Block: 1, Version: 5, Kind: wire.EntryPoison}}}))
+	want := []Bad{{1, 1, 0, 1, 5}} // nobody need read it first
 	for range 2 {
 		if r := ask(s, readOf(1, 0, 3, 0)); r.Status != status.Poison || r.Block != 1 {
 			t.Fatalf("poison: %v at %d", r.Status, r.Block)
 		}
-		s = open(t, d.Crash(1, 100), testBoot)
+		if got := s.BadBlocks(); !slices.Equal(got, want) {
+			t.Fatalf("bad: %+v", got)
+		}
+		if r := mustOK(t, ask(s, wire.Request{Kind: wire.Damaged, Volume: 1})); len(r.Entries) > 0 {
+			t.Fatalf("to be repaired, and there is no good copy: %+v", r.Entries)
+		}
+		d = d.Crash(1, 100)
+		s = open(t, d, testBoot)
+	}
+	s.scrub.bad = nil // as after a start that had no need to read the log
+	scrub(t, s, 0)
+	if got := s.BadBlocks(); !slices.Equal(got, want) {
+		t.Fatalf("bad after a scrub: %+v", got)
 	}
 	mustOK(t, ask(s, put(1, 1, 1, 6, 4)))
 	mustOK(t, ask(s, readOf(1, 0, 3, 0)))
+	if got := s.BadBlocks(); len(got) > 0 {
+		t.Fatalf("written over, and bad: %+v", got)
+	}
+	mustOK(t, ask(s, wire.Request{Kind: wire.Install, Volume: 1, Chunk: 2, Limit: 9, Entries: []wire.Entry{{Chunk: 2, Block: 1, Version: 5, Kind: wire.EntryPoison}}}))
+	mustOK(t, ask(s, wire.Request{Kind: wire.Drop, Volume: 1, Chunk: 2}))
+	if got := s.BadBlocks(); len(got) > 0 {
+		t.Fatalf("dropped, and bad: %+v", got)
+	}
 }
 
 // Layers are apart: the format keeps them although nothing makes them yet.

@@ -50,7 +50,8 @@ type Scrub struct {
 	Passes    uint64 // that were finished since the store was opened
 }
 
-// Bad is a block of data that cannot be read and is still in use.
+// Bad is a block that cannot be read and is still in use: its data are not what was
+// written, or it has no good copy left (poison).
 type Bad struct {
 	Volume  ids.VolumeID
 	Chunk   ids.ChunkID
@@ -145,7 +146,7 @@ func (s *Store) stillBad(k badKey, e entry) bool {
 // damaged answers a gateway that asks for the bad blocks of its volume.
 func (s *Store) damaged(q *wire.Request, rep *wire.Reply) {
 	for k, e := range s.scrub.bad {
-		if k.v == q.Volume && s.stillBad(k, e) {
+		if k.v == q.Volume && e.kind == kindData && s.stillBad(k, e) { // poison has no good copy anywhere
 			rep.Entries = append(rep.Entries, wire.Entry{Chunk: k.c, Layer: k.l, Block: k.b, Version: e.version, Kind: wire.EntryData, Sum: e.sum})
 		}
 	}
@@ -319,6 +320,9 @@ func (c *scrubber) batch(s *Store, b []byte, pos uint32) (batchHead, bool) {
 func (c *scrubber) blocks(s *Store, b []byte, h *batchHead, pos uint32) error {
 	first := s.base(c.seg) + c.at + pos + 1
 	return eachRecord(b, h, func(r *record, data uint32) error {
+		if r.kind == kindPoison {
+			return c.marks(s, r, h.at)
+		}
 		if r.kind != kindData {
 			return nil
 		}
@@ -338,6 +342,29 @@ func (c *scrubber) blocks(s *Store, b []byte, h *batchHead, pos uint32) error {
 	})
 }
 
+// marks remembers what of a record of poison the index points to.
+func (c *scrubber) marks(s *Store, r *record, at uint32) error {
+	v := s.vols[ids.VolumeID(r.volume)]
+	if v == nil {
+		return nil
+	}
+	ch := v.chunk(ids.ChunkID(r.chunk), ids.LayerID(r.layer), false)
+	if ch == nil {
+		return nil
+	}
+	for i := range r.count {
+		b := ids.Block(r.block + i)
+		e, err := s.idx.get(ch, b)
+		if err != nil {
+			return err
+		}
+		if e.kind == kindPoison && e.loc == at {
+			c.poisoned(ch, b, 1, e)
+		}
+	}
+	return nil
+}
+
 // note remembers a bad block if the index points to it.
 func (c *scrubber) note(s *Store, k badKey, loc uint32) error {
 	v := s.vols[k.v]
@@ -353,13 +380,25 @@ func (c *scrubber) note(s *Store, k badKey, loc uint32) error {
 		return err
 	}
 	c.BadBlocks++
+	c.remember(k, e)
+	return nil
+}
+
+func (c *scrubber) remember(k badKey, e entry) {
 	if c.bad == nil {
 		c.bad = map[badKey]entry{}
 	}
 	if len(c.bad) < maxBad {
 		c.bad[k] = e
 	}
-	return nil
+}
+
+// poisoned remembers blocks without a good copy: they are bad until they are written
+// over, as the store knows at once, or from its next scrub on if it was restarted.
+func (c *scrubber) poisoned(ch *chunk, block ids.Block, n uint32, e entry) {
+	for i := range n {
+		c.remember(badKey{ch.v.id, ch.id, ch.layer, block + ids.Block(i)}, e)
+	}
 }
 
 // scrubbedSuper ends a pass: a bad copy of the superblock is written anew.

@@ -82,6 +82,9 @@ func (s *Store) count(v *vol, e entry, d int32) {
 // for the other kinds loc is the batch. sums are nil unless kind is data.
 func (s *Store) index(c *chunk, block ids.Block, n uint32, e entry, sum func(i uint32) uint32) error {
 	c.v.high = max(c.v.high, e.version)
+	if e.kind == kindPoison {
+		s.scrub.poisoned(c, block, n, e)
+	}
 	for i := uint32(0); i < n; {
 		b := uint32(block) + i
 		p, err := s.idx.page(c, b/pageBlocks, true)
