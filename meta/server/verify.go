@@ -90,8 +90,10 @@ func (s *Server) termStands(term uint64) bool {
 			s.lateness.note(a.by)
 			ask(len(rest))
 		case <-late.C:
-			s.lateness.note(out...)
-			ask(len(rest))
+			if len(rest) > 0 { // else it was not these that it waited for so long
+				s.lateness.note(out...)
+				ask(len(rest))
+			}
 		}
 	}
 	return missing <= 0

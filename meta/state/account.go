@@ -83,14 +83,43 @@ func PoolOf(kv KV) *pb.Pool {
 	return p
 }
 
+// capacityKey has the sum of StoreBytes, from state version 5 on.
+var capacityKey = key(tMeta, "capacity")
+
 // StoreBytes sums the stores in service, in bytes.
-func StoreBytes(kv KV) (n uint64) {
+func StoreBytes(kv KV) uint64 {
+	if FormatOf(kv) >= 5 {
+		return u64(kv.Get(capacityKey))
+	}
+	return sumStores(kv)
+}
+
+func sumStores(kv KV) (n uint64) {
 	for _, s := range Stores(kv) {
-		if !s.Retired {
-			n += s.CapacityBytes
-		}
+		n += usable(s)
 	}
 	return n
+}
+
+// usable is what a store counts for; nil: nothing.
+func usable(s *pb.Store) uint64 {
+	if s.GetRetired() {
+		return 0
+	}
+	return s.GetCapacityBytes()
+}
+
+// setStore changes a store; nil: it goes.
+func (a *apply) setStore(id []byte, s *pb.Store) {
+	k := key(tStore, id)
+	if FormatOf(a.kv) >= 5 {
+		a.kv.Set(capacityKey, put64(u64(a.kv.Get(capacityKey))-usable(one[pb.Store](a.kv, k))+usable(s)))
+	}
+	if s == nil {
+		a.kv.Delete(k)
+		return
+	}
+	put(a.kv, k, s)
 }
 
 // Tenants returns all tenants that have quotas or volumes, by name.

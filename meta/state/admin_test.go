@@ -109,6 +109,9 @@ func (c *cluster) audit() {
 	if len(tenants) > 0 {
 		c.t.Fatalf("tenants without a row: %v", tenants)
 	}
+	if got, want := StoreBytes(c.kv), sumStores(c.kv); got != want {
+		c.t.Fatalf("the stores have %d bytes, a recount gives %d", got, want)
+	}
 }
 
 func TestADeletedVolumeComesBackUntilItsTimeIsOver(t *testing.T) {

@@ -344,7 +344,7 @@ func (a *apply) registerStore(s *pb.Store) (*pb.Result, error) {
 	}
 	s = proto.Clone(s).(*pb.Store)
 	s.Retired = old.GetRetired() // an operator's word, not the host's
-	put(a.kv, key(tStore, s.Id), s)
+	a.setStore(s.Id, s)
 	switch {
 	case old == nil:
 		a.event("store %x joined on host %s", s.Id[:4], s.Host)

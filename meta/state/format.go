@@ -18,7 +18,8 @@ import (
 //	   volumes keep
 //	4  a second shrink does not shorten the time for which the first can be undone;
 //	   a store can be removed (RemoveStore)
-//	5  many volumes can be created by one command (CreateVolumes)
+//	5  many volumes can be created by one command (CreateVolumes); the capacity of all
+//	   stores is a pair of its own, so that no allocation has to sum them up
 //
 // Which one a cluster uses is in its state, the same on every node, and never
 // falls: the leader raises it once every member knows a newer one. Until then, what
@@ -56,6 +57,9 @@ func CheckFormat(kv KV, cmd *pb.Command) error {
 // raiseFormat puts a version in use that every member knows.
 func (a *apply) raiseFormat(to uint32) {
 	if now := FormatOf(a.kv); to > now {
+		if now < 5 && to >= 5 {
+			a.kv.Set(capacityKey, put64(sumStores(a.kv)))
+		}
 		a.kv.Set(formatKey, put64(uint64(to)))
 		a.event("state version %d is in use: a metadata node whose program knows only %d starts no more", to, now)
 	}

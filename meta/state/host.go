@@ -162,7 +162,7 @@ func (a *apply) removeHost(op *pb.RemoveHost) (*pb.Result, error) {
 		return nil, status.Errorf(status.Held, "host %s cannot be removed: volume %s is attached there; detach it first", h.Name, v.Name)
 	}
 	for _, id := range stores {
-		a.kv.Delete(key(tStore, id))
+		a.setStore(id, nil)
 	}
 	a.kv.Delete(key(tHost, h.Name))
 	a.event("host %s removed with %d stores", h.Name, len(stores))

@@ -376,3 +376,54 @@ func TestACreationLooksAtFewStores(t *testing.T) {
 		}
 	}
 }
+
+// Beside thick volumes the space of all stores counts for each chunk, and is known
+// without a look at them, also when the version rises while they are there.
+func TestAnAllocationBesideThickVolumesLooksAtNoStore(t *testing.T) {
+	c := newCluster(t)
+	const hosts = 100
+	store := func(i int, bytes uint64) *pb.Command {
+		return &pb.Command{Op: &pb.Command_RegisterStore{RegisterStore: &pb.RegisterStore{Store: &pb.Store{Id: storeID(byte(i)), Incarnation: 1, Host: fmt.Sprintf("host-%d", i+1), CapacityBytes: bytes}}}}
+	}
+	retire := func(i int, yes bool) *pb.Command {
+		return &pb.Command{Op: &pb.Command_RetireStore{RetireStore: &pb.RetireStore{Store: storeID(byte(i)), Retired: yes}}}
+	}
+	for i := 3; i < hosts; i++ {
+		c.ok(register(fmt.Sprintf("host-%d", i+1), ""))
+		c.ok(store(i, 1<<40))
+	}
+	c.ok(retire(50, true))
+	thick := create("thick")
+	thick.GetCreateVolume().Thick = true
+	c.ok(thick)
+	c.ok(create("v"))
+	v := c.ok(attach("v", "host-1", false)).Volume
+	looks := func(index uint32) int {
+		l := &looking{Mem: c.kv}
+		c.seq++
+		cmd := allocate(v, v.Epoch, index)
+		cmd.Session, cmd.Seq = "s", c.seq
+		res := Apply(l, cmd)
+		if res.Status != 0 {
+			t.Fatal(res.Detail)
+		}
+		v = res.Volume
+		return l.pairs
+	}
+	if n := looks(0); n < hosts {
+		t.Fatalf("before version 5 an allocation looked at %d pairs: what follows shows nothing", n)
+	}
+	c.raise(Format)
+	for index, change := range []*pb.Command{nil, retire(50, false), retire(51, true), store(52, 3<<40), store(51, 2<<40), {Op: &pb.Command_RemoveStore{RemoveStore: &pb.RemoveStore{Store: storeID(51)}}}, {Op: &pb.Command_RemoveHost{RemoveHost: &pb.RemoveHost{Host: "host-70"}}}} {
+		if change != nil {
+			c.ok(change)
+		}
+		c.audit()
+		if n := looks(uint32(index) + 1); n > 20 {
+			t.Errorf("an allocation looked at %d pairs", n)
+		}
+	}
+	if got := StoreBytes(c.kv); got != (hosts-2+2)<<40 {
+		t.Errorf("%d TiB: one store of 100 is gone, one host, and one has grown by 2", got>>40)
+	}
+}

@@ -48,7 +48,7 @@ func (a *apply) retireStore(op *pb.RetireStore) (*pb.Result, error) {
 		return &pb.Result{}, nil
 	}
 	s.Retired = op.Retired
-	put(a.kv, key(tStore, s.Id), s)
+	a.setStore(s.Id, s)
 	if s.Retired {
 		a.event("store %x on host %s retired: its copies go elsewhere", s.Id[:4], s.Host)
 	} else {
@@ -70,7 +70,7 @@ func (a *apply) removeStore(op *pb.RemoveStore) (*pb.Result, error) {
 	if user := a.userOf(s.Id); user != nil {
 		return nil, status.Errorf(status.Held, "store %x on host %s still has a copy of volume %s: it goes elsewhere by itself, if there is room", s.Id[:4], s.Host, user.Name)
 	}
-	a.kv.Delete(key(tStore, s.Id))
+	a.setStore(s.Id, nil)
 	a.event("store %x of host %s removed", s.Id[:4], s.Host)
 	return &pb.Result{}, nil
 }
