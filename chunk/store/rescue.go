@@ -164,7 +164,7 @@ func (r *rescue) append(s *Store, ch *chunk, b ids.Block, n uint32, e entry) err
 	if err != nil {
 		return err
 	}
-	return s.scrub.note(s, badKey{ch.v.id, ch.id, ch.layer, b}, now.loc)
+	return s.scrub.note(s, badKey{ch.v.id, ch.id, ch.layer, b}, now.kind, now.loc)
 }
 
 // appendBad appends a block whose data does not match its checksum: it stays as

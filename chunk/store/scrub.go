@@ -320,21 +320,24 @@ func (c *scrubber) batch(s *Store, b []byte, pos uint32) (batchHead, bool) {
 func (c *scrubber) blocks(s *Store, b []byte, h *batchHead, pos uint32) error {
 	first := s.base(c.seg) + c.at + pos + 1
 	return eachRecord(b, h, func(r *record, data uint32) error {
-		if r.kind == kindPoison {
-			return c.marks(s, r, h.at)
-		}
-		if r.kind != kindData {
+		if r.kind != kindData && r.kind != kindPoison {
 			return nil
 		}
 		for i := range r.count {
+			k := badKey{ids.VolumeID(r.volume), ids.ChunkID(r.chunk), ids.LayerID(r.layer), ids.Block(r.block + i)}
+			if r.kind == kindPoison {
+				if err := c.note(s, k, kindPoison, h.at); err != nil {
+					return err
+				}
+				continue
+			}
 			sum := le.Uint32(r.payload[4*i:])
 			d := b[(1+data+i)*blockBytes : (2+data+i)*blockBytes]
-			k := badKey{ids.VolumeID(r.volume), ids.ChunkID(r.chunk), ids.LayerID(r.layer), ids.Block(r.block + i)}
 			if wire.BlockSum(k.v, k.c, k.l, k.b, ids.Version(r.version), d) == sum {
 				c.Blocks++
 				continue
 			}
-			if err := c.note(s, k, first+data+i); err != nil {
+			if err := c.note(s, k, kindData, first+data+i); err != nil {
 				return err
 			}
 		}
@@ -342,31 +345,8 @@ func (c *scrubber) blocks(s *Store, b []byte, h *batchHead, pos uint32) error {
 	})
 }
 
-// marks remembers what of a record of poison the index points to.
-func (c *scrubber) marks(s *Store, r *record, at uint32) error {
-	v := s.vols[ids.VolumeID(r.volume)]
-	if v == nil {
-		return nil
-	}
-	ch := v.chunk(ids.ChunkID(r.chunk), ids.LayerID(r.layer), false)
-	if ch == nil {
-		return nil
-	}
-	for i := range r.count {
-		b := ids.Block(r.block + i)
-		e, err := s.idx.get(ch, b)
-		if err != nil {
-			return err
-		}
-		if e.kind == kindPoison && e.loc == at {
-			c.poisoned(ch, b, 1, e)
-		}
-	}
-	return nil
-}
-
 // note remembers a bad block if the index points to it.
-func (c *scrubber) note(s *Store, k badKey, loc uint32) error {
+func (c *scrubber) note(s *Store, k badKey, of kind, loc uint32) error {
 	v := s.vols[k.v]
 	if v == nil {
 		return nil
@@ -376,10 +356,12 @@ func (c *scrubber) note(s *Store, k badKey, loc uint32) error {
 		return nil
 	}
 	e, err := s.idx.get(ch, k.b)
-	if err != nil || e.loc != loc || e.kind != kindData {
+	if err != nil || e.loc != loc || e.kind != of {
 		return err
 	}
-	c.BadBlocks++
+	if of == kindData {
+		c.BadBlocks++
+	}
 	c.remember(k, e)
 	return nil
 }

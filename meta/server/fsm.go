@@ -5,8 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"maps"
-	"math/rand/v2"
 	"os"
 	"slices"
 	"sync"
@@ -33,8 +33,9 @@ var keyMark = []byte{0, 'm'}
 // the directory is in doubt it is emptied, and raft's snapshot and log give it
 // back.
 type fsm struct {
-	dir  string
-	lock *os.File // flock beside dir: nobody else has this state open
+	dir   string
+	table int64    // bytes of a table in memory
+	lock  *os.File // flock beside dir: nobody else has this state open
 
 	// ending is above 0 while somebody wants swap for writing: long reads, which
 	// are snapshots and backups, then give up.
@@ -69,12 +70,19 @@ type fsm struct {
 
 var _ raft.BatchingFSM = (*fsm)(nil)
 
-// openBadger opens the database. Its tables in memory are of another size on each
-// node, 8 to 10 MiB: all nodes write the same, and would else write their tables out
-// at the same moment, with no majority left that is quick.
-func openBadger(dir string) (*badger.DB, error) {
+// tableBytes is the size of Badger's tables in memory, 8 to 9 MiB. All nodes write the
+// same, and with tables of one size would write them out at the same moment, with no
+// majority left that is quick. It stays the same for a node: after a kill its log of
+// a table is read into one of that size.
+func tableBytes(id string) int64 {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(id)) // never fails
+	return 8<<20 + int64(h.Sum32()%(1<<20))
+}
+
+func openBadger(dir string, tableBytes int64) (*badger.DB, error) {
 	opt := badger.DefaultOptions(dir).WithLogger(nil).WithSyncWrites(false).
-		WithMemTableSize(8<<20 + rand.Int64N(2<<20)).WithNumMemtables(2).WithBlockCacheSize(16 << 20).
+		WithMemTableSize(tableBytes).WithNumMemtables(2).WithBlockCacheSize(16 << 20).
 		WithChecksumVerificationMode(options.OnTableRead).WithVerifyValueChecksum(true).
 		WithValueLogFileSize(64 << 20).WithDetectConflicts(false).WithNumCompactors(2)
 	return badger.Open(opt)
@@ -87,8 +95,8 @@ func openBadger(dir string) (*badger.DB, error) {
 // Badger checks its tables on goroutines of its own, and one flipped bit there
 // is a panic that ends the process. A file beside dir says that an open has
 // begun; a start that finds it does not try again but begins empty.
-func openFSM(dir string, snapIndex, logLast uint64) (f *fsm, kept bool, err error) {
-	f = &fsm{dir: dir, knows: state.Format}
+func openFSM(dir string, tableBytes int64, snapIndex, logLast uint64) (f *fsm, kept bool, err error) {
+	f = &fsm{dir: dir, table: tableBytes, knows: state.Format}
 	if f.lock, err = lockDir(dir); err != nil {
 		return nil, false, err
 	}
@@ -109,7 +117,7 @@ func (f *fsm) open(snapIndex, logLast uint64) (kept bool, err error) {
 		if err := mark.Close(); err != nil {
 			return false, fmt.Errorf("opening the state in %s: %w", f.dir, err)
 		}
-		if db, err := openBadger(f.dir); err == nil {
+		if db, err := openBadger(f.dir, f.table); err == nil {
 			f.db = db
 			kept = f.trusted() && f.applied >= snapIndex && f.applied <= max(logLast, snapIndex)
 		}
@@ -191,7 +199,7 @@ func (f *fsm) wipe() error {
 	if err := os.RemoveAll(f.dir); err != nil {
 		return fmt.Errorf("emptying the state in %s: %w", f.dir, err)
 	}
-	db, err := openBadger(f.dir)
+	db, err := openBadger(f.dir, f.table)
 	if err != nil {
 		return fmt.Errorf("opening the state in %s: %w", f.dir, err)
 	}

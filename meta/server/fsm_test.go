@@ -21,7 +21,7 @@ import (
 
 func openState(t *testing.T, dir string, snap, last uint64) (*fsm, bool) {
 	t.Helper()
-	f, kept, err := openFSM(dir, snap, last)
+	f, kept, err := openFSM(dir, tableBytes(""), snap, last)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +108,7 @@ func TestMain(m *testing.M) {
 	if dir == "" {
 		os.Exit(m.Run())
 	}
-	f, kept, err := openFSM(dir, 0, 51)
+	f, kept, err := openFSM(dir, tableBytes(""), 0, 51)
 	if err == nil {
 		fmt.Printf("%v %d %x\n", kept, f.applied, f.hash)
 		err = f.close()
@@ -194,7 +194,7 @@ func TestStateInUseIsRefusedUnharmed(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	f, _ := openState(t, dir, 0, 0)
 	f.ApplyBatch(history(t, 3))
-	if _, _, err := openFSM(dir, 0, 4); !errors.Is(err, status.Held) {
+	if _, _, err := openFSM(dir, tableBytes(""), 0, 4); !errors.Is(err, status.Held) {
 		t.Fatalf("second open: %v", err)
 	}
 	if hosts(t, f) != 3 {
@@ -274,5 +274,17 @@ func TestABatchTellsItsEventsInOrder(t *testing.T) {
 	}
 	if len(events) < 20 || !slices.IsSorted(events) {
 		t.Fatalf("events %v, want at least 20 in order", events)
+	}
+}
+
+// Nodes have tables of different sizes, each the same at every start.
+func TestTablesAreOfTheNodesOwnSize(t *testing.T) {
+	seen := map[int64]string{}
+	for _, id := range []string{"meta-1", "meta-2", "meta-3", "meta-4", "meta-5"} {
+		n := tableBytes(id)
+		if n != tableBytes(id) || n < 8<<20 || n >= 9<<20 || seen[n] != "" {
+			t.Errorf("%s has %d bytes, %q has as many", id, n, seen[n])
+		}
+		seen[n] = id
 	}
 }

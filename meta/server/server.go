@@ -317,7 +317,7 @@ func (s *Server) openFiles() (err error) {
 		return fmt.Errorf("reading the metadata log: %w", err)
 	}
 	s.say(phaseOf(s.dir.rec))
-	if s.fsm, s.kept, err = openFSM(s.dir.file("state"), newest, last); err != nil {
+	if s.fsm, s.kept, err = openFSM(s.dir.file("state"), tableBytes(s.id), newest, last); err != nil {
 		return err
 	}
 	s.fsm.knows, s.fsm.fatal, s.fsm.room = s.cfg.format, s.fail, s.roomToStore
