@@ -182,7 +182,8 @@ func (m *mobile) counts(from int) {
 	}
 }
 
-// TestMigrateLive moves a guest that writes from host to host.
+// TestMigrateLive moves a guest that writes from host to host, and off one that is
+// drained.
 func TestMigrateLive(t *testing.T) {
 	c := startCluster(t)
 	m := startMobile(t, c)
@@ -212,6 +213,11 @@ func TestMigrateLive(t *testing.T) {
 			}
 		}
 	}
+	at, before := m.settled().Host, m.count()
+	m.cairn("host", "drain", at)
+	m.await("it leaves the drained host", func() bool { v, err := m.show(); return err == nil && v.Host != at })
+	m.settled()
+	m.counts(before) // from memory: it was not started anew
 	m.cairn("vm", "stop", vmName)
 	if n := m.machines(); n != 0 {
 		t.Errorf("stopped, and %d machines run", n)
