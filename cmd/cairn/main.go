@@ -8,7 +8,7 @@
 //
 //	main, output          the command tree, exit status, tables and JSON
 //	config, cluster       configuration files; the directory of a local cluster
-//	metad, hostd, control one metadata node; one host; what the CLI asks of a host
+//	metad, hostd, control one metadata node (slack: what its wakeups cost); one host; what the CLI asks of a host
 //	up, supervise         a whole cluster in one process, or one process each
 //	connect               finding the metadata service and a host from the CLI
 //	volume, volumeadmin, image, vm  commands on volumes, their contents, and VMs

@@ -12,8 +12,8 @@ import (
 // timerSlack is how much later than asked a thread of a metadata node may wake. Go's
 // runtime has a thread that looks after the others: while anything runs it sleeps
 // 20 µs, looks, and sleeps again. With the kernel's usual slack of 50 µs that was a
-// fifth of all that metadata nodes cost under a moderate load, on a machine where
-// each wakeup is dear (docs/SCALE.md).
+// fifth of all that nodes and their clients cost under a moderate load, on a machine
+// where each wakeup is dear (docs/SCALE.md).
 const timerSlack = "500000" // ns
 
 // coarseTimers sets it for the threads there are, from which later ones have it.

@@ -5,7 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/fnv"
+	"hash/crc32"
 	"maps"
 	"os"
 	"slices"
@@ -75,9 +75,7 @@ var _ raft.BatchingFSM = (*fsm)(nil)
 // majority left that is quick. It stays the same for a node: after a kill its log of
 // a table is read into one of that size.
 func tableBytes(id string) int64 {
-	h := fnv.New32a()
-	_, _ = h.Write([]byte(id)) // never fails
-	return 8<<20 + int64(h.Sum32()%(1<<20))
+	return 8<<20 + int64(crc32.ChecksumIEEE([]byte(id))%(1<<20))
 }
 
 func openBadger(dir string, tableBytes int64) (*badger.DB, error) {

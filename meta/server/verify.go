@@ -16,8 +16,8 @@ import (
 //
 // raft's own way, VerifyLeader, sends a heartbeat and counts who takes it. It goes
 // twice through the leader's main loop and once through a follower's (issue 695 is
-// why), and each of these loops also writes the log and waits for its disk. So the
-// others are first asked for their term, which nothing waits for. A leader of a
+// why), and each of these loops also writes the log and waits for its disk. So
+// enough others are first asked for their term, which nothing waits for. A leader of a
 // later term was elected by a majority, each of which had that term in its memory,
 // and on its disk, before it gave its vote; terms never fall. If after the question
 // a majority, this node counted, still has the term in which this node leads, then
